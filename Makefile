@@ -1,0 +1,49 @@
+# make demo    watch a recommender learn from a stream, on a real Kafka     (SECONDS=60, RATE=…, LOG=taobao PATH_TO_LOG=…)
+# make test    everything that is promised, tested on the real broker
+# make check   lint, types, directions of imports
+# make setup   what the others need: .venv, from the pins, in seconds when it is done already
+# make pins    compile requirements/*.txt anew from pyproject.toml
+
+EXTRA   ?= cpu
+VENV    := .venv
+BIN     := $(VENV)/bin
+PYTHON  ?= $(firstword $(shell for v in python3.11 python3.12 python3.13 python3; do \
+             $$v -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$v; done))
+UV      := $(BIN)/uv
+UV_PIN   = $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements/$(EXTRA).txt)
+SECONDS ?= 60
+DEMO    := --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
+READY   := $(VENV)/.ready-$(EXTRA)
+
+.PHONY: demo test check setup pins clean
+
+demo: setup
+	@$(BIN)/headrace demo $(DEMO)
+
+test: setup
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+setup: $(READY)
+
+$(READY): requirements/$(EXTRA).txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "headrace needs Python 3.11, 3.12 or 3.13: install one, or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(UV) || $(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_PIN)
+	@echo "installing the pinned packages into $(VENV) (torch is large: a minute or two the first time)" >&2
+	@$(UV) pip sync --quiet --require-hashes requirements/$(EXTRA).txt
+	@$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/headrace broker fetch
+	@rm -f $(VENV)/.ready-* && touch $@
+
+pins:
+	@for extra in cpu cuda; do \
+	  $(UV) pip compile --quiet --upgrade pyproject.toml --extra $$extra --extra dev --generate-hashes --no-emit-index-url \
+	    --no-header --universal --python-version 3.11 --output-file requirements/$$extra.txt; done
+
+clean:
+	rm -rf $(VENV) .headrace

@@ -1,0 +1,53 @@
+"""The errors a user can act on. Each message is one line and says what to do.
+
+HeadraceError
+├── UsageError        wrong settings or wrong arguments             (exit 2)
+├── LogError          a historical log that cannot be read
+├── BrokerError       Kafka cannot be reached, started, or refuses
+├── FencedError       another worker took over this worker's place
+├── StoreError        a store cannot be opened, read or written
+│   ├── StoreLocked   another process holds it
+│   └── DiskFull      no space left
+├── PositionError     blocks or versions do not follow one another
+└── CorruptRecord     bytes that are not what their place says they are
+"""
+
+
+class HeadraceError(Exception):
+    """Root of all errors that a user can act on; `str(error)` is one line with the remedy."""
+
+
+class UsageError(HeadraceError):
+    """Settings or arguments are wrong: nothing was started."""
+
+
+class LogError(HeadraceError):
+    """A historical log cannot be read."""
+
+
+class BrokerError(HeadraceError):
+    """Kafka cannot be reached or started, or it refuses what was asked."""
+
+
+class FencedError(HeadraceError):
+    """Another worker has taken over; this one must stop without writing anything more."""
+
+
+class StoreError(HeadraceError):
+    """A store cannot be opened, read or written."""
+
+
+class StoreLocked(StoreError):
+    """Another process holds the store."""
+
+
+class DiskFull(StoreError):
+    """No space left for a store; nothing of the failed commit is in it."""
+
+
+class PositionError(HeadraceError):
+    """A block or a version does not follow the one before it."""
+
+
+class CorruptRecord(HeadraceError):
+    """Bytes that cannot be decoded as what their topic or file says they are."""

@@ -1,0 +1,132 @@
+"""What the joiner makes and the trainer learns from: columns of rows, in a block named by its offset range.
+
+An example is (request_id, item). Feedback comes at different times, so an example reaches the trainer in up to four
+parts, each a row with an id of its own and with the features of the moment of the impression (Part).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+
+import numpy as np
+
+from embedding_store.ids import hash_text
+
+HISTORY = 20  # items of a user's history that travel with a row
+
+
+class Part(IntEnum):
+    """Which feedback a row carries."""
+
+    SHOWN = 0  # clicked within the wait, or not: scored once, before it is learned
+    LATE_CLICK = 1  # clicked after it was learned as not clicked
+    WATCH = 2  # the longest play
+    PURCHASE = 3  # bought after the click
+
+
+class Source(IntEnum):
+    """Where a row's example comes from."""
+
+    IMPRESSION = 0  # it was shown: a click rate can be claimed
+    IMPLICIT = 1  # a log without impressions: a positive; the trainer draws the negatives
+
+
+def example_key(request_id: str | int, item: str | int) -> str:
+    """The name of an example from an impression."""
+    return f"{request_id}\x00{item}"
+
+
+def implicit_key(event_id: str | int, item: str | int) -> str:
+    """The name of an example from an action without an impression."""
+    return f"event:{event_id}\x00{item}"
+
+
+def row_id(key: str, part: int) -> int:
+    """The signed 64-bit id of one part of the example `key`: what the balance counts and sums."""
+    return hash_text(f"{key}\x00{part}")
+
+
+@dataclass
+class Examples:
+    """Columns of n rows. Ids are int64 of `embedding_store.ids`; times ms UTC."""
+
+    row_id: np.ndarray  # int64 [n] row_id(key, part)
+    example_id: np.ndarray  # int64 [n] hash_text(key): the same in all parts of an example
+    part: np.ndarray  # uint8 [n] Part
+    source: np.ndarray  # uint8 [n] Source
+    ts: np.ndarray  # int64 [n] time of the impression (of the action, where implicit)
+    closed: np.ndarray  # int64 [n] event time when the row was complete
+    user: np.ndarray  # int64 [n] feature_id("user", …)
+    item: np.ndarray  # int64 [n] feature_id("item", …)
+    scenario: np.ndarray  # uint8 [n] index in SCENARIOS
+    position: np.ndarray  # int16 [n] place on the page, -1 unknown
+    propensity: np.ndarray  # float32 [n] probability of having been shown, nan unknown
+    click: np.ndarray  # int8 [n] 1, 0, -1 not said by this row
+    purchase: np.ndarray  # int8 [n] 1, 0 (so far: the window is still open), -1 not said by this row
+    play_ms: np.ndarray  # int64 [n] -1 not said by this row
+    duration_ms: np.ndarray  # int64 [n] 0 unknown, -1 not said by this row
+    history: np.ndarray  # int64 [n, HISTORY] item ids as of ts, newest first, 0 = none
+    item_raw: np.ndarray  # object [n] the item's id as it came, as JSON text
+
+    def __len__(self) -> int:
+        return len(self.row_id)
+
+    def take(self, index: np.ndarray | slice) -> Examples:
+        """The rows at `index`."""
+        return Examples(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @staticmethod
+    def empty() -> Examples:
+        return Examples(*(np.empty((0, *shape), dtype) for dtype, shape in COLUMNS.values()))
+
+    @staticmethod
+    def concat(parts: list[Examples]) -> Examples:
+        if not parts:
+            return Examples.empty()
+        if len(parts) == 1:
+            return parts[0]
+        return Examples(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Examples)))
+
+
+COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
+    "row_id": (np.int64, ()), "example_id": (np.int64, ()), "part": (np.uint8, ()), "source": (np.uint8, ()),
+    "ts": (np.int64, ()), "closed": (np.int64, ()), "user": (np.int64, ()), "item": (np.int64, ()),
+    "scenario": (np.uint8, ()), "position": (np.int16, ()), "propensity": (np.float32, ()),
+    "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
+    "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
+}  # fmt: skip
+
+
+@dataclass
+class Counts:
+    """The joiner's cumulative balance of one partition, in events (an impression of k items counts k).
+
+    events_in = rejected + duplicates + late + joined + history_only + open
+    """
+
+    events_in: int = 0
+    rejected: int = 0
+    duplicates: int = 0
+    late: int = 0
+    joined: int = 0
+    history_only: int = 0
+    open: int = 0  # held for disorder, or waiting for a click
+    rows: int = 0  # rows emitted
+    skew_checked: int = 0  # impressions that said what they were scored with
+    skew_differs: int = 0  # of these, scored with another history than the joiner's
+
+
+@dataclass
+class Block:
+    """What came of the records [from_offset, to_offset) of one partition of `events`."""
+
+    partition: int
+    from_offset: int
+    to_offset: int
+    handled: int  # all records below this offset have had their effect; the rest is held for disorder
+    watermark: int  # event time ms; no row of a later block closed before it
+    counts: Counts = field(default_factory=Counts)
+    examples: Examples = field(default_factory=Examples.empty)
+    users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose history changed
+    histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY), np.int64))  # [u, HISTORY] as it is now
