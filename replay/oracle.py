@@ -316,8 +316,11 @@ def expect(records: Iterable[tuple[int, bytes | None, int | None]], rules: Rules
     return {p: oracle.expected for p, oracle in oracles.items()}
 
 
-def read_topic(bootstrap: str, topic: str) -> Iterator[tuple[int, bytes | None, int | None]]:
-    """All records of `topic` from its beginning to its present end, as (partition, value, stamped ms)."""
+def read_topic(
+    bootstrap: str, topic: str, until: dict[int, int] | None = None
+) -> Iterator[tuple[int, bytes | None, int | None]]:
+    """The records of `topic` as (partition, value, stamped ms), from its beginning to its present end, or to the
+    offsets `until` (exclusive) where that is sooner."""
     consumer = KafkaConsumer(
         bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
         auto_offset_reset="earliest", max_poll_records=10_000, fetch_max_bytes=64 << 20,
@@ -327,8 +330,10 @@ def read_topic(bootstrap: str, topic: str) -> Iterator[tuple[int, bytes | None, 
         places = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic) or ())]
         consumer.assign(places)
         consumer.seek_to_beginning(*places)
-        ends = consumer.end_offsets(places)
-        while any(consumer.position(place) < ends[place] for place in places):
+        present = consumer.end_offsets(places)
+        ends = {place: min(end, (until or {}).get(place.partition, end)) for place, end in present.items()}
+        while unread := [place for place in places if consumer.position(place) < ends[place]]:
+            consumer.pause(*(set(places) - set(unread)))
             for place, records in consumer.poll(timeout_ms=1000).items():
                 for record in records:
                     if record.offset < ends[place]:

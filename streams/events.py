@@ -6,7 +6,7 @@ Events are keyed by user in Kafka, so one partition sees all of a user's events.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import orjson
@@ -120,7 +120,7 @@ Event: TypeAlias = Impression | Action | Tick
 
 def decode(raw: bytes | None) -> Event:
     """The event in a record's value. Raises Rejected: too_large, not_json, invalid."""
-    return _convert(raw, Event)  # type: ignore[arg-type]
+    return _convert(raw, Event)
 
 
 def decode_item(raw: bytes | None) -> Item:
@@ -145,7 +145,7 @@ def units(event: Event) -> int:
             return 1
 
 
-def _convert(raw: bytes | None, type_):
+def _convert(raw: bytes | None, type_: Any) -> Any:
     if raw is None:
         raise Rejected("not_json", "the record has no value")
     if len(raw) > MAX_EVENT_BYTES:

@@ -1,0 +1,72 @@
+"""headrace demo: everything on one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, JsonOption, Output, settings_for
+from embedding_store.errors import UsageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(epilog="Example: headrace demo --seconds 60 --json")(demo)
+
+
+def demo(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    bootstrap: BootstrapOption = None,
+    log: Annotated[str | None, typer.Option(metavar="NAME", help="Play a historical log of this format.")] = None,
+    path: Annotated[Path | None, typer.Option(metavar="FILE", help="The log's file, with --log.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long; 0: until Ctrl-C. [120]", show_default=False)
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="Events per second.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the simulated users.", show_default=False)] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the run's folder at the end.")] = False,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0: any free one.")] = None,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Do without the live page.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Everything on one machine, with a live page.
+
+    A Kafka, the workers, a replica, and events from simulated users who answer what it recommends, or from a log.
+    Ctrl-C ends it early and cleanly.
+    """
+    settings = settings_for(
+        config, data_dir=data_dir, bootstrap=bootstrap, demo__log=log, demo__path=path and str(path),
+        demo__seconds=seconds, demo__rate=rate, simulator__seed=seed, demo__keep=keep or None, demo__port=port,
+        demo__page=False if no_page else None,
+    )  # fmt: skip
+    options = settings.demo
+    if (options.log is None) != (options.path is None):
+        raise UsageError("a log needs both: --log NAME (its format) and --path FILE")
+    if options.path is not None and not Path(options.path).is_file():
+        raise UsageError(f"{options.path}: there is no such file; check --path")
+    with Output(json) as out:
+        from deploy.demo import run_demo
+
+        result = run_demo(settings, options)
+        out.result(result, _text(result))
+
+
+def _text(result: dict) -> str:
+    fresh = result.get("freshness_ms") or {}
+    lines = [
+        f"{result['events_in']:,} events in, {result['trained_examples']:,} examples trained,"
+        f" {result['lost']} lost, {result['duplicated']} duplicated",
+        f"version {result['trainer_version']} (replica {result['replica_version']}),"
+        f" {result['versions_published']:,} published",
+    ]
+    if fresh.get("p50") is not None:
+        lines.append(f"freshness p50 {fresh['p50']:.0f} ms, p95 {fresh['p95']:.0f} ms, p99 {fresh['p99']:.0f} ms")
+    if result.get("ctr_last_window") is not None and result.get("ctr_frozen_last_window") is not None:
+        lines.append(
+            f"click-through rate {100 * result['ctr_last_window']:.1f} %,"
+            f" of the twin that never learns {100 * result['ctr_frozen_last_window']:.1f} %"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""The demo's figures: what a replica says of itself, made into the samples of the page and the final JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from online_model.examples import Counts
+
+BALANCE = ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open")
+
+
+@dataclass
+class Model:
+    """The newest answer of a replica's `/v1/model`, read as the demo needs it."""
+
+    answer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return self.answer.get("info") or {}
+
+    @property
+    def version(self) -> str:
+        return self.answer.get("version", "")
+
+    @property
+    def sequence(self) -> int:
+        return self.answer.get("sequence", -1)
+
+    @property
+    def positions(self) -> dict[int, int]:
+        """Partition of `events` → all below has had its effect."""
+        return {int(p): offset for p, offset in (self.answer.get("positions") or {}).items()}
+
+    @property
+    def partitions(self) -> dict[int, dict[str, Any]]:
+        return {int(p): at for p, at in (self.info.get("partitions") or {}).items()}
+
+    @property
+    def next_offsets(self) -> dict[int, int]:
+        """Partition of `events` → the records below are in the figures of this version."""
+        return {p: at["next"] for p, at in self.partitions.items()}
+
+    @property
+    def trained(self) -> dict[int, tuple[int, int]]:
+        """Partition → rows trained and the sum of their ids: what the oracle checks."""
+        return {p: (at["rows"], at["sum"]) for p, at in self.partitions.items()}
+
+    @property
+    def trained_rows(self) -> int:
+        return sum(at["rows"] for at in self.partitions.values())
+
+    def counts(self) -> Counts:
+        """The joiner's balance, all partitions together."""
+        total = Counts()
+        for at in self.partitions.values():
+            for name, value in at["counts"].items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+    def prequential(self, recent: bool = False) -> dict[str, dict[str, float | None]]:
+        """task → {auc, ne, calibration, count}, each example scored once, before it was learned."""
+        tasks = self.info.get("metrics") or {}
+        figures = {name: task["recent"] if recent else task for name, task in tasks.items()}
+        return {
+            name: {key: task[key] for key in ("auc", "ne", "calibration", "count")}
+            for name, task in figures.items()
+            if task["count"]
+        }
+
+
+def balance(counts: Counts) -> dict[str, int]:
+    """The balance of the contract; nothing was rolled back, so nothing is set aside."""
+    return {name: getattr(counts, name) for name in BALANCE} | {"set_aside": 0}
+
+
+def rate_of(now: float, before: float, seconds: float) -> float:
+    """Per second, over `seconds`."""
+    return max(0.0, (now - before) / seconds) if seconds > 0 else 0.0
+
+
+def sample(model: Model, freshness: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """One second of the run for the page and the terminal; `more`: what the replica does not know."""
+    counts = model.counts()
+    return {
+        "events_in": counts.events_in,
+        "examples": counts.rows,
+        "trained_examples": model.trained_rows,
+        "trainer_version": model.version,
+        "replica_version": model.version,
+        "versions_published": model.sequence,
+        "freshness_ms": freshness,
+        "prequential": model.prequential(recent=True),
+        "rejected": counts.rejected,
+        "duplicates": counts.duplicates,
+        "late": counts.late,
+        "open": counts.open,
+        "rows": model.answer.get("rows") or {},
+        **more,
+    }

@@ -1,0 +1,229 @@
+"""The demo while it runs: what the replica says, probes, workers kept alive, a sample each second."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import aiohttp
+import orjson
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from deploy.demo.clicks import CLICKS_COME_S, WINDOW_S
+from deploy.demo.figures import Model, rate_of, sample
+from deploy.demo.probes import Freshness
+from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
+from deploy.demo.twin import TwinProcess
+from deploy.demo.workers import Worker
+from deploy.settings import Settings
+from embedding_store.errors import BrokerError, HeadraceError
+from streams.events import Tick, encode
+
+T = TypeVar("T")
+
+PROBE_S = 0.05
+POLL_MS = 1_000
+READY_S = 90.0
+STALL_S = 60.0  # a drain that gets nowhere for so long has failed
+
+
+class Board(Protocol):
+    """Shows samples."""
+
+    def publish(self, sample: dict[str, Any]) -> None: ...
+
+
+class Live:
+    """An async context: tasks that watch the run from its start to its end. The first error of any ends it."""
+
+    def __init__(self, settings: Settings, workers: Sequence[Worker], boards: Sequence[Board]) -> None:
+        self.settings, self.workers, self.boards = settings, workers, boards
+        self.url = f"http://127.0.0.1:{settings.serve.port}"
+        self.model, self.freshness = Model(), Freshness()
+        self.traffic: ClosedLoop | LogPlay | None = None
+        self.twin: TwinProcess | None = None
+        self.note = "starting"
+        self.watching = True  # over the workers
+        self.first_trained_s: float | None = None
+        self._began = time.monotonic()
+        self._moved = asyncio.Event()  # set, and made anew, with each new version seen
+        self._before = (self._began, 0.0, 0.0)
+
+    async def __aenter__(self) -> Live:
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(POLL_MS / 1000 + 5))
+        self._probes = AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap, acks="all", linger_ms=0)
+        try:
+            await self._probes.start()
+        except KafkaError as error:
+            raise BrokerError(f"Kafka at {self.settings.bootstrap} does not answer ({error}): is it running?") from None
+        self._tasks = [asyncio.create_task(task()) for task in (self._follow, self._probe, self._watch, self._show)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._probes.stop()
+        await self._session.close()
+
+    async def alongside(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work`, unless one of the tasks here fails first: then its error."""
+        doing = asyncio.create_task(work)
+        done, _ = await asyncio.wait([doing, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        if doing not in done:
+            doing.cancel()
+            await asyncio.gather(doing, return_exceptions=True)
+            for task in done:
+                task.result()
+        return await doing
+
+    async def ready(self, with_items: bool = True) -> None:
+        """The replica serves a version (that knows items)."""
+
+        def there() -> bool:
+            return self.model.sequence >= 0 and (not with_items or bool(self.model.answer["rows"].get("card")))
+
+        self.note = "starting the workers"
+        await self._until(there, READY_S, "the replica got no version")
+        self.note = ""
+
+    async def drained(self, ends: dict[int, int]) -> None:
+        """The replica is past these offsets of `events`."""
+        await self._until(
+            lambda: all(self.model.positions.get(p, 0) >= end for p, end in ends.items()), STALL_S,
+            "what was sent does not reach the replica",
+        )  # fmt: skip
+
+    async def reached(self, sequence: int) -> Model:
+        """The replica has this version."""
+        complaint = f"the replica does not get version {sequence}"
+        await self._until(lambda: self.model.sequence >= sequence, STALL_S, complaint)
+        return self.model
+
+    def publish(self, **more: Any) -> None:
+        """A sample to all boards."""
+        now, sent = time.monotonic(), float(self.traffic.sent.events if self.traffic else 0)
+        trained = float(self.model.trained_rows)
+        at, sent_before, trained_before = self._before
+        second = self.seconds
+        values = {
+            "t": round(now - self._began, 1),
+            "events_per_s": rate_of(sent, sent_before, now - at),
+            "trained_per_s": rate_of(trained, trained_before, now - at),
+            "processes": [worker.report() for worker in self.workers],
+            "note": self.note,
+            **({"ctr": self._clicks.recent(second)} if self._clicks else {}),
+            **({"ctr_frozen": self.twin.clicks.recent(second)} if self.twin else {}),
+            **more,
+        }
+        self._before = (now, sent, trained)
+        for board in self.boards:
+            board.publish(sample(self.model, self.freshness.figures(recent=True), **values))
+
+    @property
+    def seconds(self) -> int:
+        """Whole seconds since the shop opened."""
+        return (now_ms() - self.traffic.world.start_ms) // 1000 if isinstance(self.traffic, ClosedLoop) else 0
+
+    def click_rates(self, seconds: float) -> dict[str, float | None]:
+        """The rates of the first and the last window of a run of so many seconds."""
+        if self._clicks is None or self.twin is None:
+            return dict.fromkeys(("ctr_first_window", "ctr_last_window", "ctr_frozen_last_window"))
+        end = whole_seconds(seconds)
+        window = (max(0, end - WINDOW_S), end)
+        return {
+            "ctr_first_window": self._clicks.rate(0, WINDOW_S),
+            "ctr_last_window": self._clicks.rate(*window),
+            "ctr_frozen_last_window": self.twin.clicks.rate(*window),
+        }
+
+    @property
+    def _clicks(self) -> Any:
+        return self.traffic.clicks if isinstance(self.traffic, ClosedLoop) else None
+
+    async def _until(self, condition: Any, patience_s: float, complaint: str) -> None:
+        """Wait for `condition`, looked at with each new version; HeadraceError where none moves for `patience_s`."""
+
+        async def wait() -> None:
+            progress = time.monotonic()
+            while not condition():
+                moved = self._moved
+                try:
+                    async with asyncio.timeout(1.0):
+                        await moved.wait()
+                    progress = time.monotonic()
+                except TimeoutError:
+                    if time.monotonic() - progress > patience_s:
+                        logs = self.workers[0].log.parent
+                        raise HeadraceError(f"{complaint} within {patience_s:.0f} s: see the logs in {logs}") from None
+
+        await self.alongside(wait())
+
+    # --- the tasks ---
+
+    async def _follow(self) -> None:
+        """Long polls: each version as soon as the replica has it."""
+        while True:
+            sequence = self.model.sequence
+            try:
+                async with self._session.get(
+                    f"{self.url}/v1/model", params={"newer_than": sequence, "wait_ms": POLL_MS}
+                ) as response:
+                    answer = orjson.loads(await response.read()) if response.status == 200 else None
+            except (aiohttp.ClientError, TimeoutError):
+                answer = None
+            if answer is None:
+                await asyncio.sleep(PROBE_S)  # it is starting
+                continue
+            at = time.monotonic()
+            self.model = Model(answer)
+            self.freshness.served(self.model.positions, at)
+            if self.first_trained_s is None and self.model.trained_rows:
+                self.first_trained_s = round(at - self._began, 2)
+            if self.model.sequence != sequence:
+                self._moved.set()
+                self._moved = asyncio.Event()
+
+    async def _probe(self) -> None:
+        """A tick into each partition, once the events flow."""
+        topic, sent = self.settings.topics.events, 0
+        while True:
+            await asyncio.sleep(PROBE_S)
+            if self.traffic is None or not self.watching:
+                continue
+            sent += 1
+            # In a log time is the player's to tell: a probe there has a time that moves nothing.
+            ts = now_ms() if isinstance(self.traffic, ClosedLoop) else 0
+            for partition in range(self.settings.topics.partitions):
+                tick = encode(Tick(event_id=f"probe-{partition}-{sent}", ts=ts))
+                at = time.monotonic()
+                try:
+                    waiting = await self._probes.send(topic, tick, partition=partition)
+                except KafkaError as error:
+                    raise BrokerError(f"Kafka does not take probes ({error}): is the broker running?") from None
+                waiting.add_done_callback(lambda done, p=partition, at=at: self._probed(done, p, at))
+
+    def _probed(self, done: asyncio.Future, partition: int, at: float) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self.freshness.sent(partition, done.result().offset, at)
+
+    async def _watch(self) -> None:
+        """Workers that were killed are started again."""
+        while True:
+            await asyncio.sleep(PROBE_S)
+            for worker in self.workers if self.watching else ():
+                if (said := worker.revive()) is not None:
+                    self.note = said
+
+    async def _show(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            self.publish()
+
+
+def whole_seconds(seconds: float) -> int:
+    """The seconds of a run whose clicks have all come."""
+    return max(0, int(seconds) - CLICKS_COME_S)

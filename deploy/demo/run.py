@@ -1,0 +1,276 @@
+"""headrace demo: broker, workers, a replica, events, probes, and at the end the oracle's recount.
+
+    start    broker (or the user's own), topics, catalogue; join, train and serve in processes of their own
+    run      the closed loop (or a log) · probes · a sample each second for terminal and page · workers kept alive
+    drain    everything sent has reached the replica; join, then train end; the replica holds the last version
+    recount  the oracle reads `events` from its beginning and says what must have been trained
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from deploy import broker
+from deploy.demo.figures import Model, balance
+from deploy.demo.live import Live, whole_seconds
+from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
+from deploy.demo.twin import TwinProcess, TwinSettings
+from deploy.demo.workers import Worker
+from deploy.page import LivePage
+from deploy.processes import free_port, write_atomically
+from deploy.settings import DemoOptions, Settings, dump
+from deploy.summary import Summary
+from embedding_store.checkpoint import CheckpointStore
+from embedding_store.errors import HeadraceError, UsageError
+from online_model.features import table_specs
+from replay.oracle import Rules, Verdict, compare, expect, read_topic
+from replay.readers import READERS
+from replay.sinks import KafkaSink
+from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
+
+FOREVER_S = 10 * 365 * 86_400.0
+EVENTS_PER_REQUEST = 9.2  # of the simulator: items shown and what users do with them
+PATIENT = {"join.wait_ms": 3_000, "join.watch_wait_ms": 5_000}  # the simulator's users click within 2 s
+
+
+def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
+    """Run the demo and return the figures of `headrace demo --json`. Raises HeadraceError with one line.
+
+    To be called from the main thread: the worker processes are tied to it.
+    """
+    home = settings.data_dir / "demo"
+    with _alone(home):
+        if not options.keep and home.exists():
+            _clear(home)
+        home.mkdir(parents=True, exist_ok=True)
+        with _kafka(settings, home) as bootstrap:
+            return _Demo(_fitted(settings, options, home, bootstrap), options, home).run()
+
+
+class _Demo:
+    """One run, from topics to figures."""
+
+    def __init__(self, settings: Settings, options: DemoOptions, home: Path) -> None:
+        self.settings, self.options, self.home = settings, options, home
+        self.port = settings.serve.port
+        self.workers = [
+            Worker(name, [name, "--config", str(home / "headrace.toml")], home / f"{name}.log")
+            for name in ("join", "train", "serve")
+        ]
+        self.trained_before = self._sequence()
+
+    def run(self) -> dict[str, Any]:
+        settings = self.settings
+        create_topics(
+            settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
+            snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
+        )  # fmt: skip
+        write_atomically(self.home / "headrace.toml", dump(settings))
+        with contextlib.ExitStack() as stack:
+            if settings.topics.prefix != "" and not self.options.keep:
+                stack.callback(delete_topics, settings.bootstrap, settings.topics)
+            sink = stack.enter_context(KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items))
+            page = LivePage(self.options.port) if self.options.page else None
+            if page:
+                stack.callback(page.stop)
+            summary = stack.enter_context(Summary(page.start() if page else None))
+            for worker in self.workers:
+                stack.callback(worker.stop, 5.0)
+                worker.start()
+            live = Live(settings, self.workers, [summary, page] if page else [summary])
+            return asyncio.run(self._live(live, sink))
+
+    async def _live(self, live: Live, sink: KafkaSink) -> dict[str, Any]:
+        """Everything between the start of the workers and the figures."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: _interrupted(stop))
+        async with live:
+            if self.options.log is None:
+                seconds = await self._closed_loop(live, sink, stop)
+            else:
+                seconds = await self._log(live, sink, stop)
+            ends = await asyncio.to_thread(end_offsets, self.settings.bootstrap, self.settings.topics.events)
+            live.note = "draining: what was sent is on its way to the replica"
+            await live.drained(ends)
+            model = await self._wind_down(live)
+            live.note = "recounting the log"
+            verdict = await asyncio.to_thread(self._recount, model, ends)
+            result = self._figures(live, model, verdict, seconds)
+            live.publish(lost=verdict.lost, duplicated=verdict.duplicated, note="done")
+        return result
+
+    async def _closed_loop(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
+        """Simulated users for `seconds`. Returns how long it was, in seconds."""
+        users = ClosedLoop(self.settings.simulator, sink, live.url)
+        users.open(now_ms())  # the catalogue first: a replica has nothing to recommend before
+        await live.ready()
+        users.open(now_ms())
+        model = self.settings.model
+        twin = TwinProcess(
+            TwinSettings(self.settings.simulator, self.settings.serve.serve, model.features, model.ranker,
+                         users.world.start_ms),
+            self.home / "twin.log",
+        )  # fmt: skip
+        live.traffic, live.twin = users, twin
+        with twin:
+            started = time.monotonic()
+            ending = asyncio.get_running_loop().call_later(self.options.seconds or FOREVER_S, stop.set)
+            await live.alongside(users.run(stop))
+            ending.cancel()
+            seconds = time.monotonic() - started
+            live.note = "waiting for the twin that does not learn"
+            await twin.reached(whole_seconds(seconds))
+        return seconds
+
+    async def _log(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
+        """A log, to its end, or until Ctrl-C."""
+        assert self.options.log is not None
+        assert self.options.path is not None
+        play = LogPlay(self.options.log, self.options.path, sink)
+        await live.ready(with_items=False)
+        live.traffic = play
+        started = time.monotonic()
+        await live.alongside(play.run(stop))
+        return time.monotonic() - started
+
+    async def _wind_down(self, live: Live) -> Model:
+        """Join ends, so that the log grows no more; train ends with all that was joined; the replica has it."""
+        join, train, serve = self.workers
+        live.watching = False
+        await asyncio.to_thread(join.stop)
+        await asyncio.to_thread(train.stop)
+        model = await live.reached(self._sequence())
+        await asyncio.to_thread(serve.stop)
+        return model
+
+    def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
+        """What the oracle makes of the log: of all records that the last version claims, and at least of all that were
+        sent by us (further ticks may lie behind)."""
+        join = self.settings.join.join
+        rules = Rules(
+            disorder_ms=join.disorder_ms, wait_ms=join.wait_ms, open_ms=join.open_ms, watch_wait_ms=join.watch_wait_ms,
+            purchase_window_ms=join.purchase_window_ms, future_ms=join.future_ms, implicit=join.implicit,
+        )  # fmt: skip
+        until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
+        records = read_topic(self.settings.bootstrap, self.settings.topics.events, until)
+        return compare(expect(records, rules), model.trained)
+
+    def _sequence(self) -> int:
+        """The trainer's last version, from its store; 0 before the first."""
+        path = self.home / "train"
+        if not path.exists():
+            return 0
+        store = CheckpointStore(path, {spec.name: spec.layout for spec in table_specs(self.settings.model.features)})
+        try:
+            head = store.head()
+            return head.sequence if head else 0
+        finally:
+            store.close()
+
+    def _figures(self, live: Live, model: Model, verdict: Verdict, seconds: float) -> dict[str, Any]:
+        counts = model.counts()
+        result = {
+            "events_in": counts.events_in,
+            "events_rejected": counts.rejected,
+            "examples": verdict.expected_rows,
+            "trained_examples": model.trained_rows,
+            "lost": verdict.lost,
+            "duplicated": verdict.duplicated,
+            "versions_published": self._sequence() - self.trained_before,
+            "trainer_version": f"{model.answer['epoch']}.{self._sequence()}",
+            "replica_version": model.version,
+            "freshness_ms": live.freshness.figures(),
+            "prequential": model.prequential(),
+            **live.click_rates(seconds),
+            "balance": balance(counts),
+            "oracle_balance": verdict.balance,
+            "events_per_s": round(counts.events_in / seconds, 1) if seconds else 0.0,
+            "seconds": round(seconds, 2),
+            "first_trained_s": live.first_trained_s,
+            "restarts": {worker.name: worker.restarts for worker in self.workers},
+            "unanswered": live.traffic.sent.unanswered if live.traffic else 0,
+        }
+        return result
+
+
+def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str) -> Settings:
+    """The run's settings: its own folder, broker and ports; a joiner that fits the source."""
+    flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
+    if settings.bootstrap:  # somebody's cluster: topics of our own there
+        flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
+    if options.log is None:
+        default = Settings([]).join.join
+        flags |= {f: v for f, v in PATIENT.items() if getattr(settings.join.join, f[5:]) == getattr(default, f[5:])}
+        flags["simulator.seed"] = options.seed
+        if options.rate:
+            flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
+    else:
+        if options.log not in READERS:
+            raise UsageError(f"no reader is named {options.log!r}; there are {', '.join(sorted(READERS))}")
+        flags |= {"join.implicit": not READERS[options.log].has_impressions, "join.ticks": "log"}
+    if options.keep and (home / "headrace.toml").exists():
+        flags |= _kept(home)
+    return settings.with_flags(flags)
+
+
+def _kept(home: Path) -> dict[str, Any]:
+    """Where the run before left off: its topics."""
+    before = tomllib.loads((home / "headrace.toml").read_text("utf-8"))
+    return {"topics.prefix": before["topics"]["prefix"]}
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One demo on a data directory at a time. The kernel frees the lock with its process, however that ends."""
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home.parent / "demo.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"a demo runs on {home.parent} already: stop it (Ctrl-C), or give this one another place with --data-dir"
+        ) from None
+    except OSError as error:
+        raise HeadraceError(f"{home.parent} cannot be used: {error.strerror}; choose another --data-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear(home: Path) -> None:
+    broker.stop(home)  # one that was left behind
+    try:
+        shutil.rmtree(home)
+    except OSError as error:
+        raise HeadraceError(f"{home} cannot be cleared: {error.strerror}; give another place with --data-dir") from None
+
+
+@contextlib.contextmanager
+def _kafka(settings: Settings, home: Path) -> Iterator[str]:
+    """The bootstrap address: of the user's cluster, or of a broker of the run's own."""
+    if settings.bootstrap:
+        wait_for_broker(settings.bootstrap)
+        yield settings.bootstrap
+    else:
+        with broker.Broker.start(home) as own:
+            yield own.bootstrap
+
+
+def _interrupted(stop: asyncio.Event) -> None:
+    """The first Ctrl-C ends the run and drains it; the next one ends the process."""
+    if stop.is_set():
+        raise KeyboardInterrupt
+    stop.set()

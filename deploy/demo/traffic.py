@@ -1,0 +1,120 @@
+"""What the demo feeds its system with: simulated users who answer what the replica recommends, or a log."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import aiohttp
+import orjson
+
+from deploy.demo.clicks import ClickRate
+from replay.player import Played, Player, PlaySettings, WallClock
+from replay.readers import in_time_order, open_log
+from replay.simulator import Marketplace, Request, SimulatorSettings
+from replay.sinks import KafkaSink
+from streams.events import Click, Event, Item, units
+
+STEP_S = 0.02
+IN_FLIGHT = 64  # requests to the replica at a time; users beyond that go away
+ANSWER_S = 2.0  # so long a user waits
+
+
+def now_ms() -> int:
+    """The time, ms UTC."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass
+class Sent:
+    """What went into the topics so far; `events` counts an impression of k items as k."""
+
+    events: int = 0
+    unanswered: int = 0  # requests that the replica did not answer in time
+
+
+class ClosedLoop:
+    """Users of a marketplace, each page of theirs filled by the replica at `url`. One asyncio task: `run`."""
+
+    def __init__(self, settings: SimulatorSettings, sink: KafkaSink, url: str) -> None:
+        self.world, self.sink, self.clicks, self.sent = Marketplace(settings), sink, ClickRate(), Sent()
+        self._url = f"{url}/v1/recommend"
+        self._seconds: dict[str, int] = {}  # request → the second of the run it was shown in
+        self._flying: set[asyncio.Task] = set()
+
+    def open(self, at_ms: int) -> None:
+        """The shop opens at `at_ms`: its catalogue goes out."""
+        self.world.start(at_ms)
+        self._send(self.world.catalogue())
+        self.sink.flush()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Live in step with the wall clock until `stop` is set; then wait for the answers under way."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S)) as session:
+            while not stop.is_set():
+                step = self.world.advance(now_ms())
+                for event in step.events:
+                    if isinstance(event, Click):
+                        self.clicks.add(self._seconds[str(event.request_id)], clicked=1)
+                    self.sent.events += units(event)
+                self._send([*step.items, *step.events])
+                for request in step.requests:
+                    if len(self._flying) < IN_FLIGHT:
+                        task = asyncio.create_task(self._visit(session, request))
+                        self._flying.add(task)
+                        task.add_done_callback(self._flying.discard)
+                    else:
+                        self.sent.unanswered += 1
+                await asyncio.sleep(STEP_S)
+            await asyncio.gather(*self._flying)
+        self.sink.flush()
+
+    async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
+        """One page: ask, show, tell."""
+        body = orjson.dumps({"user": request.user, "scenario": request.scenario, "k": request.k})
+        try:
+            async with session.post(self._url, data=body) as response:
+                answer = orjson.loads(await response.read())
+                if response.status != 200:
+                    raise aiohttp.ClientError(answer["error"])
+        except (aiohttp.ClientError, TimeoutError):
+            self.sent.unanswered += 1  # the replica is being started again: this user saw nothing
+            return
+        items = answer["items"]
+        impression = self.world.show(
+            request, [shown["item"] for shown in items], ts=now_ms(),
+            propensities=[shown["propensity"] for shown in items],
+            model_version=answer["model_version"], feature_hash=answer["feature_hash"],
+        )  # fmt: skip
+        second = (request.ts - self.world.start_ms) // 1000
+        self._seconds[request.request_id] = second
+        self.clicks.add(second, shown=len(items))
+        self.sent.events += units(impression)
+        self._send([impression])
+
+    def _send(self, records: Iterable[Event | Item]) -> None:
+        for record in records:
+            self.sink.send(record)
+
+
+class LogPlay:
+    """A historical log, played at full speed. One asyncio task: `run`."""
+
+    def __init__(self, name: str, path: str, sink: KafkaSink) -> None:
+        self.log = open_log(name, path)
+        self.player = Player(sink, PlaySettings(), WallClock(), None)
+
+    @property
+    def sent(self) -> Sent:
+        return Sent(self.player.played.events)
+
+    async def run(self, stop: asyncio.Event) -> Played:
+        """Play it to its end, or until `stop`; a tick past the last event closes what is open.
+
+        Raises LogError, BrokerError.
+        """
+        records = itertools.takewhile(lambda _: not stop.is_set(), in_time_order(self.log))
+        return await asyncio.to_thread(self.player.play, records)

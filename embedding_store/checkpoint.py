@@ -1,0 +1,338 @@
+"""The trainer's store: all of its state in one RocksDB, changed by one atomic, synced write a commit.
+
+A commit holds the touched rows, the dense weights, the trainer's own state (positions among it) and the encoded
+version that tells replicas of it. So after a kill -9 the store is at a commit, never between two, and the versions
+that the broker may not have are in its outbox, byte for byte as they were first sent.
+
+Keys of rows are big-endian ids with the sign bit flipped: RocksDB's order is the order of the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+from safetensors.numpy import load, save
+
+from embedding_store.columns import TableRows
+from embedding_store.delta import Version
+from embedding_store.errors import PositionError, StoreError
+from embedding_store.rocks import Batch, Db, open_db
+
+_FORMAT = 1
+_SIGN = np.uint64(1 << 63)
+_META, _BLOBS, _OUTBOX = "meta", "blobs", "outbox"
+_ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
+
+
+@dataclass
+class Commit:
+    """What becomes true at once. Rows and blobs are absolute values, those not named stay as they are."""
+
+    epoch: int
+    sequence: int  # rises with every commit, across epochs too
+    state: bytes  # the owner's: positions, counts, whatever it needs to go on
+    dense: dict[str, np.ndarray] = field(default_factory=dict)  # all dense weights and their optimizer's state
+    rows: dict[str, TableRows] = field(default_factory=dict)  # table → its touched rows, all columns of its layout
+    blobs: dict[str, dict[int, bytes]] = field(default_factory=dict)  # family → id → bytes
+    parts: list[bytes] = field(default_factory=list)  # the version's encoded parts, for the outbox; none: no entry
+    version: Version | None = None  # what the parts were encoded from: its header is what a snapshot will say
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last commit, without its rows."""
+
+    epoch: int
+    sequence: int
+    state: bytes
+    dense: dict[str, np.ndarray]
+
+
+class _HeadRecord(msgspec.Struct, array_like=True):
+    epoch: int
+    sequence: int
+    state: bytes
+    version: _VersionRecord | None
+
+
+class _VersionRecord(msgspec.Struct, array_like=True):
+    """What a version says beside rows and weights."""
+
+    created_ms: int
+    positions: dict[int, int]
+    info: dict
+    dense: list[str]  # which of the commit's dense arrays it has
+
+
+class CheckpointStore:
+    """One process at a time. One thread commits and acknowledges, others may read. All methods raise StoreError."""
+
+    def __init__(self, path: Path | str, layouts: Mapping[str, np.dtype], read_only: bool = False) -> None:
+        """Opens or makes the store at `path`; `layouts`: table → structured dtype of its rows (`columns.layout`).
+
+        Raises StoreLocked where another process has it open, StoreError where it was written with other layouts.
+        """
+        self.path = Path(path)
+        self.layouts = dict(layouts)
+        self._db = open_db(self.path, [_META, _BLOBS, _OUTBOX, *map(_family, layouts)], read_only)
+        try:
+            self._check_layouts(read_only)
+            record = self._head_record()
+            self._last = (record.epoch, record.sequence) if record else (0, 0)
+            self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(_OUTBOX)]
+        except BaseException:
+            self._db.close()
+            raise
+
+    def commit(self, commit: Commit) -> None:
+        """Writes all of the commit or, where it raises, none of it that anybody sees.
+
+        1. Everything is put into one batch, rows sorted by id. 2. The batch is written and synced. 3. Only then does
+        the outbox here know the version. Where 2 fails (DiskFull) the caller keeps its touched rows and commits
+        again under the same sequence, once there is space.
+
+        Raises PositionError where epoch or sequence does not go on from the last commit.
+        """
+        if commit.epoch < self._last[0] or commit.sequence <= self._last[1]:
+            raise PositionError(
+                f"commit {commit.epoch}.{commit.sequence} does not follow {self._last[0]}.{self._last[1]} "
+                f"of the store {self.path}: restore from the store before going on"
+            )
+        about = _version_record(commit.version) if commit.version else None
+        if about and not commit.dense.keys() >= set(about.dense):
+            raise ValueError("the version has dense weights that its commit has not")
+        batch = self._db.batch()
+        for table, rows in commit.rows.items():
+            self._put_rows(batch, table, rows.sorted())
+        for name, blobs in commit.blobs.items():
+            ids = np.array(sorted(blobs), np.int64)
+            prefix = _blob_prefix(name)
+            batch.put_all(_BLOBS, (prefix + key for key in _keys(ids)), (blobs[i] for i in ids.tolist()))
+        if commit.parts:
+            batch.into(_OUTBOX)[_sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
+        meta = batch.into(_META)
+        meta[_DENSE] = save({n: np.ascontiguousarray(a) for n, a in commit.dense.items()})
+        meta[_HEAD] = msgspec.msgpack.encode(_HeadRecord(commit.epoch, commit.sequence, commit.state, about))
+        self._db.write(batch)
+        self._last = (commit.epoch, commit.sequence)
+        if commit.parts:
+            self._outbox.append(commit.sequence)
+
+    def head(self) -> Head | None:
+        """The last commit; None where there is none."""
+        record = self._head_record()
+        if record is None:
+            return None
+        return Head(record.epoch, record.sequence, record.state, load(self._db.get(_META, _DENSE) or b""))
+
+    def version(self) -> Version | None:
+        """The last commit as a version that holds everything (`base` None), but without tables and blobs."""
+        record, head = self._head_record(), self.head()
+        if record is None or head is None:
+            return None
+        about = record.version or _VersionRecord(0, {}, {}, list(head.dense))
+        dense = {name: head.dense[name] for name in about.dense}
+        return Version(head.epoch, head.sequence, None, about.created_ms, about.positions, about.info, dense)
+
+    def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
+        """All rows of a table sorted by id, in chunks of up to `chunk`. Do not commit while it runs."""
+        items = self._db.items(_family(table))
+        while pairs := list(islice(items, chunk)):
+            keys, values = zip(*pairs, strict=True)
+            yield self._unpack(table, _ids(keys), values)
+
+    def read_rows(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, TableRows]:
+        """ids int64 [n] → (found bool [n], the rows of those that were found, in their order). 2 to 4 µs an id."""
+        order = np.argsort(ids, kind="stable")
+        values = self._db.get_many(_family(table), _keys(ids[order]))
+        found_sorted = np.fromiter((v is not None for v in values), bool, len(values))
+        found = np.empty(len(ids), bool)
+        found[order] = found_sorted
+        rows = self._unpack(table, ids[order][found_sorted], [v for v in values if v is not None])
+        return found, rows.take(np.argsort(order[found_sorted], kind="stable"))
+
+    def has_rows(self, table: str) -> bool:
+        """Whether the table has any row."""
+        return next(self._db.items(_family(table)), None) is not None
+
+    def iter_blobs(self, name: str) -> Iterator[tuple[int, bytes]]:
+        """(id, bytes) of a blob family, sorted by id."""
+        prefix = _blob_prefix(name)
+        for key, value in self._db.items(_BLOBS, prefix):
+            if not key.startswith(prefix):
+                return
+            yield int(_ids([key[len(prefix) :]])[0]), value
+
+    def blob_names(self) -> list[str]:
+        """The blob families that hold something."""
+        names: list[str] = []
+        found = next(self._db.items(_BLOBS), None)
+        while found is not None:
+            name = found[0][:-9]  # the id's eight bytes and the zero before them
+            names.append(name.decode())
+            found = next(self._db.items(_BLOBS, name + b"\x01"), None)
+        return names
+
+    def outbox(self) -> list[tuple[int, list[bytes]]]:
+        """(sequence, parts) of the versions that were not acknowledged, oldest first, as they were committed."""
+        keys = [_sequence_key(s) for s in self._outbox]
+        values = self._db.get_many(_OUTBOX, keys)
+        stored = zip(self._outbox, values, strict=True)
+        return [(s, msgspec.msgpack.decode(v, type=list[bytes])) for s, v in stored if v is not None]
+
+    def acknowledge(self, up_to_sequence: int) -> None:
+        """Forgets the versions up to and with this one: the broker has them.
+
+        Not synced: a power cut may bring them back, they are then sent again.
+        """
+        gone = [s for s in self._outbox if s <= up_to_sequence]
+        if not gone:
+            return
+        batch = self._db.batch()
+        outbox = batch.into(_OUTBOX)
+        for sequence in gone:
+            del outbox[_sequence_key(sequence)]
+        self._db.write(batch, sync=False)
+        self._outbox = self._outbox[len(gone) :]
+
+    def digest(self, state: bytes | None = None) -> str:
+        """32 hex digits over all logical rows and blobs sorted by id, the dense weights, and `state`.
+
+        `state`: what of the owner's state must be alike in two runs (positions, counts); None: the head's as it is.
+        Not in it: epoch, sequence, outbox, row numbers.
+        """
+        head = self.head()
+        digest = Digest(self.layouts)
+        for table in sorted(self.layouts):
+            for rows in self.iter_rows(table):
+                digest.rows(table, rows)
+        for name in self.blob_names():
+            digest.entry(f"blobs {name}", *(part for i, v in self.iter_blobs(name) for part in (str(i).encode(), v)))
+        if state is None and head is not None:
+            state = head.state
+        return digest.finish(head.dense if head else {}, state or b"")
+
+    def checkpoint(self, path: Path) -> None:
+        """A copy of the store as of the last commit as the new directory `path`, by hard links: `Db.checkpoint`."""
+        self._db.checkpoint(path)
+
+    def close(self) -> None:
+        """Lets go of the store. Idempotent."""
+        self._db.close()
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def db(self) -> Db:
+        """The RocksDB beneath, for its figures."""
+        return self._db
+
+    def _head_record(self) -> _HeadRecord | None:
+        value = self._db.get(_META, _HEAD)
+        return None if value is None else msgspec.msgpack.decode(value, type=_HeadRecord)
+
+    def _check_layouts(self, read_only: bool) -> None:
+        layouts = {table: dtype.descr for table, dtype in sorted(self.layouts.items())}
+        about = msgspec.json.encode({"format": _FORMAT, "layouts": layouts})
+        stored = self._db.get(_META, _ABOUT)
+        if stored is None and not read_only:
+            batch = self._db.batch()
+            batch.into(_META)[_ABOUT] = about
+            self._db.write(batch)
+        elif stored != about:
+            raise StoreError(
+                f"the store {self.path} was written with other tables or dimensions: "
+                "set them back, or choose an empty data directory"
+            )
+
+    def _put_rows(self, batch: Batch, table: str, rows: TableRows) -> None:
+        dtype = self.layouts[table]
+        if set(rows.columns) != set(dtype.names or ()):
+            raise ValueError(f"rows of {table!r} have the columns {sorted(rows.columns)}, not those of its layout")
+        packed = pack(rows, dtype)
+        batch.put_all(_family(table), _keys(rows.ids), packed.view(f"V{dtype.itemsize}").tolist())
+
+    def _unpack(self, table: str, ids: np.ndarray, values: list[bytes] | tuple[bytes, ...]) -> TableRows:
+        dtype = self.layouts[table]
+        joined = b"".join(values)
+        if len(joined) != len(ids) * dtype.itemsize:
+            raise StoreError(f"the store {self.path} holds rows of another size in {table!r}: restore from a snapshot")
+        packed = np.frombuffer(joined, dtype)
+        return TableRows(ids, {n: packed[n].copy() for n in dtype.names or ()})
+
+
+class Digest:
+    """The hash of a model's logical content; rows may come in chunks of any size, but sorted by table and id."""
+
+    def __init__(self, layouts: Mapping[str, np.dtype]) -> None:
+        self._layouts = layouts
+        self._hash = xxhash.xxh3_128()
+        self._table = ""
+
+    def rows(self, table: str, rows: TableRows) -> None:
+        """The next rows of `table`, ids ascending."""
+        if not len(rows):
+            return
+        if table != self._table:
+            self._table = table
+            self.entry(f"table {table}")
+        packed = np.empty(len(rows), [("id", "<i8"), ("row", self._layouts[table])])
+        packed["id"], packed["row"] = rows.ids, pack(rows, self._layouts[table])
+        self._hash.update(packed.data)
+
+    def entry(self, name: str, *values: bytes) -> None:
+        """Something by name; lengths are part of it, so that nothing can pass for something else."""
+        for value in (name.encode(), *values):
+            self._hash.update(len(value).to_bytes(8, "little"))
+            self._hash.update(value)
+
+    def finish(self, dense: Mapping[str, np.ndarray], state: bytes) -> str:
+        """The 32 hex digits, with the dense weights and the state."""
+        for name in sorted(dense):
+            self.entry(f"dense {name} {dense[name].dtype.str} {dense[name].shape}", dense[name].tobytes())
+        self.entry("state", state)
+        return self._hash.hexdigest()
+
+
+def pack(rows: TableRows, dtype: np.dtype) -> np.ndarray:
+    """The rows' columns as one structured array [n] of `dtype`."""
+    packed = np.empty(len(rows), dtype)
+    for name in dtype.names or ():
+        packed[name] = rows.columns[name]
+    return packed
+
+
+def _version_record(version: Version) -> _VersionRecord:
+    return _VersionRecord(version.created_ms, version.positions, version.info, list(version.dense))
+
+
+def _family(table: str) -> str:
+    return f"rows.{table}"
+
+
+def _blob_prefix(name: str) -> bytes:
+    return name.encode() + b"\x00"
+
+
+def _sequence_key(sequence: int) -> bytes:
+    return sequence.to_bytes(8, "big")
+
+
+def _keys(ids: np.ndarray) -> list[bytes]:
+    """int64 [n] → keys in whose order the ids ascend."""
+    return (ids.astype(np.uint64) ^ _SIGN).astype(">u8").view("V8").tolist()
+
+
+def _ids(keys: list[bytes] | tuple[bytes, ...]) -> np.ndarray:
+    """The inverse of `_keys`."""
+    return (np.frombuffer(b"".join(keys), ">u8").astype(np.uint64) ^ _SIGN).astype(np.int64)

@@ -1,0 +1,227 @@
+"""How Headrace opens a RocksDB: the same options, errors and closing for the trainer's store and the joiner's.
+
+RocksDB reports every failure as a bare `Exception` with a text. Here, and nowhere else, they become StoreLocked,
+DiskFull or StoreError. Keys and values are `bytes` (raw mode).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from rocksdict import (
+    AccessType,
+    BlockBasedOptions,
+    Cache,
+    Checkpoint,
+    ColumnFamily,
+    DbClosedError,
+    DBCompressionType,
+    Options,
+    Rdict,
+    WriteBatch,
+    WriteOptions,
+)
+
+from embedding_store.errors import DiskFull, StoreError, StoreLocked
+
+DEFAULT_FAMILY = "default"  # RocksDB always has this one
+_CACHE_BYTES = 64 << 20
+
+
+class Batch:
+    """Writes that happen together or not at all, over all families: fill it, give it to `Db.write`.
+
+    Not to be used after the Db was closed.
+    """
+
+    def __init__(self, handle: Callable[[str], ColumnFamily | None]) -> None:
+        self.raw = WriteBatch(raw_mode=True)
+        self._handle = handle
+
+    def into(self, family: str) -> WriteBatch:
+        """RocksDB's batch, writing to `family` until the next `into`: `w[key] = value`, `del w[key]`, bytes only.
+
+        Put keys in sorted order: RocksDB takes them twice as fast.
+        """
+        self.raw.set_default_column_family(self._handle(family))
+        return self.raw
+
+    def put_all(self, family: str, keys: Iterable[bytes], values: Iterable[bytes]) -> None:
+        """All of `keys` (sorted) with their `values`."""
+        put = self.into(family).__setitem__
+        for key, value in zip(keys, values, strict=True):
+            put(key, value)
+
+    def delete_range(self, family: str, begin: bytes, end: bytes) -> None:
+        """Deletes the keys in [begin, end)."""
+        self.raw.delete_range(begin, end, self._handle(family))
+
+
+class Db:
+    """An open RocksDB and its column families. Reads may come from any thread, also during a write.
+
+    All methods raise StoreError (DiskFull, where no space is left) when RocksDB fails. After a failed write reads
+    show the state before it; make a new `batch()` to try again, that opens the database anew. The failed batch is
+    then in it as a whole or, nearly always, not at all: write absolute values, so that a second time does no harm.
+    """
+
+    def __init__(self, path: Path, families: list[str], read_only: bool = False) -> None:
+        self.path = path
+        self._names = families
+        self._read_only = read_only
+        self._db: Rdict | None = None
+        self._families: dict[str, Rdict] = {}
+        self._handles: dict[str, ColumnFamily] = {}
+        self._failed = False  # RocksDB refuses all writes after one that failed, until it is opened anew
+        self._connect()
+
+    def family(self, name: str) -> Rdict:
+        """RocksDB's own view of a family. Do not keep it: it holds the LOCK beyond `close`."""
+        return self._opened() if name == DEFAULT_FAMILY else self._families[name]
+
+    def get(self, family: str, key: bytes) -> bytes | None:
+        """The value of a key, None where there is none."""
+        with _mapped_errors(self.path):
+            self._opened()
+            return self.family(family).get(key)
+
+    def get_many(self, family: str, keys: list[bytes]) -> list[bytes | None]:
+        """The values of many keys, None where there is none; sorted keys are twice as fast."""
+        with _mapped_errors(self.path):
+            self._opened()
+            return self.family(family).get(keys) if keys else []  # type: ignore[arg-type, return-value]
+
+    def items(self, family: str, from_key: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """(key, value) in the order of the keys from `from_key` on. Holds the LOCK until it is exhausted or gone."""
+        with _mapped_errors(self.path):
+            self._opened()
+            yield from self.family(family).items(from_key=from_key)
+
+    def batch(self) -> Batch:
+        """An empty batch for `write`; after a failed write the database is opened anew first."""
+        self._reopen_if_failed()
+        return Batch(lambda name: None if name == DEFAULT_FAMILY else self._handles[name])
+
+    def write(self, batch: Batch, sync: bool = True) -> None:
+        """Writes all of the batch at once. With `sync` it outlives a power cut, without it only a kill -9.
+
+        Holds the interpreter's lock until it is done (about 1 µs a row): bound the batch where others must run.
+        """
+        options = WriteOptions()
+        options.sync = sync
+        with _mapped_errors(self.path):
+            db = self._opened()
+            self._failed = True
+            db.write(batch.raw, options)
+            self._failed = False
+
+    def checkpoint(self, path: Path) -> None:
+        """A copy as of now as the new directory `path` on the same file system: hard links, 10 to 40 ms."""
+        with _mapped_errors(self.path):
+            Checkpoint(self._opened()).create_checkpoint(str(path))
+
+    def close(self) -> None:
+        """Flushes and lets go of the LOCK. Idempotent."""
+        db, self._db = self._db, None
+        families = list(self._families.values())
+        self._families.clear()  # these objects and the handles would keep the LOCK
+        self._handles.clear()
+        if db is None:
+            return
+        everything = (*families, db)
+        steps = [part.close for part in everything]
+        if not (self._read_only or self._failed):
+            steps = [part.flush for part in everything] + steps
+        for step in steps:
+            # The log has all that was acknowledged: what fails here loses nothing, the next opening reads the log.
+            with contextlib.suppress(StoreError), _mapped_errors(self.path):
+                step()
+
+    def __enter__(self) -> Db:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _opened(self) -> Rdict:
+        if self._db is None:
+            raise StoreError(f"the store {self.path} is closed: open it again")
+        return self._db
+
+    def _reopen_if_failed(self) -> None:
+        if self._failed:
+            self.close()
+            self._connect()
+            self._failed = False
+
+    def _connect(self) -> None:
+        with _mapped_errors(self.path):
+            if not self._read_only:
+                self.path.mkdir(parents=True, exist_ok=True)
+            exists = (self.path / "CURRENT").exists()
+            found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
+            names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
+            cache = Cache(_CACHE_BYTES)
+            access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
+            self._db = Rdict(str(self.path), _options(cache), {n: _options(cache) for n in names}, access)
+            self._families = {n: self._db.get_column_family(n) for n in names}
+            self._handles = {n: self._db.get_column_family_handle(n) for n in names}
+
+
+def open_db(path: Path | str, families: list[str], read_only: bool = False) -> Db:
+    """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
+
+    Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
+    `read_only` takes no LOCK, and sees what was written up to now.
+    """
+    return Db(Path(path), families, read_only)
+
+
+def _options(cache: Cache) -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.create_missing_column_families(True)
+    options.set_compression_type(DBCompressionType.none())  # rows are random floats: nothing to win
+    options.set_max_total_wal_size(256 << 20)  # a family that is seldom written must not keep all logs alive
+    options.set_max_log_file_size(4 << 20)
+    options.set_keep_log_file_num(2)
+    options.set_stats_dump_period_sec(0)
+    options.set_manifest_preallocation_size(64 << 10)
+    options.set_max_open_files(512)
+    blocks = BlockBasedOptions()
+    blocks.set_block_cache(cache)
+    blocks.set_bloom_filter(10, False)  # a new id is looked up once, and missing: 0.4 µs
+    options.set_block_based_table_factory(blocks)
+    return options
+
+
+@contextlib.contextmanager
+def _mapped_errors(path: Path) -> Iterator[None]:
+    """The one place that knows RocksDB's error texts."""
+    try:
+        yield
+    except DbClosedError as error:
+        raise StoreError(f"the store {path} is closed: open it again") from error
+    except OSError as error:
+        raise _translate(path, str(error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # RocksDB alone raises a bare one
+            raise
+        raise _translate(path, str(error)) from error
+
+
+def _translate(path: Path, text: str) -> StoreError:
+    text = " ".join(text.split())
+    if "LOCK: No locks available" in text or "LOCK: Resource temporarily unavailable" in text:
+        return StoreLocked(
+            f"the store {path} is in use by another process: stop that worker, or choose another data directory"
+        )
+    if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
+        return DiskFull(f"no space left on the disk of the store {path}: free some and try again, nothing was lost")
+    if "os error" in text or "[Errno" in text:
+        return StoreError(f"the store {path} cannot be opened ({text}): choose a directory that you may write")
+    return StoreError(f"the store {path} failed ({text}): check the disk, or restore the store from a snapshot")

@@ -1,0 +1,148 @@
+"""Snapshots: all of a version, for replicas to start from. A directory `<epoch>-<sequence>` of part files.
+
+A snapshot is written beside its place and renamed there, so a directory of that name is whole. Its files are the parts
+of `delta.encode`. It holds what replicas need: no momentum, no trainer's state.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from embedding_store.checkpoint import CheckpointStore
+from embedding_store.columns import MOMENTUM, TableRows
+from embedding_store.delta import Assembler, Version, encode_stream
+from embedding_store.errors import CorruptRecord, DiskFull, StoreError
+
+KEEP = 3
+_PART_BYTES = 16 << 20
+_CHUNK = 10_000  # rows at a time: small, so that the trainer's thread gets its turn in between
+_NAME = re.compile(r"\d+-\d+")
+
+
+def snapshot_of(store: CheckpointStore, directory: Path, keep: int = KEEP) -> Path:
+    """Writes the last commit of `store` as a snapshot into `directory` and returns its path.
+
+    May run in any thread while another commits, but one at a time: 1. RocksDB copies itself by hard links beside
+    the store (it holds commits up for 10 to 50 ms). 2. The copy is opened and streamed out; commits go on. What
+    the snapshot's name says is what the copy's own head says, so it holds exactly that version, though a newer
+    one may be committed by the time it is there. 3. The copy goes, and all but the `keep` newest snapshots.
+
+    Raises StoreError (DiskFull) where it cannot be written, or where nothing was committed yet.
+    """
+    copy = store.path.with_name(store.path.name + ".copy")
+    shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
+    try:
+        store.checkpoint(copy)
+        with CheckpointStore(copy, store.layouts, read_only=True) as frozen:
+            version = frozen.version()
+            if version is None:
+                raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
+            return _write(directory, version, _rows(frozen), _blobs(frozen), keep)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:
+    """Writes a version that holds everything (`base` None) into `directory`; see `snapshot_of`."""
+    return _write(directory, version, version.tables.items(), version.blobs.items(), keep)
+
+
+def latest_snapshot(directory: Path) -> Path | None:
+    """The newest snapshot in `directory`; None where there is none."""
+    return max(_snapshots(directory), key=_version_of, default=None)
+
+
+def read_snapshot(path: Path) -> Version:
+    """The version in a snapshot, with all of its rows in memory.
+
+    Raises StoreError where it cannot be read (it may have been replaced by a newer one), CorruptRecord where it is
+    damaged.
+    """
+    assembler, version = Assembler(), None
+    with _mapped_errors(path):
+        for file in sorted(path.iterdir()):
+            version = assembler.add(file.read_bytes())
+    if version is None:
+        raise CorruptRecord(f"the snapshot {path} lacks some of its parts: delete it, and an older one is taken")
+    return version
+
+
+def _write(
+    directory: Path,
+    version: Version,
+    tables: Iterable[tuple[str, TableRows]],
+    blobs: Iterable[tuple[str, dict[int, bytes]]],
+    keep: int,
+) -> Path:
+    final = directory / f"{version.epoch}-{version.sequence}"
+    partial = directory / ".partial"
+    with _mapped_errors(directory):
+        shutil.rmtree(partial, ignore_errors=True)
+        if final.exists():
+            return final
+        partial.mkdir(parents=True)
+        try:
+            for number, part in enumerate(encode_stream(version, tables, blobs, _PART_BYTES)):
+                _write_synced(partial / f"part-{number:06}", part)
+            _sync_directory(partial)
+            partial.rename(final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync_directory(directory)
+        for old in sorted(_snapshots(directory), key=_version_of)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _rows(store: CheckpointStore) -> Iterator[tuple[str, TableRows]]:
+    for table in sorted(store.layouts):
+        for rows in store.iter_rows(table, _CHUNK):
+            yield table, rows.without(MOMENTUM)
+
+
+def _blobs(store: CheckpointStore) -> Iterator[tuple[str, dict[int, bytes]]]:
+    for name in store.blob_names():
+        blobs = store.iter_blobs(name)
+        while chunk := dict(islice(blobs, _CHUNK)):
+            yield name, chunk
+
+
+def _snapshots(directory: Path) -> list[Path]:
+    return [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
+
+
+def _version_of(path: Path) -> tuple[int, ...]:
+    return tuple(map(int, path.name.split("-")))
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _mapped_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for a snapshot in {path}: free some; the store itself is whole") from error
+        raise StoreError(f"the snapshot {path} cannot be read or written ({error}): check the directory") from error

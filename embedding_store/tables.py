@@ -1,0 +1,329 @@
+"""The embedding tables: feature ids to rows, the rows in memory, and a tier on disk for those that do not fit.
+
+Every row starts at zero, so that an unknown id (the default row 0), a new row and a row that was never learned are
+the same to a forward pass: reads need not write, and test-then-train agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
+
+import msgspec
+import numpy as np
+import torch
+
+from embedding_store.checkpoint import CheckpointStore
+from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat, layout
+from embedding_store.errors import StoreError
+from embedding_store.rows import RowMap
+from embedding_store.sharded import ShardedTables, TableConfig
+
+Rows: TypeAlias = np.ndarray  # int64 row numbers, 0 the default row
+Feature: TypeAlias = tuple[np.ndarray, np.ndarray | None]  # rows int64 [m]; lengths int32 [B], None: one row each
+
+_CHUNK = 100_000  # rows at a time where all of a table goes by
+_EVICT_SHARE = 16  # an eviction frees at least capacity / 16 rows, so that it is seldom
+
+
+class TableSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One table: its size and its optimizer (row-wise Adagrad)."""
+
+    dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=4)] = 32
+    capacity: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 18  # rows in memory; more live in the store
+    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 0.05
+    eps: Annotated[float, msgspec.Meta(ge=1e-12)] = 1e-8  # not 0 in float32: row 0 is divided by it
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table, the features that look rows up in it, and what else a row carries beside weights and momentum."""
+
+    name: str
+    features: tuple[str, ...]
+    settings: TableSettings = field(default_factory=TableSettings)
+    extras: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name → (dtype, shape of a row's)
+
+    @property
+    def layout(self) -> np.dtype:
+        """The structured dtype of a stored row, as `CheckpointStore` wants it."""
+        return layout(self.settings.dim, self.extras)
+
+
+class EmbeddingTables:
+    """Tables by name. Not thread-safe: the trainer owns them.
+
+    Deterministic for one rank and a pinned number of threads (`torch.set_num_threads`), whatever the capacity and
+    whenever rows were evicted, as long as `room` suffices.
+
+    A row number is good until the next `begin_step` or `clear_touched`: until then its row is not evicted.
+    """
+
+    def __init__(self, specs: Sequence[TableSpec], device: str = "cpu", store: CheckpointStore | None = None) -> None:
+        """`store`: where rows that are not in memory are read from; the owner commits `touched()` to it.
+
+        Without a store nothing is evicted. The tables start empty; `restore` brings rows in at once, else each
+        comes when it is asked for.
+        """
+        self.specs = {spec.name: spec for spec in specs}
+        self._device = torch.device(device)
+        self._sharded = ShardedTables([_config(spec) for spec in specs], self._device)
+        self._table_of = {feature: spec.name for spec in specs for feature in spec.features}
+        self._tables = {spec.name: self._table(spec, store) for spec in specs}
+
+    def rows(self, table: str, ids: np.ndarray, admit: bool) -> Rows:
+        """ids int64 [n] (0: none; may repeat) → rows int64 [n], 0 for an id that has none.
+
+        With `admit` ids that have no row get one, and all are touched. Without, nothing changes that counts: an
+        unknown id gets row 0, one that is only in the store is read back. Where the table is full the least recently
+        used clean rows make room; where there is none an id gets row 0 and is counted in `dropped`.
+        """
+        return self._tables[table].rows(ids, admit)
+
+    def begin_step(self) -> None:
+        """Row numbers handed out before are no longer used: their rows may be evicted if they are clean."""
+        for table in self._tables.values():
+            table.tick += 1
+
+    def room(self, table: str) -> int:
+        """How many ids that are not in memory may come before one is dropped. Too few for a step: commit first."""
+        return self._tables[table].room()
+
+    def dropped(self, table: str) -> int:
+        """How often an id got no row because all of the table was dirty or in use."""
+        return self._tables[table].dropped
+
+    def size(self, table: str) -> int:
+        """How many rows are in memory."""
+        return len(self._tables[table].map)
+
+    def embed(self, features: Mapping[str, Feature]) -> dict[str, torch.Tensor]:
+        """feature → (rows int64 [m], lengths) → embeddings float32 [m, dim] on the device.
+
+        `backward` through them updates weights and momentum at once, and where gradients are on the rows are touched
+        here; row 0 stays zero. `lengths` is for the caller's own pooling, and only its sum is looked at.
+        Raises ValueError on a feature that is not known or a row outside of its table.
+        """
+        for feature, (rows, lengths) in features.items():
+            self._check(feature, rows, lengths)
+        rows_of = {f: torch.from_numpy(np.require(rows, np.int64, ["C", "W"])) for f, (rows, _) in features.items()}
+        out = self._sharded(rows_of)
+        for feature, embeddings in out.items():
+            if embeddings.requires_grad:
+                self.touch(self._table_of[feature], features[feature][0])
+                default = (rows_of[feature] == 0).nonzero().squeeze(1).to(self._device)
+                embeddings.register_hook(_without(default))
+        return out
+
+    def column(self, table: str, name: str) -> np.ndarray:
+        """All rows of a column, [capacity + 1, …], live: write to it, then `touch` (which zeroes row 0 of extras).
+
+        Weights and momentum on a CUDA device come as a copy.
+        """
+        return self._tables[table].column(name)
+
+    def read_rows(self, table: str, rows: Rows) -> dict[str, np.ndarray]:
+        """Copies of all columns at `rows` int64 [n]: name → [n, …]."""
+        return self._tables[table].read(rows)
+
+    def write_rows(self, table: str, rows: Rows, columns: Mapping[str, np.ndarray]) -> None:
+        """Sets columns [n, …] at `rows` int64 [n] (distinct, none of them 0). Does not touch them."""
+        self._tables[table].write(rows, columns)
+
+    def touch(self, table: str, rows: Rows) -> None:
+        """Marks rows as changed since the last commit; row 0 is left out."""
+        self._tables[table].touch(rows)
+
+    def touched(self) -> dict[str, TableRows]:
+        """All columns of the rows touched since `clear_touched`, sorted by id, as copies; only tables that have any."""
+        found = {name: table.touched_rows() for name, table in self._tables.items()}
+        return {name: rows for name, rows in found.items() if len(rows)}
+
+    def clear_touched(self) -> None:
+        """After the commit of `touched()` has succeeded, and only then, with no step in between: all rows are clean."""
+        for table in self._tables.values():
+            table.touched[:] = False
+        self.begin_step()
+
+    def load(self, table: str, rows: TableRows) -> None:
+        """Rows as they are in the store (all columns, ids that are not in memory); they are clean.
+
+        What goes beyond the table's capacity is left in the store; raises StoreError where there is no store.
+        """
+        self._tables[table].load(rows)
+
+    def restore(self) -> None:
+        """Loads all that the store has, and fits, into tables that are empty."""
+        for table in self._tables.values():
+            table.restore()
+
+    def digest_rows(self) -> Iterator[tuple[str, TableRows]]:
+        """(table, rows) in chunks, sorted by table and id: all rows, in memory or only in the store (see `Digest`)."""
+        for name in sorted(self._tables):
+            for rows in self._tables[name].logical_rows():
+                yield name, rows
+
+    def _table(self, spec: TableSpec, store: CheckpointStore | None) -> _Table:
+        return _Table(spec, store, self._sharded.weights[spec.name], self._sharded.momentum[spec.name])
+
+    def _check(self, feature: str, rows: np.ndarray, lengths: np.ndarray | None) -> None:
+        if feature not in self._table_of:
+            raise ValueError(f"no table has the feature {feature!r}")
+        capacity = self.specs[self._table_of[feature]].settings.capacity
+        if len(rows) and not (rows.min() >= 0 and rows.max() <= capacity):  # fbgemm would take row 0 without a word
+            raise ValueError(f"rows of {feature!r} outside of 0 … {capacity}")
+        if lengths is not None and lengths.sum() != len(rows):
+            raise ValueError(f"{len(rows)} rows of {feature!r}, but lengths for {lengths.sum()}")
+
+
+class _Table:
+    """One table: its map, its columns, which rows are dirty, and when each was last used.
+
+    A row in memory is dirty (touched) or clean; a clean one is in the store with the same value, so it can be dropped
+    at any time. A free row is zero.
+    """
+
+    def __init__(
+        self, spec: TableSpec, store: CheckpointStore | None, weights: torch.Tensor, momentum: torch.Tensor
+    ) -> None:
+        self.spec = spec
+        capacity = spec.settings.capacity
+        self.map = RowMap(capacity)
+        self.touched = np.zeros(capacity + 1, bool)
+        self.tick = 1
+        self.used = np.zeros(capacity + 1, np.int64)  # the tick of a row's last use
+        self.dropped = 0
+        self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
+        self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.extras.items()}
+        self._store = store
+        self._tiered = store is not None and store.has_rows(spec.name)  # the store may have rows that memory has not
+
+    def rows(self, ids: np.ndarray, admit: bool) -> Rows:
+        rows = self.map.find(ids)
+        self.used[rows] = self.tick  # before anything is evicted
+        absent = (rows == 0) & (ids != 0)
+        if absent.any() and (admit or self._tiered):
+            self._bring_in(np.unique(ids[absent]), admit)
+            rows = self.map.find(ids)
+        if admit:
+            self.touch(rows)
+        return rows
+
+    def touch(self, rows: Rows) -> None:
+        self.touched[rows] = True
+        self.touched[0] = False
+        for column in self._extras.values():
+            column[0] = 0  # written along with the others, for an id that got no row
+
+    def room(self) -> int:
+        if self._store is None:
+            return self.map.free
+        kept = self.touched | (self.used == self.tick)
+        return self.spec.settings.capacity - int(np.count_nonzero(kept[1:]))
+
+    def column(self, name: str) -> np.ndarray:
+        return self._extras[name] if name in self._extras else self._tensors[name].cpu().numpy()
+
+    def read(self, rows: Rows) -> dict[str, np.ndarray]:
+        index = torch.from_numpy(rows)
+        columns = {n: t.index_select(0, index.to(t.device)).cpu().numpy() for n, t in self._tensors.items()}
+        return columns | {n: column[rows] for n, column in self._extras.items()}
+
+    def write(self, rows: Rows, columns: Mapping[str, np.ndarray]) -> None:
+        if len(rows) and not (rows.min() > 0 and rows.max() <= self.spec.settings.capacity):
+            raise ValueError(f"only rows 1 … {self.spec.settings.capacity} of {self.spec.name!r} can be written")
+        for name, values in columns.items():
+            if name in self._extras:
+                self._extras[name][rows] = values
+            else:
+                tensor = self._tensors[name]
+                there = torch.tensor(values, dtype=torch.float32, device=tensor.device)
+                tensor.index_copy_(0, torch.from_numpy(rows).to(tensor.device), there)
+
+    def touched_rows(self) -> TableRows:
+        return self._read_sorted(np.flatnonzero(self.touched))
+
+    def load(self, rows: TableRows) -> None:
+        fitting = rows.take(slice(self.map.free))
+        if len(fitting) < len(rows):
+            if self._store is None:
+                raise StoreError(
+                    f"table {self.spec.name!r} has room for {self.spec.settings.capacity:,} rows, but more are to be "
+                    "loaded: raise its capacity, or give it a store"
+                )
+            self._tiered = True
+        numbers, _ = self.map.admit(fitting.ids)
+        self.write(numbers, fitting.columns)
+
+    def restore(self) -> None:
+        if self._store is None:
+            return
+        self._tiered = False
+        for rows in self._store.iter_rows(self.spec.name, _CHUNK):
+            self.load(rows)
+            if self._tiered:
+                return
+
+    def logical_rows(self) -> Iterator[TableRows]:
+        here = np.flatnonzero(self.map.ids_of(np.arange(self.spec.settings.capacity + 1)))
+        here = here[np.argsort(self.map.ids_of(here))]
+        ids, done = self.map.ids_of(here), 0
+        if self._tiered:
+            assert self._store is not None
+            for stored in self._store.iter_rows(self.spec.name, _CHUNK):
+                stop = int(np.searchsorted(ids, stored.ids[-1], side="right"))
+                only_there = stored.take(~np.isin(stored.ids, ids[done:stop]))
+                yield concat([self._read_sorted(here[done:stop]), only_there]).sorted()
+                done = stop
+        for start in range(done, len(here), _CHUNK):
+            yield self._read_sorted(here[start : start + _CHUNK])
+
+    def _read_sorted(self, rows: Rows) -> TableRows:
+        ids = self.map.ids_of(rows)
+        order = np.argsort(ids)
+        return TableRows(ids[order], self.read(rows[order]))
+
+    def _bring_in(self, ids: np.ndarray, admit: bool) -> None:
+        """Gives rows to distinct ids that are not in memory: as the store has them, or with `admit` new ones."""
+        stored = None
+        if self._tiered:
+            assert self._store is not None
+            found, stored = self._store.read_rows(self.spec.name, ids)
+            ids = ids if admit else ids[found]
+        if len(ids) > self.map.free:
+            self._evict(len(ids) - self.map.free)
+        rows, _ = self.map.admit(ids)
+        self.used[rows] = self.tick
+        self.dropped += int(np.count_nonzero(rows == 0))
+        if stored is not None and len(stored):
+            rows = self.map.find(stored.ids)
+            self.write(rows[rows > 0], stored.take(rows > 0).columns)
+
+    def _evict(self, needed: int) -> None:
+        """Drops at least `needed` rows from memory, if so many may go: clean, not in use, the longest unused first."""
+        if self._store is None:
+            return
+        may_go = ~self.touched & (self.used < self.tick)
+        rows = np.flatnonzero(may_go)
+        rows = rows[self.map.ids_of(rows) != 0]
+        count = min(len(rows), max(needed, self.spec.settings.capacity // _EVICT_SHARE))
+        if count == 0:
+            return
+        order = np.lexsort((rows, self.used[rows]))
+        rows = np.sort(rows[order[:count]])
+        self.map.remove(self.map.ids_of(rows))
+        self._tiered = True
+        self.write(rows, {n: np.zeros((count, *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
+        for column in self._extras.values():
+            column[rows] = 0
+
+
+def _config(spec: TableSpec) -> TableConfig:
+    s = spec.settings
+    return TableConfig(spec.name, s.capacity + 1, s.dim, spec.features, s.learning_rate, s.eps)
+
+
+def _without(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that takes the gradient of the default row away, also where it is not finite."""
+    return lambda gradient: gradient.index_fill(0, rows, 0.0)

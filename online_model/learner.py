@@ -1,0 +1,167 @@
+"""One step of the model: look rows up, score, and learn from what was scored, in a single forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embedding_store.columns import MOMENTUM, WEIGHTS
+from embedding_store.tables import EmbeddingTables
+from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights
+from online_model.losses import loss_sum
+from online_model.ranker import Ranker, probabilities
+
+
+@dataclass
+class Batch:
+    """N candidates of B contexts, with what each head learns from them."""
+
+    user: np.ndarray  # int64 [B] ids
+    history: np.ndarray  # int64 [B, HISTORY] item ids, 0 = none
+    item: np.ndarray  # int64 [N] ids
+    ctx: np.ndarray  # int64 [N] the candidate's context
+    ts: np.ndarray  # int64 [N] ms UTC
+    scenario: np.ndarray  # int64 [N]
+    position: np.ndarray  # int64 [N], -1 unknown
+    target: np.ndarray  # float32 [N, 3], nan where nothing is learned
+
+
+@dataclass
+class Outcome:
+    """What a step gave."""
+
+    p: np.ndarray  # float32 [N, 3] probabilities of click, watch, purchase, from before the step
+    rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
+    learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
+
+
+class Learner:
+    """The ranker over the tables, and its optimizer (Adam; the tables have their own, fused in their backward)."""
+
+    def __init__(self, tables: EmbeddingTables, ranker: Ranker, learning_rate: float, wide_rate: float) -> None:
+        self.tables, self.ranker = tables, ranker
+        self._device = ranker.bias.device
+        wide = ranker.wide_parameters()
+        ids = {id(p) for p in wide}
+        deep = [p for p in ranker.parameters() if id(p) not in ids]
+        groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
+        self._adam = torch.optim.Adam(groups, fused=True)
+
+    def learn(self, batch: Batch) -> Outcome:
+        """Scores the batch, then learns it. Item statistics are read, not changed. Admits users, items, categories."""
+        leaves, outputs, logits, rows = self._forward(batch)
+        target = self._tensor(batch.target)
+        loss = loss_sum(logits, target)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        grads = [leaf.grad for leaf in leaves]
+        p = probabilities(logits.detach()).cpu().numpy()
+        # Two backward passes, so that nothing is updated before every gradient is known to be finite.
+        learned = bool(torch.isfinite(loss)) and all(
+            bool(torch.isfinite(g).all()) for g in (*grads, *(w.grad for w in self._weights())) if g is not None
+        )
+        if learned:
+            torch.autograd.backward(outputs, grads)
+            for w in self._weights():
+                if w.grad is not None:
+                    w.grad /= len(batch.item)  # tables learn from sums, the ranker from means
+            self._adam.step()
+        return Outcome(p, rows, learned)
+
+    def begin(self, table: str, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Gives new rows among `rows` (of `ids`, both int64 [n]) their first weights."""
+        fresh, first = np.unique(rows, return_index=True)
+        columns = self.tables.read_rows(table, fresh)
+        weights = columns[WEIGHTS]
+        new = (fresh > 0) & (columns[MOMENTUM] == 0) & ~weights.any(1)  # never learned, never begun
+        if new.any():
+            start = start_weights(ids[first[new]], weights.shape[1], START_SCALE[table])
+            self.tables.write_rows(table, fresh[new], {WEIGHTS: start})
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The optimizer's state by name, float32, as copies."""
+        out = {}
+        for name, p in self.ranker.named_parameters():
+            for key, value in self._adam.state.get(p, {}).items():
+                out[f"{name}.{key}"] = value.detach().cpu().numpy().copy()
+        return out
+
+    def load(self, state: dict[str, np.ndarray]) -> None:
+        """What `state` gave."""
+        for name, p in self.ranker.named_parameters():
+            own = {k.rsplit(".", 1)[1]: v for k, v in state.items() if k.rsplit(".", 1)[0] == name}
+            if own:
+                self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
+
+    def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, np.ndarray]:
+        """(leaves, the tables' outputs they stand for, logits, the candidates' item rows)."""
+        tables = self.tables
+        tables.begin_step()
+        user_rows = tables.rows(USER, batch.user, admit=True)
+        rows = tables.rows(ITEM, batch.item, admit=True)
+        self.begin(ITEM, batch.item, rows)
+        self._first_seen(rows, batch.ts)
+        there = batch.history != 0
+        # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
+        items, inverse = np.unique(np.concatenate((batch.item, batch.history[there])), return_inverse=True)
+        item_rows = tables.rows(ITEM, items, admit=False)
+        categories, category_of = np.unique(tables.column(ITEM, "category")[item_rows], return_inverse=True)
+        category_rows = tables.rows(CATEGORY, categories, admit=True)
+        self.begin(CATEGORY, categories, category_rows)
+        dense = self._tensor(stored_features(tables, rows, batch.ts))
+
+        embedded = tables.embed(
+            {USER: (user_rows, None), ITEM: (item_rows, None), CATEGORY: (category_rows, None)}
+        )
+        outputs = [embedded[USER], embedded[ITEM], embedded[CATEGORY]]
+        leaves = [e.detach().requires_grad_() for e in outputs]
+        user, item, category = leaves
+        category = category.index_select(0, self._tensor(category_of))  # [items, D]
+        at, history_at = self._tensor(inverse[: len(rows)]), self._tensor(inverse[len(rows) :])
+        lengths = there.sum(1)
+        starts = self._tensor(np.cumsum(lengths) - lengths)
+        total = torch.nn.functional.embedding_bag(history_at, item + category, starts, mode="sum")
+        mean = total / self._tensor(np.maximum(lengths, 1).astype(np.float32)).unsqueeze(1)
+        logits = self.ranker(
+            user, mean, item.index_select(0, at), category.index_select(0, at), dense,
+            self._tensor(batch.scenario), self._tensor(batch.position), self._tensor(batch.ctx),
+        )  # fmt: skip
+        return leaves, outputs, logits, rows
+
+    def _first_seen(self, rows: np.ndarray, ts: np.ndarray) -> None:
+        """The creation time of items that the catalogue gave none: their first example's."""
+        created = self.tables.column(ITEM, "created")
+        new = (rows > 0) & (created[rows] == 0)
+        if new.any():
+            created[rows[new]] = np.iinfo(np.int64).max
+            np.minimum.at(created, rows[new], np.maximum(ts[new], 1))
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        return list(self.ranker.parameters())
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def stored_features(tables: EmbeddingTables, rows: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
+    """`item_features` of item rows int64 [n] as they are in the table now."""
+    impressions, clicks, interactions, created = (
+        tables.column(ITEM, name)[rows] for name in ("impressions", "clicks", "interactions", "created")
+    )
+    return item_features(impressions, clicks, interactions, created, ts)
+
+
+def unique_contexts(user: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index int64 [B] of one row for each distinct (user, history), which of them each row is int64 [n]).
+
+    user: int64 [n]; history: int64 [n, HISTORY]. The rows of one impression share theirs.
+    """
+    with np.errstate(over="ignore"):
+        factors = mix(np.arange(1, history.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+        key = mix(user) + history.astype(np.uint64) @ factors
+    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    if np.array_equal(user, user[first[inverse]]) and np.array_equal(history, history[first[inverse]]):
+        return first, inverse
+    return np.arange(len(user)), np.arange(len(user))  # two contexts share a hash: none is shared

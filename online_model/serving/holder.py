@@ -1,0 +1,80 @@
+"""The replica that serves now, and those who wait for its next version.
+
+Everything here runs on one event loop's thread: a request scores in one synchronous call, a version is applied in
+another, so no reader ever sees half of either. A snapshot may be loaded into a fresh replica on another thread; `swap`
+puts it in place by one assignment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from embedding_store.delta import Version
+from online_model.serving.api import Id, ModelInfo, Ranking, Recommendation
+from online_model.serving.metrics import Metrics
+
+
+class Serving(Protocol):
+    """What the HTTP app and the metrics ask of a replica."""
+
+    epoch: int
+    sequence: int  # -1: no version yet
+    created_ms: int
+
+    def apply(self, version: Version) -> bool: ...
+    def rank(self, user: Id, scenario: str, items: Sequence[Id]) -> Ranking: ...
+    def recommend(self, user: Id, scenario: str, k: int) -> Recommendation: ...
+    def info(self) -> ModelInfo: ...
+    def rows(self) -> dict[str, int]: ...
+
+
+class Holder:
+    """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so."""
+
+    def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
+        self.replica = replica
+        self.metrics = metrics or Metrics()
+        self.metrics.watch(lambda: self.replica)
+        self.behind = ""
+        self._closing = False
+        self._changed = asyncio.Event()
+
+    def apply(self, version: Version) -> bool:
+        """`Replica.apply`, measured; wakes who waits for it. False: it was there already."""
+        start = time.perf_counter()
+        applied = self.replica.apply(version)
+        if applied:
+            self.behind = ""  # it goes on from the one before, so nothing is missing
+            self.metrics.applied(time.perf_counter() - start)
+            self._announce()
+        return applied
+
+    def swap(self, replica: Serving) -> None:
+        """Serve from another replica (one that has loaded a snapshot) from the next request on."""
+        self.replica = replica
+        self.behind = ""
+        self.metrics.swapped()
+        self._announce()
+
+    def close(self) -> None:
+        """Nobody waits any more: to be called before the server stops, which would sit out the long polls."""
+        self._closing = True
+        self._announce()
+
+    async def newer_than(self, sequence: int, wait_s: float) -> None:
+        """Return when the sequence is larger than `sequence`, when the epoch changes, or after `wait_s` seconds."""
+        epoch, loop = self.replica.epoch, asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while not self._closing and self.replica.sequence <= sequence and self.replica.epoch == epoch:
+            try:
+                async with asyncio.timeout_at(end):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,85 @@
+"""Prometheus metrics of a serving replica, in a registry of their own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from online_model.serving.holder import Serving
+
+SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+CANDIDATES = (1, 10, 50, 100, 200, 250, 300, 400, 600, 1000)
+
+
+class Metrics:
+    """What a replica counts. The counters outlive a swap of replicas; the gauges are read from the one that serves."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "headrace_serve_requests", "HTTP requests answered", ["route", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "headrace_serve_request_seconds", "From the request's head to the end of its answer (long polls wait)",
+            ["route"], buckets=SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self._candidates = Histogram(
+            "headrace_serve_candidates", "Items scored per request", ["route"], buckets=CANDIDATES,
+            registry=self.registry,
+        )  # fmt: skip
+        self._applied = Counter("headrace_replica_versions_applied", "Versions applied", registry=self.registry)
+        self._swaps = Counter("headrace_replica_swaps", "Snapshots put in place", registry=self.registry)
+        self._apply_seconds = Histogram(
+            "headrace_replica_apply_seconds", "Time to apply a version; requests wait meanwhile", buckets=SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+
+    def watch(self, replica: Callable[[], Serving]) -> None:
+        """Read the gauges from the replica that this returns."""
+        self.registry.register(_Gauges(replica))
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def candidates(self, route: str, n: int) -> None:
+        self._candidates.labels(route).observe(n)
+
+    def applied(self, seconds: float) -> None:
+        self._applied.inc()
+        self._apply_seconds.observe(seconds)
+
+    def swapped(self) -> None:
+        self._swaps.inc()
+
+    def text(self) -> bytes:
+        """The exposition for Prometheus."""
+        return generate_latest(self.registry)
+
+
+class _Gauges(Collector):
+    def __init__(self, replica: Callable[[], Serving]) -> None:
+        self._replica = replica
+
+    def collect(self) -> Iterable[Metric]:
+        replica = self._replica()
+        rows = GaugeMetricFamily("headrace_replica_rows", "Rows held", labels=["table"])
+        for table, n in replica.rows().items():
+            rows.add_metric([table], n)
+        yield rows
+        yield GaugeMetricFamily("headrace_replica_epoch", "Epoch served", replica.epoch)
+        yield GaugeMetricFamily("headrace_replica_sequence", "Version served; -1: none", replica.sequence)
+        if replica.sequence >= 0:
+            age = max(0.0, time.time() - replica.created_ms / 1000)
+            yield GaugeMetricFamily("headrace_replica_age_seconds", "Since the version served was made", age)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()

@@ -1,0 +1,192 @@
+"""A replica: the model as of one version, and the answers it gives.
+
+`apply`, `rank` and `recommend` are synchronous and belong on one thread (the event loop's): each sees whole versions
+only. Scoring never writes: an unknown user or item is scored with the default row and allocates nothing.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, get_args
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+
+from embedding_store.delta import Version
+from embedding_store.ids import feature_id
+from online_model.features import ITEM, USER, FeatureSettings
+from online_model.history import history_hash
+from online_model.ranker import CLICK, PURCHASE, WATCH, RankerSettings, probabilities
+from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
+from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, Source, union
+from online_model.serving.errors import NotReady, VersionGap
+from online_model.serving.explore import explore
+from online_model.serving.state import State
+
+SCENARIO_INDEX = {name: index for index, name in enumerate(get_args(Scenario))}
+
+
+class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How candidates are found, scored and explored.
+
+    An item's score is click · (1 + watch_weight · watch + purchase_weight · purchase).
+    """
+
+    nearest: Annotated[int, Meta(ge=1, le=10_000)] = 200  # candidates whose vector matches the user's best
+    newest: Annotated[int, Meta(ge=0, le=1000)] = 50
+    popular: Annotated[int, Meta(ge=0, le=1000)] = 50
+    watch_weight: Annotated[float, Meta(ge=0)] = 0.5
+    purchase_weight: Annotated[float, Meta(ge=0)] = 2.0
+    epsilon: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the places go to a candidate drawn uniformly
+    seed: Annotated[int, Meta(ge=0)] | None = None  # of the draws; none: another one in each process
+    max_age_ms: Annotated[int, Meta(ge=1)] = 60_000  # without a new version for so long, `/readyz` says no
+
+
+def wall_clock_ms() -> int:
+    """The time, ms UTC."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(slots=True)
+class _Context:
+    """A user at this moment: rows of the network's input, [1, D] each, and the history they were made of."""
+
+    user: torch.Tensor
+    mean: torch.Tensor
+    feature_hash: int
+    scenario: int
+    now_ms: int
+
+
+class Replica:
+    """Empty at first; a snapshot or the very first version makes it one that serves.
+
+    A replica that has fallen behind is not mended: load the snapshot into a fresh one and serve from that.
+    """
+
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        features: FeatureSettings,
+        ranker: RankerSettings,
+        clock: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        self.settings = settings
+        self.state = State(features, ranker)
+        self.sources: list[Source] = [
+            ExactIndex(self.state, settings.nearest),
+            Newest(self.state, settings.newest),
+            Popular(self.state, settings.popular),
+        ]
+        self.epoch, self.sequence, self.created_ms = 0, -1, 0
+        self._clock = clock
+        self._rng = np.random.default_rng(settings.seed)
+        self._applied_ms = 0
+        self._positions: dict[str, int] = {}
+        self._info: dict = {}
+
+    @property
+    def version(self) -> str:
+        """The version served, "epoch.sequence"; "" before the first."""
+        return f"{self.epoch}.{self.sequence}" if self.sequence >= 0 else ""
+
+    def apply(self, version: Version) -> bool:
+        """Go to `version`. False, and no change, if this replica is there or past it already.
+
+        All or nothing: whatever is raised, the replica is as it was. Raises VersionGap if `version` does not go on from
+        the one held, or is a snapshot and this replica is not empty; CorruptRecord if it does not fit.
+        """
+        held, name = (self.epoch, self.sequence), f"{version.epoch}.{version.sequence}"
+        if self.sequence >= 0 and (version.epoch, version.sequence) <= held:
+            return False
+        if version.base != (held if self.sequence >= 0 else None):
+            base = "all" if version.base is None else "{}.{}".format(*version.base)
+            raise VersionGap(
+                f"version {name} goes on from {base}, this replica holds {self.version or 'none'}: load the newest "
+                "snapshot into a fresh replica"
+            )
+        cards = self.state.check(version)
+        self.state.change(version, cards)
+        self.epoch, self.sequence, self.created_ms = version.epoch, version.sequence, version.created_ms
+        self._applied_ms = self._clock()
+        self._positions = {str(partition): offset for partition, offset in version.positions.items()}
+        self._info = version.info
+        return True
+
+    @torch.inference_mode()
+    def rank(self, user: Id, scenario: str, items: Sequence[Id]) -> Ranking:
+        """Scores of `items` (as they are given, known or not) for `user`, the best first. Raises NotReady."""
+        self._need_model()
+        context = self._context(user, scenario)
+        ids = np.array([feature_id(ITEM, item) for item in items], np.int64)
+        p, score = self._score(context, ids)
+        order = np.argsort(-score, kind="stable")
+        heads = zip(*(p[order, head].tolist() for head in (CLICK, WATCH, PURCHASE)), strict=True)
+        ranked = [
+            Ranked(items[i], s, *head) for i, s, head in zip(order.tolist(), score[order].tolist(), heads, strict=True)
+        ]
+        return Ranking(self.version, context.feature_hash, ranked)
+
+    @torch.inference_mode()
+    def recommend(self, user: Id, scenario: str, k: int) -> Recommendation:
+        """At most k available items for `user`, with exploration. Raises NotReady."""
+        self._need_model()
+        state, context = self.state, self._context(user, scenario)
+        vector = state.ranker.query(context.user, context.mean)[0].numpy()
+        ids = union(self.sources, Query(vector, context.now_ms))
+        slots = state.cards.find(ids)
+        ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
+        if len(ids) == 0:
+            raise NotReady("no item can be recommended yet: send the catalogue to the topic `items`")
+        _, score = self._score(context, ids)
+        shown, propensities = explore(np.argsort(-score, kind="stable"), k, self.settings.epsilon, self._rng)
+        raw = [state.cards.raw[slot] for slot in slots[shown].tolist()]
+        places = zip(raw, score[shown].tolist(), range(len(shown)), propensities, strict=True)
+        return Recommendation(
+            uuid.uuid4().hex, self.version, context.feature_hash, len(ids), [Shown(*place) for place in places]
+        )
+
+    def info(self) -> ModelInfo:
+        """Which version this is, and what came with it."""
+        return ModelInfo(
+            self.version, self.epoch, self.sequence, self.created_ms, self._applied_ms, self._positions, self.rows(),
+            self._info,
+        )  # fmt: skip
+
+    def rows(self) -> dict[str, int]:
+        """Rows held, by table; cards under "card"."""
+        return {name: len(table) for name, table in self.state.tables.items()} | {"card": len(self.state.cards)}
+
+    def _need_model(self) -> None:
+        if self.sequence < 0:
+            raise NotReady("no model yet: is the trainer running?")
+
+    def _context(self, user: Id, scenario: str) -> _Context:
+        state = self.state
+        row = state.users.find(np.array([feature_id(USER, user)], np.int64))
+        history = state.users.columns["history"][row[0]]
+        there = history[history != 0]
+        item, category = state.vectors(state.items.find(there))
+        mean = (item + category).sum(0, keepdim=True) / max(len(there), 1)
+        return _Context(
+            state.users.gather(row), mean, history_hash(history), SCENARIO_INDEX[scenario], self._clock()
+        )
+
+    def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [n, 3] and scores float32 [n] of item ids int64 [n]."""
+        state, settings = self.state, self.settings
+        rows = state.items.find(ids)
+        item, category = state.vectors(rows)
+        dense = torch.from_numpy(state.dense_features(rows, context.now_ms))
+        scenario = torch.full((len(ids),), context.scenario)
+        logits = state.ranker(
+            context.user, context.mean, item, category, dense, scenario, None, torch.zeros_like(scenario)
+        )
+        p = probabilities(logits).numpy()
+        gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]
+        return p, p[:, CLICK] * gain

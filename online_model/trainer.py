@@ -1,0 +1,373 @@
+"""The trainer: takes blocks, tests then trains on them, and commits versions. A plain object, no Kafka in it.
+
+    trainer = open_trainer(settings, path, clock)      # from its store, or fresh
+    for sequence, parts in trainer.store.outbox(): …   # publish again, then trainer.store.acknowledge(sequence)
+    trainer.catalogue(items)
+    while …:
+        trainer.offer(block, source_offset)            # from trainer.positions[partition].source_offset on
+        trainer.step()                                 # until it returns 0
+        parts = trainer.commit()                       # when its time has come, or trainer.commit_due; publish them,
+                                                       # trainer.store.acknowledge(sequence) once the broker has them
+
+Effectively once: what a step learned and the position behind it are committed in one write, and a block is taken only
+where it follows the position. Not promised: that two live runs cut the same batches (arrival decides); a run with
+`partitions` does. Nothing reads a clock but the injected one, for a version's `created_ms`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import msgspec
+import numpy as np
+import orjson
+from msgspec import Meta
+
+from embedding_store.checkpoint import CheckpointStore, Commit
+from embedding_store.columns import MOMENTUM
+from embedding_store.delta import Version, encode
+from embedding_store.errors import StoreError
+from embedding_store.ids import hash_text
+from embedding_store.tables import EmbeddingTables
+from online_model.evaluation import Evaluation
+from online_model.examples import HISTORY, Block, Examples, Part, Source
+from online_model.features import CARD, CATEGORY, ITEM, USER, FeatureSettings, table_specs
+from online_model.learner import Batch, Learner, unique_contexts
+from online_model.losses import labels
+from online_model.negatives import RecentItems
+from online_model.positions import Intake, Position
+from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker, RankerSettings
+
+log = logging.getLogger("headrace")
+
+# (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
+CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
+_FORMAT = 1
+
+
+class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the model learns. A change raises the epoch at the next start."""
+
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024  # rows a step at most
+    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
+    wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
+    negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
+    recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
+    window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
+    seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
+    features: FeatureSettings = FeatureSettings()
+    ranker: RankerSettings = RankerSettings()
+
+
+def open_trainer(
+    settings: TrainerSettings, path: Path, clock: Callable[[], int], partitions: int = 0, device: str = "cpu"
+) -> Trainer:
+    """A trainer that goes on from the store at `path` (made if there is none). Arguments: see Trainer.
+
+    Raises StoreLocked, StoreError.
+    """
+    specs = table_specs(settings.features)
+    store = CheckpointStore(path, {spec.name: spec.layout for spec in specs})
+    try:
+        tables = EmbeddingTables(specs, device, store)
+        ranker = Ranker(settings.features.dim, settings.ranker).to(device)
+        trainer = Trainer(settings, tables, ranker, store, clock, partitions)
+        trainer.restore()
+    except BaseException:
+        store.close()
+        raise
+    return trainer
+
+
+class Trainer:
+    """Test-then-train over tables and ranker, which it owns from now on. Not thread-safe.
+
+    clock: ms UTC. partitions: the number of partitions of a deterministic run (see positions.py), 0 for a live one.
+    """
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        tables: EmbeddingTables,
+        ranker: Ranker,
+        store: CheckpointStore,
+        clock: Callable[[], int],
+        partitions: int = 0,
+    ) -> None:
+        self.settings, self.tables, self.store = settings, tables, store
+        self.epoch, self.sequence = 1, 0  # of the last commit; 0: none
+        self._ranker, self._clock = ranker, clock
+        self._learner = Learner(tables, ranker, settings.learning_rate, settings.wide_rate)
+        self._intake = Intake(partitions)
+        self._recent = RecentItems(settings.recent_items)
+        self._evaluation = Evaluation(settings.window)
+        self._base: tuple[int, int] | None = None  # the version that the next one goes on from
+        self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
+        self._cards: dict[int, bytes] = {}  # new since the last commit
+        self._changed = False  # since the last commit
+        self._sound = True  # False: a step failed half-way, and only the store knows the truth
+
+    @property
+    def positions(self) -> dict[int, Position]:
+        """Where it is in each partition, what the next commit will hold."""
+        return self._intake.positions
+
+    @property
+    def pending(self) -> int:
+        """Rows offered and not learned."""
+        return self._intake.rows
+
+    @property
+    def commit_due(self) -> bool:
+        """Whether the next step may find a table full of rows that only a commit lets go of: commit before it.
+
+        An id that gets no row is learned by nobody, and counted in `no_room`.
+        """
+        most = self.settings.batch_size
+        rows = {USER: most, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
+        return self._changed and any(self.tables.room(table) < n for table, n in rows.items())
+
+    def offer(self, block: Block, source_offset: int) -> bool:
+        """Takes a block, which lies at `source_offset` in its partition of `examples`. False: it was seen before.
+
+        Raises PositionError where blocks are missing before it.
+        """
+        taken = self._intake.offer(block, source_offset)
+        with self._whole():
+            self._finish_blocks()  # one without rows is done at once
+        return taken
+
+    def step(self, drain: bool = False) -> int:
+        """Scores, measures and learns the next batch. Returns its rows, 0 where there is nothing to do.
+
+        1. Negatives are drawn for positives without impressions. 2. All candidates are scored with the model and the
+        statistics from before the batch, and the scores are measured. 3. The model learns from the very same scores.
+        4. Statistics, recent items, cards; blocks that are done bring their users' histories.
+        Where loss or gradient is not finite, 3 is left out and its rows are counted in `not_finite`.
+
+        After an exception the trainer is spent: open it again from the store.
+        """
+        with self._whole():
+            rows = self._intake.take(self.settings.batch_size, drain)
+            if rows is not None:
+                self._learn(rows)
+            self._finish_blocks()
+        return 0 if rows is None else len(rows)
+
+    def catalogue(self, items: Sequence[CatalogueItem]) -> None:
+        """Items of the catalogue: admits them, keeps their cards. Those that are known as they are change nothing."""
+        # Of several records of an item the last holds.
+        last = {item: (raw, category, seller, created) for item, raw, category, seller, created in items}
+        ids = np.fromiter(last, np.int64, len(last))
+        hashes = np.array([_card_hash(*values) for values in last.values()], np.int64)
+        about = np.array([rest for _, *rest in last.values()], np.int64).reshape(-1, 3)
+        with self._whole():
+            known = self.tables.rows(ITEM, ids, admit=False)
+            new = np.flatnonzero((known == 0) | (self.tables.column(ITEM, "card")[known] != hashes))
+            rows = self.tables.rows(ITEM, ids[new], admit=True)
+            new, rows = new[rows > 0], rows[rows > 0]  # the table may be full
+            if not len(rows):
+                return
+            column = self.tables.column
+            column(ITEM, "category")[rows], column(ITEM, "seller")[rows] = about[new, 0], about[new, 1]
+            column(ITEM, "created")[rows] = np.where(about[new, 2] > 0, about[new, 2], column(ITEM, "created")[rows])
+            column(ITEM, "card")[rows] = hashes[new]
+            self._learner.begin(ITEM, ids[new], rows)
+            raws = [raw for raw, *_ in last.values()]
+            self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
+            self._changed = True
+
+    def commit(self) -> list[bytes] | None:
+        """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
+
+        None where nothing has changed. 1. Touched rows, dense weights and state are read, the version is encoded.
+        2. One atomic write to the store. 3. Only then the touched rows count as clean, and the sequence moves. If 1 or
+        2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
+        """
+        self._need_sound()
+        if not self._changed:
+            return None
+        sequence, touched = self.sequence + 1, self.tables.touched()
+        weights = self._ranker.weights()
+        version = Version(
+            epoch=self.epoch, sequence=sequence, base=self._base, created_ms=self._clock(),
+            positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(), dense=weights,
+            tables={name: rows.without(MOMENTUM) for name, rows in touched.items()},
+            blobs={CARD: self._cards} if self._cards else {},
+        )  # fmt: skip
+        parts = encode(version)
+        dense = {**weights, **self._dense_state()}
+        self.store.commit(Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts))
+        self.tables.clear_touched()
+        self.sequence, self._base = sequence, (self.epoch, sequence)
+        self._cards, self._changed = {}, False
+        return parts
+
+    def restore(self) -> bool:
+        """Goes on from the last commit in the store. False: there is none. Before anything else, in a fresh trainer.
+
+        Other settings than those of the last commit raise the epoch. Raises UsageError where the ranker's shape is
+        another.
+        """
+        head = self.store.head()
+        if head is None:
+            return False
+        state = orjson.loads(head.state)
+        if state["format"] != _FORMAT:
+            raise StoreError(
+                f"the store {self.store.path} was written by another release: use that, or an empty data directory"
+            )
+        own = self._ranker.weights().keys()
+        self._ranker.load_weights({name: head.dense[name] for name in head.dense.keys() & own})
+        self._learner.load(_part(head.dense, "adam."))
+        self._recent.load(_part(head.dense, "recent."))
+        self._evaluation.load(_part(head.dense, "scores."))
+        self.tables.restore()
+        self._intake.load(state["intake"])
+        self._totals = state["totals"]
+        self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
+        changed = state["settings"] != self._settings()
+        self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
+        if changed:
+            log.info("the settings have changed: going on from version %s.%s in epoch %s", *self._base, self.epoch)
+        return True
+
+    def info(self) -> dict:
+        """JSON-ready: figures, counts and positions, what a version says of itself."""
+        return {
+            "metrics": self._evaluation.metrics(),
+            "partitions": {str(p): asdict(at) for p, at in sorted(self.positions.items())},
+            **self._totals,
+            "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
+            "recent_items": len(self._recent),
+            "settings": self._settings(),
+        }
+
+    def digest(self) -> str:
+        """The digest of the last commit: rows, dense weights, figures and what was learned of each partition.
+
+        Left out: where blocks begin and lie in `examples`, which a restart may move, and the settings.
+        """
+        head = self.store.head()
+        state = orjson.loads(head.state) if head else {}
+        for at in state.get("intake", {}).get("positions", {}).values():
+            del at["source_offset"]
+        logical = {"intake": state.get("intake"), "totals": state.get("totals")}
+        return self.store.digest(orjson.dumps(logical, option=orjson.OPT_SORT_KEYS))
+
+    def _learn(self, rows: Examples) -> None:
+        """Steps 1 to 4 for one batch."""
+        shown = rows.part == Part.SHOWN
+        implicit = np.flatnonzero(shown & (rows.source == Source.IMPLICIT))
+        k, seed = self.settings.negatives, self.settings.seed
+        drawn = self._recent.draw(rows.row_id[implicit], rows.item[implicit], k, seed)
+        target = labels(rows)
+        if not drawn.size:
+            target[implicit, CLICK] = np.nan  # a positive without a negative says nothing
+        batch = _batch(rows, target, implicit, drawn)
+        outcome = self._learner.learn(batch)
+        if np.isfinite(outcome.p).all():
+            self._measure(rows, target, implicit, outcome.p)
+        if not outcome.learned:
+            self._totals["not_finite"] += len(rows)
+            log.warning("a batch of %s rows was left out: its loss or gradient is not finite", len(rows))
+        self._count(rows, outcome.rows[: len(rows)])
+        self._recent.push(rows.item[shown])
+        self._totals["trained_rows"] += len(rows)
+        self._totals["positives"] += int((rows.click == 1).sum())
+        self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
+        self._changed = True
+
+    def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
+        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together."""
+        n, tasks = len(rows), self._evaluation.tasks
+        impression = rows.source == Source.IMPRESSION
+        scored = impression & (rows.part == Part.SHOWN)
+        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored])
+        watched = ~np.isnan(target[:, WATCH])
+        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH])
+        clicked = rows.purchase == 0  # a click's row; a purchase's row changes the label of this score
+        tasks["purchase"].add(rows.example_id[clicked], p[:n][clicked, PURCHASE], np.zeros(int(clicked.sum())))
+        tasks["click"].flip(rows.example_id[rows.part == Part.LATE_CLICK])
+        tasks["purchase"].flip(rows.example_id[rows.purchase == 1])
+        if len(p) > n:
+            both = np.concatenate((p[implicit, CLICK], p[n:, CLICK]))
+            positive = np.arange(len(both)) < len(implicit)
+            tasks["click_sampled"].add(np.zeros(len(both), np.int64), both, positive)
+
+    def _count(self, rows: Examples, at: np.ndarray) -> None:
+        """The items' statistics and their cards."""
+        shown, impression = rows.part == Part.SHOWN, rows.source == Source.IMPRESSION
+        said = impression & (shown | (rows.part == Part.LATE_CLICK))
+        self._add("impressions", at[shown & impression])
+        self._add("clicks", at[said & (rows.click == 1)])
+        self._add("interactions", at[shown & ~impression])
+        card = self.tables.column(ITEM, "card")
+        without = np.flatnonzero((at > 0) & (card[at] == 0))
+        for i in without[np.unique(at[without], return_index=True)[1]]:
+            raw = b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass")
+            self._cards[int(rows.item[i])] = raw
+            card[at[i]] = _card_hash(raw)
+
+    def _add(self, column: str, at: np.ndarray) -> None:
+        where, times = np.unique(at[at > 0], return_counts=True)
+        self.tables.column(ITEM, column)[where] += times
+
+    def _finish_blocks(self) -> None:
+        """The histories that blocks bring, once all of their rows are learned."""
+        for block in self._intake.finished():
+            self._changed = True
+            if len(block.users):
+                at = self.tables.rows(USER, block.users, admit=True)
+                self.tables.column(USER, "history")[at[at > 0]] = block.histories[at > 0]
+
+    def _need_sound(self) -> None:
+        if not self._sound:
+            raise StoreError("an earlier step failed: restart the trainer, it goes on from its last commit")
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is inside is done wholly, or the trainer is spent: half a step must never be committed."""
+        self._need_sound()
+        self._sound = False
+        yield
+        self._sound = True
+
+    def _dense_state(self) -> dict[str, np.ndarray]:
+        parts = {"adam": self._learner.state(), "recent": self._recent.state(), "scores": self._evaluation.state()}
+        return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
+
+    def _state(self) -> bytes:
+        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals}
+        return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
+
+    def _settings(self) -> dict:
+        return msgspec.to_builtins(self.settings)
+
+
+def _batch(rows: Examples, target: np.ndarray, implicit: np.ndarray, drawn: np.ndarray) -> Batch:
+    """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
+    first, ctx = unique_contexts(rows.user, rows.history)
+    behind = np.repeat(implicit, drawn.shape[1])  # the row of each negative
+    negative = np.full((len(behind), target.shape[1]), np.nan, np.float32)
+    negative[:, CLICK] = 0
+    every = np.concatenate((np.arange(len(rows)), behind))
+    return Batch(
+        user=rows.user[first], history=rows.history[first],
+        item=np.concatenate((rows.item, drawn.ravel())), ctx=ctx[every], ts=rows.ts[every],
+        scenario=rows.scenario[every].astype(np.int64), position=rows.position[every].astype(np.int64),
+        target=np.concatenate((target, negative)),
+    )  # fmt: skip
+
+
+def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _card_hash(raw: bytes, category: int = 0, seller: int = 0, created: int = 0) -> int:
+    return hash_text(f"{category} {seller} {created} {raw.decode('latin-1')}")  # latin-1: any bytes, one to one

@@ -1,0 +1,118 @@
+"""Blocks as bytes (topic `examples`): two Arrow IPC streams, one after the other, that any Arrow reader opens.
+
+The first has the rows as columns and, in its schema's metadata, the header as JSON; the second the histories. Buffers
+are packed with zstd: the rows of an impression share their history and much else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from embedding_store.errors import CorruptRecord
+from online_model.examples import COLUMNS, HISTORY, Block, Counts, Examples
+
+FORMAT = 1  # of what is written; others are refused
+
+_HEADER = b"headrace.block"
+_OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
+_LIST = pa.list_(pa.field("item", pa.int64(), nullable=False), HISTORY)
+
+
+def _type(dtype: type, shape: tuple[int, ...]) -> pa.DataType:
+    if dtype is object:
+        return pa.string()
+    return _LIST if shape else pa.from_numpy_dtype(dtype)
+
+
+_EXAMPLES = pa.schema([pa.field(name, _type(*column), nullable=False) for name, column in COLUMNS.items()])
+_HISTORIES = pa.schema([pa.field("user", pa.int64(), nullable=False), pa.field("history", _LIST, nullable=False)])
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    partition: int
+    from_offset: int
+    to_offset: int
+    handled: int
+    watermark: int
+    counts: Counts
+
+
+def encode_block(block: Block) -> bytes:
+    """The block's bytes."""
+    header = _Header(
+        FORMAT, block.partition, block.from_offset, block.to_offset, block.handled, block.watermark, block.counts
+    )
+    schema = _EXAMPLES.with_metadata({_HEADER: msgspec.json.encode(header)})
+    sink = pa.BufferOutputStream()
+    _write(sink, schema, [getattr(block.examples, name) for name in COLUMNS])
+    _write(sink, _HISTORIES, [block.users, block.histories])
+    return sink.getvalue().to_pybytes()
+
+
+def decode_block(raw: bytes) -> Block:
+    """The block in a record's value, its columns read-only. CorruptRecord on what `encode_block` has not made."""
+    try:
+        source = pa.BufferReader(raw)
+        rows = pa.ipc.open_stream(source)
+        metadata = (rows.schema.metadata or {}).get(_HEADER)
+        if metadata is None:
+            raise CorruptRecord(_message("it has no block header"))
+        header = _header(metadata)
+        if not rows.schema.equals(_EXAMPLES):
+            raise CorruptRecord(_message("it has other columns"))
+        examples = Examples(*_read(rows, list(COLUMNS)))
+        users, histories = _read(pa.ipc.open_stream(source), ["user", "history"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise CorruptRecord(_message(" ".join(str(error).split()))) from error
+    return Block(
+        header.partition, header.from_offset, header.to_offset, header.handled, header.watermark,
+        header.counts, examples, users, histories,
+    )  # fmt: skip
+
+
+def _header(metadata: bytes) -> _Header:
+    try:
+        header = msgspec.json.decode(metadata, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CorruptRecord(_message(f"its header: {error}")) from error
+    if header.format != FORMAT:
+        raise CorruptRecord(
+            f"a block of format {header.format} where {FORMAT} is read: run join and train workers of one version"
+        )
+    return header
+
+
+def _message(what: str) -> str:
+    return f"not a block of examples ({what}): look at what writes to this topic"
+
+
+def _write(sink: pa.BufferOutputStream, schema: pa.Schema, columns: list[np.ndarray]) -> None:
+    arrays = [_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    with pa.ipc.new_stream(sink, schema, options=_OPTIONS) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+
+def _array(column: np.ndarray, type_: pa.DataType) -> pa.Array:
+    if column.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), pa.int64()), type=type_)
+    return pa.array(column, type_)
+
+
+def _read(reader: Any, names: list[str]) -> list[np.ndarray]:
+    batch = reader.read_next_batch()
+    batch.validate(full=True)
+    if any(True for _ in reader):
+        raise CorruptRecord(_message("it has more than one batch"))
+    columns = []
+    for name in names:
+        column = batch.column(name)
+        if isinstance(column, pa.FixedSizeListArray):
+            columns.append(column.flatten().to_numpy().reshape(-1, HISTORY))
+        else:
+            columns.append(column.to_numpy(zero_copy_only=False))
+    return columns

@@ -1,0 +1,279 @@
+"""The Kafka topics: their names and settings, how they are made, and the check that those in place keep the promises.
+
+Retention is part of the rules (docs: "Moved partitions"): a worker that starts from the shared snapshot reads on from
+there, so what was sent since must still be in its topic. A topic that is too short is refused at start, not found out
+after a crash.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kafka import TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec
+from kafka.errors import KafkaError, for_code
+
+from embedding_store.errors import BrokerError, UsageError
+from streams.events import MAX_EVENT_BYTES
+
+PURCHASE_WINDOW_MS = 3 * 24 * 3_600_000
+SNAPSHOT_INTERVAL_MS = 15 * 60_000
+DEAD_RETENTION_MS = 7 * 24 * 3_600_000
+
+# 1 MiB and the 12 bytes before each batch, Kafka's default: an event of MAX_EVENT_BYTES with its key and headers fits.
+MAX_RECORD_BYTES = (1 << 20) + 12
+assert MAX_RECORD_BYTES > MAX_EVENT_BYTES + 32_000
+
+CONNECT_TIMEOUT_S = 3.0
+_REQUEST_TIMEOUT_MS = 10_000
+_TOPIC_EXISTS = 36
+_NO_SUCH_TOPIC = 3
+
+
+@dataclass(frozen=True)
+class TopicSettings:
+    """Which topics a set of workers uses: `prefix` goes before each name, `partitions` is of `events` and `examples`.
+
+    Raises UsageError at construction for a prefix that Kafka cannot take or a number of partitions below 1.
+    """
+
+    prefix: str = ""
+    partitions: int = 4
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{0,200}", self.prefix):
+            raise UsageError(f"topic prefix {self.prefix!r}: use at most 200 letters, digits, dots, - and _")
+        if self.partitions < 1:
+            raise UsageError(f"{self.partitions} partitions: use 1 or more")
+
+    @property
+    def events(self) -> str:
+        """What was shown and done; keyed by user."""
+        return self.prefix + "events"
+
+    @property
+    def items(self) -> str:
+        """The catalogue; keyed by item, compacted."""
+        return self.prefix + "items"
+
+    @property
+    def examples(self) -> str:
+        """Blocks of joined examples, partition by partition as the events they came from."""
+        return self.prefix + "examples"
+
+    @property
+    def parameters(self) -> str:
+        """The deltas of the model, one partition: their order is the versions'."""
+        return self.prefix + "parameters"
+
+    @property
+    def events_dead(self) -> str:
+        """Records of `events` that are not events, with the reason."""
+        return self.prefix + "events.dead"
+
+
+@dataclass(frozen=True)
+class _Topic:
+    name: str
+    partitions: int
+    configs: dict[str, str]
+
+
+def create_topics(
+    bootstrap: str,
+    settings: TopicSettings,
+    *,
+    purchase_window_ms: int = PURCHASE_WINDOW_MS,
+    snapshot_interval_ms: int = SNAPSHOT_INTERVAL_MS,
+    replication: int = 1,
+) -> None:
+    """Create the topics that are missing and check those that exist; several workers may do it at once.
+
+    Raises UsageError for an existing topic that does not fit (see `check_topics`), BrokerError when Kafka cannot be
+    reached or refuses.
+    """
+    wanted = _topics(settings, purchase_window_ms, snapshot_interval_ms)
+    with _admin(bootstrap) as admin:
+        there = {topic["name"] for topic in _described(admin, [topic.name for topic in wanted])}
+        missing = {
+            topic.name: {
+                "num_partitions": topic.partitions,
+                "replication_factor": replication,
+                "configs": topic.configs,
+            }
+            for topic in wanted
+            if topic.name not in there
+        }
+        if missing:
+            answers = admin.create_topics(missing, raise_errors=False)["topics"]
+            for answer in answers:
+                if answer["error_code"] not in (0, _TOPIC_EXISTS):  # exists: another worker was quicker
+                    raise _refused(bootstrap, f"topic {answer['name']}", answer["error_code"], answer["error_message"])
+            admin.wait_for_topics(list(missing))
+        _check(admin, bootstrap, wanted)
+
+
+def check_topics(
+    bootstrap: str,
+    settings: TopicSettings,
+    *,
+    purchase_window_ms: int = PURCHASE_WINDOW_MS,
+    snapshot_interval_ms: int = SNAPSHOT_INTERVAL_MS,
+) -> None:
+    """Raise UsageError, naming the topic, its setting and what to set, unless every topic is there and fits.
+
+    It fits if its partitions are as in `settings`, it keeps records for as long as a restart may need them, takes
+    records of MAX_EVENT_BYTES, and its cleanup and timestamps are as the rules say. Raises BrokerError when Kafka
+    cannot be reached.
+    """
+    with _admin(bootstrap) as admin:
+        _check(admin, bootstrap, _topics(settings, purchase_window_ms, snapshot_interval_ms))
+
+
+def delete_topics(bootstrap: str, settings: TopicSettings) -> None:
+    """Delete those of the topics that exist. Raises BrokerError when Kafka cannot be reached or refuses."""
+    with _admin(bootstrap) as admin:
+        names = [topic["name"] for topic in _described(admin, [topic.name for topic in _topics(settings, 0, 0)])]
+        if names:
+            for answer in admin.delete_topics(names, raise_errors=False)["topics"]:
+                if answer["error_code"] not in (0, _NO_SUCH_TOPIC):
+                    raise _refused(bootstrap, f"topic {answer['name']}", answer["error_code"], answer["error_message"])
+
+
+def end_offsets(bootstrap: str, topic: str) -> dict[int, int]:
+    """partition → the offset that the next record gets. Markers of transactions count: offsets may have gaps.
+
+    Raises BrokerError when Kafka cannot be reached or has no such topic.
+    """
+    with _admin(bootstrap) as admin:
+        described = _described(admin, [topic])
+        if not described:
+            raise BrokerError(f"topic {topic} does not exist at {bootstrap}: create it, or look at the topic prefix")
+        partitions = [TopicPartition(topic, p["partition_index"]) for p in described[0]["partitions"]]
+        found = admin.list_partition_offsets({partition: OffsetSpec.LATEST for partition in partitions})
+        return {partition.partition: found[partition].offset for partition in sorted(partitions)}
+
+
+def wait_for_broker(bootstrap: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    """Return as soon as one of the brokers in `bootstrap` ("HOST:PORT" or several, with commas) takes connections.
+
+    Raises BrokerError after `timeout_s` seconds, UsageError if `bootstrap` is no such list.
+    """
+    # Before kafka-python is asked: its client tries on for its whole timeout, logs each attempt, and leaves a thread.
+    addresses = [_address(server, bootstrap) for server in bootstrap.split(",")]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        for address in addresses:
+            try:
+                socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
+                return
+            except OSError:
+                pass
+        if time.monotonic() + 0.1 > deadline:
+            raise _no_answer(bootstrap)
+        time.sleep(0.1)
+
+
+def _topics(settings: TopicSettings, purchase_window_ms: int, snapshot_interval_ms: int) -> list[_Topic]:
+    window = purchase_window_ms + snapshot_interval_ms
+    one, many = 1, settings.partitions
+    return [
+        _Topic(settings.events, many, _kept_for(window)),
+        _Topic(settings.items, one, {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}),
+        _Topic(settings.examples, many, _kept_for(window)),
+        _Topic(settings.parameters, one, _kept_for(3 * snapshot_interval_ms)),
+        _Topic(settings.events_dead, one, _kept_for(DEAD_RETENTION_MS)),
+    ]
+
+
+def _kept_for(retention_ms: int) -> dict[str, str]:
+    return {
+        "cleanup.policy": "delete",
+        "retention.ms": str(retention_ms),
+        # A segment is dropped whole: with the default of a week, 45 minutes of retention could keep a week.
+        "segment.ms": str(max(60_000, retention_ms // 4)),
+        # By the broker's clock: a replay of old events, or one event from the future, must not move retention.
+        "message.timestamp.type": "LogAppendTime",
+        "max.message.bytes": str(MAX_RECORD_BYTES),
+    }
+
+
+def _check(admin: KafkaAdminClient, bootstrap: str, wanted: list[_Topic]) -> None:
+    described = {topic["name"]: topic for topic in _described(admin, [topic.name for topic in wanted])}
+    for topic in wanted:
+        if topic.name not in described:
+            raise UsageError(
+                f"topic {topic.name} does not exist at {bootstrap}: create it with {topic.partitions} partitions and "
+                + ", ".join(f"{key}={value}" for key, value in topic.configs.items())
+            )
+        found = len(described[topic.name]["partitions"])
+        if found != topic.partitions:
+            raise UsageError(
+                f"topic {topic.name} has {found} partitions, {topic.partitions} are set: "
+                f"set partitions = {found}, or choose another topic prefix"
+            )
+    resources = [ConfigResource(ConfigResourceType.TOPIC, topic.name) for topic in wanted]
+    configs = admin.describe_configs(resources, config_filter="all")["topic"]
+    for topic in wanted:
+        for key, needed in topic.configs.items():
+            if not _fits(key, (found := configs[topic.name][key]["value"]), needed):
+                raise UsageError(f"topic {topic.name} has {key}={found}: set it to {needed}{_or_more(key)}")
+
+
+def _fits(key: str, found: str, needed: str) -> bool:
+    if key == "retention.ms":
+        return int(found) == -1 or int(found) >= int(needed)
+    if key == "max.message.bytes":
+        return int(found) >= int(needed)
+    return key == "segment.ms" or found == needed
+
+
+def _or_more(key: str) -> str:
+    return " or more" if key in ("retention.ms", "max.message.bytes") else ""
+
+
+def _described(admin: KafkaAdminClient, names: list[str]) -> list[dict]:
+    """Those of the topics that exist."""
+    return [topic for topic in admin.describe_topics(names) if topic["error_code"] != _NO_SUCH_TOPIC]
+
+
+@contextmanager
+def _admin(bootstrap: str) -> Iterator[KafkaAdminClient]:
+    """A client for the body; whatever Kafka or the connection does wrong in it is a BrokerError of one line."""
+    wait_for_broker(bootstrap)
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=bootstrap.split(","),
+            bootstrap_timeout_ms=int(CONNECT_TIMEOUT_S * 1000),
+            request_timeout_ms=_REQUEST_TIMEOUT_MS,
+        )
+    except KafkaError:
+        raise _no_answer(bootstrap) from None
+    try:
+        yield admin
+    except KafkaError as error:
+        reason = f"{type(error).__name__}: {error}".split("\n", 1)[0][:200]
+        raise BrokerError(f"Kafka at {bootstrap} did not do what was asked ({reason}): look at its log") from None
+    finally:
+        admin.close()
+
+
+def _address(server: str, bootstrap: str) -> tuple[str, int]:
+    host, _, port = server.strip().rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise UsageError(f"bootstrap {bootstrap!r}: give HOST:PORT, several with commas between them")
+    return host.strip("[]"), int(port)
+
+
+def _no_answer(bootstrap: str) -> BrokerError:
+    return BrokerError(f"no Kafka answers at {bootstrap}: start one with `headrace broker start` or give --bootstrap")
+
+
+def _refused(bootstrap: str, what: str, code: int, message: str | None) -> BrokerError:
+    reason = message or for_code(code).__name__
+    return BrokerError(f"Kafka at {bootstrap} refuses {what}: {reason.splitlines()[0]}")

@@ -1,0 +1,347 @@
+"""The train worker: blocks of examples in, versions of the model out, each example learned once.
+
+The trainer lives in ONE thread of its own; the event loop only carries data to it and from it. Turn after turn:
+
+1. offer:       blocks, in their order; a block that was seen before is left out, a hole is an error;
+2. step:        test-then-train;
+3. commit:      when it is due: touched rows, dense weights, positions and the version's bytes, ONE atomic write;
+4. publish:     the version's parts to `parameters`, ONE Kafka transaction; the training goes on meanwhile;
+5. acknowledge: the version leaves the store's outbox.
+
+Killed before 3, the blocks since the last commit are read again, from the offsets that the commit holds. Killed between
+3 and 5, the stored bytes are sent again; a replica knows a version that it has. The store's LOCK and the transactional
+id keep a second trainer out. Not guaranteed: that two runs cut the same batches, or commit at the same places.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
+
+import torch
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+from msgspec import Meta, Struct
+
+from embedding_store.errors import BrokerError, StoreError
+from embedding_store.ids import feature_id
+from embedding_store.snapshot import latest_snapshot, snapshot_of
+from online_model.trainer import CatalogueItem, Trainer, TrainerSettings, open_trainer
+from streams import app, events
+from streams.blocks import decode_block
+from streams.outlet import Message, Outlet
+from streams.topics import TopicSettings
+
+log = logging.getLogger("headrace")
+T = TypeVar("T")
+
+COMMIT_SECONDS = 0.2  # between two commits, while the trainer keeps up
+COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
+TURN_SECONDS = 0.05  # then the event loop gets a word in
+MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
+MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
+VERSIONS_AHEAD = 4  # committed and not yet published
+CATALOGUE_CHUNK = 5_000  # items
+
+
+class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What `run_train` needs; the section [train]."""
+
+    bootstrap: str
+    data_dir: Path
+    topics: TopicSettings = TopicSettings()
+    model: TrainerSettings = TrainerSettings()
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
+    threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
+    snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
+    snapshots_kept: Annotated[int, Meta(ge=1)] = 3
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+
+
+def run_train(settings: TrainWorkerSettings) -> None:
+    """Train in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
+    app.run(lambda stop: _train(settings, stop))
+
+
+async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
+    worker = TrainWorker(settings)
+    await worker.start()
+    topics = settings.topics
+    intake = app.Intake(
+        bootstrap=settings.bootstrap,
+        topic=topics.examples,
+        group=f"{topics.prefix}headrace-train",
+        member=app.member_name("train", settings.data_dir / "train"),
+        committed_only=True,
+        min_bytes=1,
+        max_records=500,
+    )
+    await app.serve_feed(intake, worker, stop)
+    await worker.stop()
+
+
+class TrainWorker:
+    """The feed of `examples`, and the tasks round the trainer."""
+
+    def __init__(self, settings: TrainWorkerSettings) -> None:
+        self.settings = settings
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
+        self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
+        self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
+        self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
+        self._changed = asyncio.Condition()  # of what follows
+        self._waiting: deque[ConsumerRecord] = deque()
+        self._waiting_bytes = 0
+        self._items: list[CatalogueItem] = []
+        self._draining = False
+        self._dirty = False  # something was offered since the last commit
+        self._commit_due = 0.0
+        self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
+        self._snapshot_folder = settings.data_dir / "snapshots"
+        self._published = 0  # the last sequence that is in Kafka
+        self._tasks: list[asyncio.Task] = []
+
+    # --- start and stop -----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the store, fence an old trainer, publish what perhaps was not published, read the catalogue.
+
+        Raises StoreLocked, StoreError, BrokerError, FencedError.
+        """
+        self._trainer = await self._in_thread(self._open)
+        await self._outlet.start()
+        for sequence, parts in await self._in_thread(self._trainer.store.outbox):
+            log.info("sending version %s again", sequence)
+            await self._publish(sequence, parts)
+        await self._catalogue.start()
+        while (items := await self._catalogue.read_to_end()) is not None:
+            await self._in_thread(self._trainer.catalogue, items)
+            self._dirty = True
+        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots())
+        self._tasks = [asyncio.create_task(task) for task in tasks]
+        for task in self._tasks:
+            task.add_done_callback(app.fail_loudly)
+
+    async def stop(self) -> None:
+        """Learn what is here already, commit, publish, close the store."""
+        training, publishing, *others = self._tasks
+        for task in others:
+            task.cancel()
+        self._draining = True
+        async with self._changed:
+            self._changed.notify_all()
+        await training
+        await publishing
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._snapshot()
+        await self._in_thread(self._close)
+        await self._catalogue.stop()
+        await self._outlet.stop()
+
+    def _open(self) -> Trainer:
+        torch.set_num_threads(self.settings.threads)
+        device = self.settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        trainer = open_trainer(self.settings.model, self.settings.data_dir / "train", now_ms, device=device)
+        log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
+        return trainer
+
+    def _close(self) -> None:
+        self._trainer.store.acknowledge(self._published)
+        self._trainer.store.close()
+
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Whatever touches the trainer or its store runs in the trainer's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    # --- the feed -----------------------------------------------------------------------------------------------
+
+    async def open(self, partitions: set[int]) -> Mapping[int, int]:
+        """What was taken in stays taken in: the trainer outlives a rebalance."""
+        for partition in partitions - self._expected.keys():
+            position = self._trainer.positions.get(partition)
+            self._expected[partition] = position.source_offset if position else 0
+        log.info("training on partitions %s", ", ".join(map(str, sorted(partitions))))
+        return {p: self._expected[p] for p in partitions}
+
+    async def take(self, partition: int, records: list[ConsumerRecord]) -> None:
+        expected = self._expected.get(partition)
+        fresh = [record for record in records if expected is not None and record.offset >= expected]
+        if not fresh:
+            return
+        self._expected[partition] = fresh[-1].offset + 1
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES)
+            self._waiting.extend(fresh)
+            self._waiting_bytes += sum(len(record.value) for record in fresh)
+            self._changed.notify_all()
+
+    async def close(self, partitions: set[int]) -> None:
+        """Nothing to let go of: a trainer elsewhere is kept out by the transactional id."""
+
+    # --- turns --------------------------------------------------------------------------------------------------
+
+    async def _train(self) -> None:
+        while True:
+            records, items, last = await self._next_work()
+            version = await self._in_thread(self._turn, records, items, last)
+            if version is not None:
+                await self._versions.put(version)
+            if last:
+                await self._versions.put(None)
+                return
+
+    async def _next_work(self) -> tuple[list[ConsumerRecord], list[CatalogueItem], bool]:
+        """What has come, as soon as there is something to do; the flag: it is the last turn."""
+        pending = self._trainer.pending
+        async with self._changed:
+            if not pending:
+                seconds = max(0.0, self._commit_due - time.monotonic()) if self._dirty else None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self._changed.wait_for(lambda: self._waiting or self._items or self._draining)
+            records: list[ConsumerRecord] = []
+            if pending < MAX_PENDING_ROWS:
+                records = list(self._waiting)
+                self._waiting.clear()
+                self._waiting_bytes = 0
+            items, self._items = self._items, []
+            self._changed.notify_all()
+        return records, items, self._draining and not (records or items or pending)
+
+    def _turn(
+        self, records: list[ConsumerRecord], items: list[CatalogueItem], last: bool
+    ) -> tuple[int, list[bytes]] | None:
+        """One turn in the trainer's thread. Returns (sequence, parts) of the version that it committed, if it did."""
+        trainer = self._trainer
+        trainer.store.acknowledge(self._published)
+        for record in records:
+            trainer.offer(decode_block(record.value), record.offset)
+        if items:
+            trainer.catalogue(items)
+        self._dirty = self._dirty or bool(records or items)
+        end = time.monotonic() + TURN_SECONDS
+        while time.monotonic() < end and trainer.step():
+            pass
+        start = time.monotonic()
+        if not last and (not self._dirty or start < self._commit_due):
+            return None
+        parts = trainer.commit()
+        seconds = time.monotonic() - start
+        self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
+        self._dirty = trainer.pending > 0
+        return None if parts is None else (trainer.sequence, parts)
+
+    async def _publisher(self) -> None:
+        """Versions go out one after the other, in their order."""
+        while (version := await self._versions.get()) is not None:
+            await self._publish(*version)
+
+    async def _publish(self, sequence: int, parts: list[bytes]) -> None:
+        topic = self.settings.topics.parameters
+        await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+        self._published = sequence  # the next turn acknowledges it
+
+    async def _snapshots(self) -> None:
+        """A snapshot as soon as there is something for a replica to start from, then one every interval."""
+        if latest_snapshot(self._snapshot_folder) is None:
+            while not self._published:
+                await asyncio.sleep(0.2)
+            await self._snapshot()
+        while True:
+            await asyncio.sleep(self.settings.snapshot_interval_s)
+            await self._snapshot()
+
+    async def _snapshot(self) -> None:
+        """In a thread of its own: the training goes on meanwhile. A failure costs replicas time, nothing else."""
+        if not self._trainer.sequence:
+            return
+        try:
+            path = await asyncio.to_thread(
+                snapshot_of, self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept
+            )
+            log.info("snapshot %s", path.name)
+        except StoreError as error:
+            log.error("no snapshot: %s", error)
+
+    async def _follow_catalogue(self) -> None:
+        while True:
+            items = await self._catalogue.read()
+            if items:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: len(self._items) < CATALOGUE_CHUNK)
+                    self._items += items
+                    self._changed.notify_all()
+
+
+class Catalogue:
+    """The topic of items, read from its beginning: compacted, it has the last record of each item."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self._partition = TopicPartition(topic, 0)
+        self._end = 0
+        self._kafka = AIOKafkaConsumer(
+            bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
+        )
+
+    async def start(self) -> None:
+        """Raises BrokerError."""
+        try:
+            await self._kafka.start()
+            self._kafka.assign([self._partition])
+            await self._kafka.seek_to_beginning(self._partition)
+            self._end = (await self._kafka.end_offsets([self._partition]))[self._partition]
+        except KafkaError as error:
+            raise self._failed(error) from error
+
+    async def read_to_end(self) -> list[CatalogueItem] | None:
+        """The next items up to where the topic ended at the start; then None."""
+        try:
+            if await self._kafka.position(self._partition) >= self._end:
+                return None
+        except KafkaError as error:
+            raise self._failed(error) from error
+        return await self.read()
+
+    async def read(self) -> list[CatalogueItem]:
+        """The next items; waits for at most a second."""
+        try:
+            fetched = await self._kafka.getmany(timeout_ms=1_000, max_records=CATALOGUE_CHUNK)
+        except KafkaError as error:
+            raise self._failed(error) from error
+        return [item for records in fetched.values() for record in records if (item := _item(record)) is not None]
+
+    async def stop(self) -> None:
+        await self._kafka.stop()
+
+    def _failed(self, error: KafkaError) -> BrokerError:
+        return BrokerError(f"cannot read {self._partition.topic} ({error}): is the broker up? `headrace broker status`")
+
+
+def _item(record: ConsumerRecord) -> CatalogueItem | None:
+    """The trainer's view of a catalogue record; None for a tombstone (what was learned stays) and what is no item."""
+    if record.value is None:
+        return None
+    try:
+        item = events.decode_item(record.value)
+    except events.Rejected as error:
+        log.warning("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
+        return None
+    category = 0 if item.category is None else feature_id("category", item.category)
+    seller = 0 if item.seller is None else feature_id("seller", item.seller)
+    return feature_id("item", item.item), record.value, category, seller, item.created or 0
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

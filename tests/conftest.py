@@ -1,0 +1,36 @@
+"""What all tests share: one real Kafka for the whole session, and names of topics that no other test uses."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from deploy.broker import Broker
+
+
+@pytest.fixture(scope="session")
+def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """An embedded Kafka that ends with the test session. Do not stop it: the other tests use it too."""
+    with Broker.start(tmp_path_factory.mktemp("broker")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def broker(running_broker: Broker) -> str:
+    """HOST:PORT of the session's Kafka."""
+    return running_broker.bootstrap
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """A prefix of topic names (and good for groups and transactional ids) that only this test has."""
+    return f"test-{uuid.uuid4().hex[:12]}."
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the broker is marked so: `-m "not broker"` leaves it out."""
+    for item in items:
+        if "running_broker" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.broker)

@@ -1,0 +1,138 @@
+"""Settings: file, environment, flags, the later wins; whatever is wrong is one line that names the place."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.settings import Settings, dump, load
+from embedding_store.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(text: str) -> Path:
+    path = Path("headrace.toml")
+    path.write_text(text)
+    return path
+
+
+def test_the_later_source_wins() -> None:
+    written('data_dir = "a"\nbootstrap = "f:1"\n[join]\nwait_ms = 1\nopen_ms = 50\ndisorder_ms = 3\n')
+    environment = {"HEADRACE_JOIN_WAIT_MS": "10", "HEADRACE_JOIN_OPEN_MS": "60", "HEADRACE_BOOTSTRAP": "e:1"}
+    settings = load(None, environment, {"join.wait_ms": 20, "bootstrap": None})
+    join = settings.join.join
+    assert (join.wait_ms, join.open_ms, join.disorder_ms) == (20, 60, 3)
+    assert settings.bootstrap == "e:1"
+    assert settings.data_dir == Path("a")
+
+
+def test_without_a_file_everything_has_a_default() -> None:
+    settings = load()
+    assert settings.data_dir == Path(".headrace")
+    assert settings.bootstrap == ""
+    assert settings.demo.seconds == 120
+
+
+def test_what_parts_share_is_set_once_and_reaches_the_worker() -> None:
+    written('bootstrap = "127.0.0.1:9"\ndata_dir = "state"\n[topics]\nprefix = "x."\n')
+    worker = load().join
+    assert (worker.bootstrap, worker.data_dir, worker.topics.events) == ("127.0.0.1:9", Path("state"), "x.events")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("HEADRACE_DEMO_SECONDS", "2.5", 2.5),
+        ("HEADRACE_DEMO_PORT", "81", 81),
+        ("HEADRACE_DEMO_KEEP", "true", True),
+        ("HEADRACE_DEMO_KEEP", "0", False),
+        ("HEADRACE_DEMO_LOG", "taobao", "taobao"),
+        ("HEADRACE_DEMO_PATH", "12", "12"),
+    ],
+)
+def test_the_environment_is_text_and_becomes_the_type_of_the_setting(variable: str, text: str, value: object) -> None:
+    demo = load(None, {variable: text}).demo
+    assert getattr(demo, variable.removeprefix("HEADRACE_DEMO_").lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "flags", "message"),
+    [
+        ("[join]\nwait_m = 1", {}, {}, "headrace.toml: join.wait_m is not a setting; did you mean join.wait_ms?"),
+        ("[jion]\nwait_ms = 1", {}, {}, "headrace.toml: jion is not a setting; did you mean join?"),
+        ("[join]\nbootstrap = 'x'", {}, {}, "headrace.toml: join.bootstrap is not a setting"),
+        ("join = 3", {}, {}, "headrace.toml: join is a section: write [join] and its settings below"),
+        ("[join]\nwait_ms = 'soon'", {}, {}, "headrace.toml: join.wait_ms = 'soon': expected int, got str"),
+        ("[join]\nwait_ms = -1", {}, {}, "headrace.toml: join.wait_ms = -1: expected int >= 0"),
+        ("[join\n", {}, {}, "headrace.toml: not valid TOML"),
+        ("data_dir = 3", {}, {}, "headrace.toml: data_dir = 3: expected Path, got int"),
+        (
+            "",
+            {"HEADRACE_JOIN_WAIT_M": "1"},
+            {},
+            "HEADRACE_JOIN_WAIT_M is not a setting; did you mean HEADRACE_JOIN_WAIT_MS?",
+        ),
+        ("", {"HEADRACE_DATADIR": "1"}, {}, "HEADRACE_DATADIR is not a setting; did you mean HEADRACE_DATA_DIR?"),
+        ("", {"HEADRACE_JOIN_WAIT_MS": "soon"}, {}, "HEADRACE_JOIN_WAIT_MS=soon: expected int, got str"),
+        ("", {}, {"join.wait_ms": -1}, "join.wait_ms = -1: expected int >= 0"),
+        (
+            "[join]\nwait_ms = 9\nopen_ms = 5",
+            {},
+            {},
+            "settings in [join]: `wait_ms` (9) must not be longer than `open_ms` (5)",
+        ),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_the_place(
+    text: str, environment: dict[str, str], flags: dict[str, object], message: str
+) -> None:
+    written(text)
+    with pytest.raises(UsageError) as refused:
+        _ = load(None, environment, flags).join
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_named_file_must_be_there() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.toml: No such file or directory; check"):
+        load(Path("nowhere.toml"))
+
+
+def test_the_commands_own_variables_are_no_settings() -> None:
+    load(None, {"HEADRACE_DEBUG": "1", "HEADRACE_CACHE": "/x", "HOME": "/"})
+
+
+def test_what_is_written_reads_back_as_the_same_settings(tmp_path: Path) -> None:
+    flags = {
+        "join.wait_ms": 77,
+        "demo.log": 'a "quoted"\nname',
+        "data_dir": str(tmp_path / 'x"y'),
+        "topics.prefix": "p.",
+    }
+    settings = load(None, {"HEADRACE_SIMULATOR_SEED": "9"}, flags)
+    for full in (False, True):
+        text = dump(settings, full)
+        written(text)
+        again = load()
+        assert again.data_dir == settings.data_dir
+        for section in Settings.SECTIONS:
+            assert getattr(again, section) == getattr(settings, section), (full, section)
+    assert "wait_ms = 77" in text
+    assert "# path is not set" in text
+
+
+def test_the_join_worker_never_waits_for_torch() -> None:
+    program = (
+        "import sys; from deploy.settings import dump, load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
+        "{'bootstrap': 'a:1', 'train.threads': 1}); s.join; s.topics; s.simulator; s.demo; dump(s); "
+        "assert 'torch' not in sys.modules"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root)

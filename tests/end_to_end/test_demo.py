@@ -1,0 +1,163 @@
+"""The whole system on a real Kafka: promises 1, 3 and 6 of the design, seen from outside."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import MessageSizeTooLargeError
+
+from tests.end_to_end.demos import TAOBAO, Demo, demo, headrace
+
+KEYS = {
+    "events_in", "events_rejected", "examples", "trained_examples", "lost", "duplicated", "versions_published",
+    "trainer_version", "replica_version", "freshness_ms", "prequential", "ctr_first_window", "ctr_last_window",
+    "ctr_frozen_last_window", "balance", "events_per_s", "seconds",
+}  # fmt: skip
+BALANCE = {"events_in", "rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside"}
+
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(300)]
+
+
+def comes_out(result: dict[str, Any]) -> None:
+    """Nothing lost, nothing twice, and every figure that must balance does."""
+    assert result.keys() >= KEYS
+    assert (result["lost"], result["duplicated"]) == (0, 0)
+    assert result["trained_examples"] == result["examples"] > 0
+    balance = result["balance"]
+    assert balance.keys() == BALANCE
+    assert balance["events_in"] == sum(v for name, v in balance.items() if name != "events_in")
+    assert {k: balance[k] for k in result["oracle_balance"]} == result["oracle_balance"]
+    assert result["trainer_version"] == result["replica_version"]
+
+
+def model(running: Demo) -> dict[str, Any] | None:
+    """What the replica says of itself, if it answers yet."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{running.settings['serve']['port']}/v1/model").json()
+    except httpx.TransportError:
+        return None
+
+
+def trained(running: Demo, at_least: int) -> bool:
+    answer = model(running)
+    return bool(answer) and answer["info"].get("trained_rows", 0) >= at_least
+
+
+def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None:
+    with demo(tmp_path, "--seconds", 25, "--seed", 3) as running:
+        running.until(lambda: trained(running, 500))
+        settings = running.settings
+        topic = settings["topics"]["prefix"] + "events"
+        producer = KafkaProducer(bootstrap_servers=settings["bootstrap"], max_request_size=20_000_000)
+        click = {"kind": "click", "event_id": "g", "ts": 5, "user": "u", "item": "i"}
+        garbage = [
+            b"", b"\xff\x00\xfe", b"{", b"[]", json.dumps(click | {"ts": -5}).encode(),
+            json.dumps(click | {"ts": 1 << 42}).encode(), json.dumps(click | {"item": "x" * 900_000}).encode(),
+        ]  # fmt: skip
+        for partition in range(settings["topics"]["partitions"]):
+            for value in garbage:
+                producer.send(topic, value, partition=partition).get(10)
+        with pytest.raises(MessageSizeTooLargeError):  # 10 MB: refused where it is sent, with a name
+            producer.send(topic, b"x" * 10_000_000, partition=0).get(10)
+        producer.close()
+        dead = settings["topics"]["prefix"] + "events.dead"
+        reasons = running.until(lambda: dead_letters(settings["bootstrap"], dead, 4 * len(garbage)))
+        assert {r["reason"] for r in reasons} == {"not_json", "invalid", "from_the_future"}
+        result = running.result()
+    comes_out(result)
+    assert result["events_rejected"] == result["balance"]["rejected"] == 4 * len(garbage)
+    assert result["versions_published"] >= 20
+    assert result["freshness_ms"]["count"] >= 100
+    assert result["prequential"]["click"]["auc"] > 0.5
+    assert result["balance"]["joined"] > 1_000
+
+
+def dead_letters(bootstrap: str, topic: str, expected: int) -> list[dict] | None:
+    """All dead letters there are, once there are as many as expected."""
+    consumer = KafkaConsumer(bootstrap_servers=bootstrap, isolation_level="read_committed", enable_auto_commit=False)
+    try:
+        place = TopicPartition(topic, 0)
+        consumer.assign([place])
+        consumer.seek_to_beginning(place)
+        end, letters = consumer.end_offsets([place])[place], []
+        while consumer.position(place) < end:
+            for records in consumer.poll(timeout_ms=500).values():
+                letters += [json.loads(record.value) for record in records]
+        assert len(letters) <= expected
+        return letters if len(letters) == expected else None
+    finally:
+        consumer.close()
+
+
+@pytest.mark.skipif(not TAOBAO.exists(), reason="the Taobao log is not beside the checkout")
+def test_a_real_log_comes_out_exactly_with_train_and_join_killed_in_the_middle(tmp_path: Path) -> None:
+    with demo(tmp_path, "--log", "taobao", "--path", TAOBAO, "--no-page") as running:
+        running.until(lambda: trained(running, 2_000))
+        killed = [running.kill("train"), running.kill("join")]
+        result = running.result()
+    comes_out(result)
+    assert result["balance"]["events_in"] == 96_168
+    assert result["balance"]["open"] == 0
+    assert result["restarts"] == {"join": 1, "train": 1, "serve": 0}
+    assert all(not psutil.pid_exists(pid) for pid in killed)
+
+
+def test_ctrl_c_ends_it_cleanly_and_the_next_one_can_go_on(tmp_path: Path) -> None:
+    with demo(tmp_path, "--seconds", 0, "--no-page") as running:
+        running.until(lambda: trained(running, 300))
+        refused = headrace("demo", "--data-dir", tmp_path, "--seconds", 5)
+        assert refused.returncode != 0
+        assert one_line(refused.stderr)
+        assert "--data-dir" in refused.stderr
+        running.process.send_signal(signal.SIGINT)
+        first = running.result()
+        comes_out(first)
+    with demo(tmp_path, "--seconds", 4, "--no-page", "--keep") as running:
+        second = running.result()
+    comes_out(second)
+    assert second["examples"] > first["examples"]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+def one_line(stderr: str) -> bool:
+    """One line with a remedy, and no traceback."""
+    return len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "bytes"])
+def test_a_log_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"{kind}.csv.gz"
+    row = b"1,2,3,pv,1511658000\n"
+    match kind:
+        case "empty":
+            path.write_bytes(b"")
+        case "truncated":
+            path.write_bytes(gzip.compress(row * 5_000)[:-20])
+        case "bytes":
+            path.write_bytes(gzip.compress(b"\xff\xfe\x00" * 5_000))
+    done = headrace("demo", "--log", "taobao", "--path", path, "--data-dir", tmp_path / "state", "--no-page", "--json")
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(path.name, last), done.stderr
+
+
+def test_no_broker_is_said_in_one_line(tmp_path: Path) -> None:
+    for arguments in (
+        ("demo", "--bootstrap", "127.0.0.1:9", "--data-dir", tmp_path),
+        ("join", "--bootstrap", "127.0.0.1:9", "--data-dir", tmp_path),
+        ("train", "--data-dir", tmp_path),
+    ):
+        done = headrace(*arguments)
+        assert done.returncode == 1
+        assert one_line(done.stderr), done.stderr
+        assert "headrace broker start" in done.stderr

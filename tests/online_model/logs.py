@@ -1,0 +1,72 @@
+"""Small made-up logs: blocks of rows as the joiner would give them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embedding_store.ids import feature_id
+from online_model.examples import HISTORY, Block, Counts, Examples, Part, Source, example_key, row_id
+from embedding_store.ids import hash_text
+
+START = 1_700_000_000_000  # ms UTC
+
+
+def make_rows(
+    n: int, seed: int = 0, users: int = 20, items: int = 30, source: int = Source.IMPRESSION, from_row: int = 0
+) -> Examples:
+    """n SHOWN rows, four to an impression, a second apart, about every fifth clicked; all clicked where implicit."""
+    rng = np.random.default_rng([seed, from_row])
+    request = (from_row + np.arange(n)) // 4
+    user_of = np.random.default_rng(seed).integers(users, size=from_row + n)[request]
+    item = rng.integers(items, size=n)
+    ids = np.array([feature_id("item", int(i)) for i in range(items)], np.int64)
+    history = np.where(rng.random((from_row + n, HISTORY)) < 0.5, rng.choice(ids, (from_row + n, HISTORY)), 0)[
+        request - request[0] if n else request
+    ]
+    keys = [example_key(f"{seed}.{r}", f"{i}-{j}") for j, (r, i) in enumerate(zip(request, item, strict=True), from_row)]
+    click = np.ones(n, np.int8) if source == Source.IMPLICIT else (rng.random(n) < 0.2).astype(np.int8)
+    ts = START + request * 1000
+    return Examples(
+        row_id=np.array([row_id(k, Part.SHOWN) for k in keys], np.int64),
+        example_id=np.array([hash_text(k) for k in keys], np.int64),
+        part=np.full(n, Part.SHOWN, np.uint8), source=np.full(n, source, np.uint8),
+        ts=ts.astype(np.int64), closed=(ts + 500).astype(np.int64),
+        user=np.array([feature_id("user", int(u)) for u in user_of], np.int64), item=ids[item],
+        scenario=rng.integers(4, size=n).astype(np.uint8), position=(np.arange(n) % 4).astype(np.int16),
+        propensity=np.full(n, np.nan, np.float32), click=click,
+        purchase=np.where(click == 1, 0, -1).astype(np.int8),
+        play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64),
+        history=history.astype(np.int64), item_raw=np.array([str(i) for i in item], object),
+    )  # fmt: skip
+
+
+def later(rows: Examples, index: np.ndarray, part: Part, **columns: int) -> Examples:
+    """Rows of another part of the examples at `index`: what came of them later."""
+    out = rows.take(np.asarray(index))
+    names = {"click": -1, "purchase": -1, "play_ms": -1, "duration_ms": -1} | columns
+    for name, value in names.items():
+        setattr(out, name, np.full(len(out), value, getattr(out, name).dtype))
+    out.part = np.full(len(out), part, np.uint8)
+    out.row_id = out.row_id ^ (int(part) << 20)
+    out.closed = out.closed + 10_000
+    return out
+
+
+def make_blocks(
+    rows: Examples, size: int, partition: int = 0, first: int = 0, users: bool = True
+) -> list[Block]:
+    """The rows cut into blocks of `size`, each of ten offsets; each brings the histories of its users."""
+    blocks = []
+    for number, start in enumerate(range(0, len(rows), size)):
+        part = rows.take(slice(start, start + size))
+        who, index = np.unique(part.user, return_index=True)
+        after = rows.closed[start + size] if start + size < len(rows) else rows.closed[-1] + 1
+        blocks.append(
+            Block(
+                partition=partition, from_offset=first + 10 * number, to_offset=first + 10 * number + 10,
+                handled=first + 10 * number + 9, watermark=int(after), counts=Counts(rows=start + len(part)),
+                examples=part, users=who if users else np.empty(0, np.int64),
+                histories=part.history[index] if users else np.empty((0, HISTORY), np.int64),
+            )
+        )  # fmt: skip
+    return blocks

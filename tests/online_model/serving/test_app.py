@@ -1,0 +1,329 @@
+"""The HTTP face: right answers, and one clear line for everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from embedding_store.delta import Version
+from online_model.serving.api import MAX_BODY_BYTES
+from online_model.serving.app import create_app
+from online_model.serving.holder import Holder
+from online_model.serving.replica import Replica
+from tests.online_model.serving.world import NOW, delta, replica, world
+
+
+@contextlib.asynccontextmanager
+async def client(made: Replica, now_ms: int = NOW + 1000) -> AsyncIterator[tuple[httpx.AsyncClient, Holder]]:
+    holder = Holder(made)
+    app = create_app(holder, made.settings.max_age_ms, clock=lambda: now_ms / 1000)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
+        yield http, holder
+
+
+def asks(
+    method: str, path: str, made: Replica | None = None, now_ms: int = NOW + 1000, **kwargs: Any
+) -> httpx.Response:
+    """One request to an app over `made`, else over a replica of the usual world."""
+
+    async def run() -> httpx.Response:
+        async with client(replica(world()) if made is None else made, now_ms) as (http, _):
+            return await http.request(method, path, **kwargs)
+
+    return asyncio.run(run())
+
+
+def assert_refused(response: httpx.Response, status: int, words: str = "") -> None:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert words in body["error"]
+    assert "\n" not in body["error"]
+    assert len(body["error"]) <= 300
+
+
+def test_rank():
+    items: list[str | int] = [3, "4", "unknown"]
+    response = asks("POST", "/v1/rank", json={"user": "u1", "scenario": "live", "items": items})
+    assert response.status_code == 200
+    body = response.json()
+    assert set(body) == {"model_version", "feature_hash", "items"}
+    assert body["model_version"] == "1.1"
+    assert [set(item) for item in body["items"]] == [{"item", "score", "click", "watch", "purchase"}] * 3
+    assert sorted(map(str, items)) == sorted(str(item["item"]) for item in body["items"])
+    scores = [item["score"] for item in body["items"]]
+    assert scores == sorted(scores, reverse=True)
+    assert [i.item for i in replica(world()).rank("u1", "live", items).items] == [i["item"] for i in body["items"]]
+
+
+def test_recommend():
+    body = asks("POST", "/v1/recommend", json={"user": "u1", "scenario": "video", "k": 7}).json()
+    assert set(body) == {"request_id", "model_version", "feature_hash", "candidates", "items"}
+    assert [item["position"] for item in body["items"]] == list(range(7))
+    assert len({item["item"] for item in body["items"]}) == 7
+    assert all(isinstance(item["item"], int) and 0 < item["propensity"] <= 1 for item in body["items"])
+
+
+def test_what_is_left_out_is_as_in_the_events():
+    body = asks("POST", "/v1/recommend", json={"user": 5}).json()
+    assert len(body["items"]) == 10
+
+
+def test_model():
+    body = asks("GET", "/v1/model").json()
+    assert body == {
+        "version": "1.1", "epoch": 1, "sequence": 1, "created_ms": NOW, "applied_ms": body["applied_ms"],
+        "positions": {"0": 10, "1": 20}, "info": {"rows": 7},
+        "rows": {"user": 6, "item": 40, "category": 4, "card": 40},
+    }  # fmt: skip
+
+
+def test_before_the_first_version():
+    for path, body in (("/v1/rank", {"user": 1, "items": [1]}), ("/v1/recommend", {"user": 1})):
+        response = asks("POST", path, replica(), json=body)
+        assert_refused(response, 503, "no model yet")
+        assert response.headers["retry-after"] == "1"
+    assert asks("GET", "/v1/model", replica()).json()["sequence"] == -1
+    assert asks("GET", "/healthz", replica()).status_code == 200
+    assert_refused(asks("GET", "/readyz", replica()), 503, "no version yet")
+    assert asks("GET", "/metrics", replica()).status_code == 200
+
+
+def test_before_the_first_item():
+    first = world()
+    first.blobs = {}
+    response = asks("POST", "/v1/recommend", replica(first), json={"user": 1})
+    assert_refused(response, 503, "catalogue")
+    assert response.headers["retry-after"] == "1"
+
+
+def test_ready_says_why_not():
+    assert asks("GET", "/readyz").json() == {"ok": True}
+    assert_refused(asks("GET", "/readyz", now_ms=NOW + 61_000), 503, "61,000 ms old")
+
+    async def run() -> None:
+        async with client(replica(world())) as (http, holder):
+            holder.behind = "a version is missing: loading the newest snapshot"
+            assert_refused(await http.get("/readyz"), 503, "a version is missing")
+            holder.apply(delta(2))
+            assert (await http.get("/readyz")).status_code == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "not JSON"),
+        (b"{", 400, "not JSON"),
+        (b"\xff\xfe", 400, "not JSON"),
+        (b'{"user": "\xff"}', 400, "not JSON"),
+        (b"[]", 422, "Expected `object`"),
+        (b"{}", 422, "missing required field `user`"),
+        (b'{"user": null}', 422, "$.user"),
+        (b'{"user": ""}', 422, "$.user"),
+        (b'{"user": 1.5}', 422, "$.user"),
+        (b'{"user": true}', 422, "$.user"),
+        (b'{"user": 9223372036854775808}', 422, "$.user"),
+        (b'{"user": 1, "k": 0}', 422, "$.k"),
+        (b'{"user": 1, "k": 101}', 422, "$.k"),
+        (b'{"user": 1, "k": "5"}', 422, "$.k"),
+        (b'{"user": 1, "scenario": "cinema"}', 422, "$.scenario"),
+        (b'{"user": 1, "who": 1}', 422, "unknown field `who`"),
+        (b'{"user": 1, "a\\nb": 1}', 422, "unknown field"),
+        (b'{"user": 1, "' + b"x" * 1000 + b'": 1}', 422, "unknown field"),
+        (b'{"user":' * 100_000, 422, "$.user"),
+        (b" " * (MAX_BODY_BYTES + 1), 413, "larger than"),
+    ],
+)
+def test_a_wrong_body_is_refused_in_one_line(body, status, words):
+    assert_refused(asks("POST", "/v1/recommend", content=body), status, words)
+
+
+def test_rank_takes_one_to_a_thousand_items():
+    assert asks("POST", "/v1/rank", json={"user": 1, "items": list(range(1000))}).status_code == 200
+    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "items": list(range(1001))}), 422, "$.items")
+    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "items": []}), 422, "$.items")
+
+
+@pytest.mark.parametrize("query", ["newer_than=x", "wait_ms=-1", "wait_ms=30001", "older_than=3"])
+def test_a_wrong_question_for_the_model_is_refused(query):
+    assert_refused(asks("GET", f"/v1/model?{query}"), 422)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404), ("GET", "/v1/rank/", 404), ("POST", "/v2/rank", 404), ("GET", "/v1/rank", 405),
+        ("POST", "/v1/model", 405), ("DELETE", "/metrics", 405), ("PUT", "/v1/recommend", 405),
+    ],
+)  # fmt: skip
+def test_unknown_paths_and_methods(method, path, status):
+    assert_refused(asks(method, path), status)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
+    max_leaves=12,
+)
+ids = st.integers() | st.text(max_size=300) | json_values
+nearly_right = st.fixed_dictionaries(
+    {},
+    optional={
+        "user": ids,
+        "items": st.lists(ids, max_size=8) | json_values,
+        "k": st.integers(-5, 200) | json_values,
+        "scenario": st.sampled_from(["live", "video", "shelf", "Shelf"]) | json_values,
+        "other": json_values,
+    },
+)
+
+
+def as_json(value: object) -> bytes:
+    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS) if _small(value) else repr(value).encode()
+
+
+def _small(value: object) -> bool:
+    """orjson writes integers of 64 bits only."""
+    if isinstance(value, dict):
+        return all(_small(v) for v in value.values())
+    if isinstance(value, list):
+        return all(_small(v) for v in value)
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
+
+
+bodies = st.one_of(
+    st.binary(max_size=200),
+    json_values.map(as_json),
+    nearly_right.map(as_json),
+    st.tuples(nearly_right.map(as_json), st.integers(0, 80), st.binary(max_size=3)).map(
+        lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 1 :]
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(path=st.sampled_from(["/v1/rank", "/v1/recommend"]), body=bodies)
+def test_whatever_is_sent_gets_an_answer_or_one_line(path, body):
+    response = asks("POST", path, SHARED, content=body)
+    if response.status_code == 200:
+        assert response.json()["model_version"] == "1.1"
+    else:
+        assert response.status_code in (400, 422)
+        assert_refused(response, response.status_code)
+
+
+SHARED = replica(world())
+
+
+def test_a_long_poll_ends_with_the_next_version():
+    async def run() -> None:
+        async with client(replica(world())) as (http, holder):
+            at_once = await http.get("/v1/model?newer_than=0&wait_ms=30000")
+            assert at_once.json()["sequence"] == 1
+            waiting = [asyncio.create_task(http.get(f"/v1/model?newer_than={n}&wait_ms=30000")) for n in (1, 1, 2)]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in waiting)
+            holder.apply(delta(2))
+            assert (await waiting[0]).json()["sequence"] == (await waiting[1]).json()["sequence"] == 2
+            await asyncio.sleep(0.02)
+            assert not waiting[2].done()
+            holder.apply(delta(3))
+            assert (await waiting[2]).json()["sequence"] == 3
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_long_poll_ends_after_its_time_and_when_the_server_stops():
+    async def run() -> None:
+        async with client(replica(world())) as (http, holder):
+            assert (await http.get("/v1/model?newer_than=9&wait_ms=30")).json()["sequence"] == 1
+            waiting = asyncio.create_task(http.get("/v1/model?newer_than=9&wait_ms=30000"))
+            await asyncio.sleep(0.02)
+            holder.close()
+            assert (await waiting).json()["sequence"] == 1
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_a_long_poll_ends_when_another_epoch_begins():
+    async def run() -> None:
+        async with client(replica(world())) as (http, holder):
+            waiting = asyncio.create_task(http.get("/v1/model?newer_than=50&wait_ms=30000"))
+            await asyncio.sleep(0.02)
+            rolled_back = world()
+            rolled_back.epoch, rolled_back.sequence = 2, 1
+            holder.swap(replica(rolled_back))
+            assert (await waiting).json()["version"] == "2.1"
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def samples(text: str) -> dict[tuple, float]:
+    families = text_string_to_metric_families(text)
+    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+
+
+def test_metrics_count_what_happened():
+    async def run() -> None:
+        async with client(replica(world())) as (http, holder):
+            for _ in range(3):
+                await http.post("/v1/recommend", json={"user": 1})
+            await http.post("/v1/rank", json={"user": 1, "items": [1, 2]})
+            await http.post("/v1/rank", json={})
+            for n in range(50):
+                await http.get(f"/unknown/{n}")
+            holder.apply(delta(2))
+            holder.apply(delta(2))
+            got = samples((await http.get("/metrics")).text)
+            assert got["headrace_serve_requests_total", "/v1/recommend", "200"] == 3
+            assert got["headrace_serve_requests_total", "/v1/rank", "422"] == 1
+            assert got["headrace_serve_requests_total", "404", "other"] == 50
+            assert got["headrace_serve_request_seconds_count", "/v1/recommend"] == 3
+            assert got["headrace_serve_candidates_sum", "recommend"] == 120
+            assert got["headrace_serve_candidates_sum", "rank"] == 2
+            assert got["headrace_replica_versions_applied_total",] == 1
+            assert got["headrace_replica_apply_seconds_count",] == 1
+            assert got["headrace_replica_sequence",] == 2
+            assert got["headrace_replica_epoch",] == 1
+            assert got["headrace_replica_rows", "item"] == 40
+            assert got["headrace_replica_age_seconds",] > 0
+            rolled_back = Version(2, 1, dense=world().dense)
+            holder.swap(replica(rolled_back))
+            got = samples((await http.get("/metrics")).text)
+            assert got["headrace_replica_sequence",] == 1
+            assert got["headrace_replica_epoch",] == 2
+            assert got["headrace_replica_swaps_total",] == 1
+
+    asyncio.run(run())
+
+
+def test_a_broken_replica_is_an_error_without_a_traceback():
+    class Broken(Replica):
+        def rank(self, *args):
+            raise RuntimeError("secret inside")
+
+    made = replica(world())
+    made.__class__ = Broken
+
+    async def run() -> httpx.Response:
+        holder = Holder(made)
+        transport = httpx.ASGITransport(create_app(holder), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+            response = await http.post("/v1/rank", json={"user": 1, "items": [1]})
+            got = samples((await http.get("/metrics")).text)
+            assert got["headrace_serve_requests_total", "/v1/rank", "500"] == 1
+            return response
+
+    assert_refused(asyncio.run(run()), 500, "internal error")

@@ -1,0 +1,285 @@
+"""Test-then-train: what a step learns, measures and counts."""
+
+import numpy as np
+import orjson
+import pytest
+import torch
+
+from embedding_store.ids import feature_id
+from online_model.examples import Examples, Part, Source
+from online_model.features import FeatureSettings
+from online_model.learner import unique_contexts
+from online_model.ranker import RankerSettings
+from online_model.trainer import TrainerSettings, open_trainer
+from tests.online_model.logs import START, later, make_blocks, make_rows
+from tests.online_model.plain_trainer import PlainTrainer
+
+SMALL = TrainerSettings(
+    batch_size=64, features=FeatureSettings(dim=8, users=100, items=200, categories=20),
+    ranker=RankerSettings(hidden=16, second=8), window=500, recent_items=20,
+)  # fmt: skip
+NOW = START + 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    trainer = open_trainer(SMALL, tmp_path / "store", lambda: NOW)
+    yield trainer
+    trainer.store.close()
+
+
+def learn(trainer, rows, size=64, first=0):
+    for number, block in enumerate(make_blocks(rows, size, first=first)):
+        trainer.offer(block, number)
+        while trainer.step():
+            pass
+
+
+def of(trainer, table, raw, name):
+    """A column of the row of `raw`."""
+    rows = trainer.tables.rows(table, np.array([feature_id(table, raw)]), admit=False)
+    return trainer.tables.read_rows(table, rows)[name][0]
+
+
+def mixed(n=200, seed=0):
+    """Rows of every part."""
+    shown = make_rows(n, seed=seed)
+    clicked, other = np.flatnonzero(shown.click == 1), np.flatnonzero(shown.click == 0)
+    return Examples.concat([
+        shown,
+        later(shown, clicked[::2], Part.WATCH, play_ms=6_000, duration_ms=10_000),
+        later(shown, clicked[1::2], Part.WATCH, play_ms=1_000, duration_ms=10_000),
+        later(shown, other[:5], Part.WATCH, play_ms=1_000, duration_ms=0),
+        later(shown, clicked[:4], Part.PURCHASE, purchase=1),
+        later(shown, other[:7], Part.LATE_CLICK, click=1, purchase=0),
+    ])  # fmt: skip
+
+
+def catalogue(n=30, created=START):
+    return [
+        (feature_id("item", i), b'{"item":%d}' % i, feature_id("category", i % 5), feature_id("seller", 1), created)
+        for i in range(n)
+    ]
+
+
+def test_a_step_is_what_plain_torch_computes(trainer):
+    items = catalogue(20, created=0)  # the others have no category
+    trainer.catalogue(items)
+    plain = PlainTrainer(SMALL, {item: category for item, _, category, *_ in items})
+    for item, *_ in items:
+        plain._admit("item", item)
+    scores = []
+    add = trainer._evaluation.tasks["click"].add
+    trainer._evaluation.tasks["click"].add = lambda key, p, label: (scores.append(p), add(key, p, label))
+    rows = mixed(300)
+    for number, block in enumerate(make_blocks(rows, 64)):
+        expected = plain.step(block.examples)
+        trainer.offer(block, number)
+        assert trainer.step() == len(block.examples)
+        shown = block.examples.part == Part.SHOWN
+        assert scores[-1] == pytest.approx(expected[shown, 0], abs=1e-5)
+    for table, rows_of in plain.tables.items():
+        ids = np.array(sorted(rows_of))
+        got = trainer.tables.read_rows(table, trainer.tables.rows(table, ids, admit=False))
+        assert got["weights"] == pytest.approx(np.stack([rows_of[i].numpy() for i in ids.tolist()]), abs=1e-5)
+        assert got["momentum"] == pytest.approx([plain.momentum[table][i] for i in ids.tolist()], abs=1e-5)
+    for name, weights in trainer._ranker.weights().items():
+        assert weights == pytest.approx(plain.ranker.weights()[name], abs=1e-5), name
+    for item, (shown, clicks, created) in plain.stats.items():
+        got = trainer.tables.read_rows("item", trainer.tables.rows("item", np.array([item]), admit=False))
+        assert (got["impressions"][0], got["created"][0]) == (shown, created)
+    assert int(trainer.tables.column("item", "clicks").sum()) == int((rows.click == 1).sum())
+
+
+def test_statistics_are_as_before_the_batch(trainer):
+    rows = make_rows(64).take(np.zeros(64, int))
+    rows.click[:] = 1
+    learn(trainer, rows)
+    first = trainer._evaluation.tasks["click"].state()["p"]
+    assert len(np.unique(first)) == 1, "64 times the same row in one batch: nothing of it may be known to its scores"
+
+
+def test_item_statistics_count_impressions_and_clicks_only(trainer):
+    learn(trainer, mixed())
+    columns = {n: int(trainer.tables.column("item", n).sum()) for n in ("impressions", "clicks", "interactions")}
+    assert columns == {"impressions": 200, "clicks": int((mixed().click == 1).sum()), "interactions": 0}
+
+
+def test_logs_without_impressions_claim_no_click_rate(trainer):
+    learn(trainer, make_rows(256, source=Source.IMPLICIT))
+    columns = {n: int(trainer.tables.column("item", n).sum()) for n in ("impressions", "clicks", "interactions")}
+    assert columns == {"impressions": 0, "clicks": 0, "interactions": 256}
+    metrics = trainer.info()["metrics"]
+    assert metrics["click"]["count"] == 0
+    # The first batch has no negatives yet: 192 rows with 4 each.
+    assert (metrics["click_sampled"]["count"], metrics["click_sampled"]["positives"]) == (192 * 5, 192)
+    assert metrics["click_sampled"]["ne"] is None
+    assert trainer.info()["trained_rows"] == 256
+    assert trainer.positions[0].rows == 256, "negatives are no rows"
+
+
+def test_each_impression_is_scored_once(trainer):
+    rows = mixed()
+    learn(trainer, rows)
+    metrics = trainer.info()["metrics"]
+    shown = rows.part == Part.SHOWN
+    assert metrics["click"]["count"] == int(shown.sum())
+    assert metrics["click"]["positives"] == int((rows.click[shown] == 1).sum()) + 7
+    assert metrics["watch"]["count"] == int((rows.duration_ms > 0).sum())
+    assert metrics["purchase"]["count"] == int((rows.purchase == 0).sum())
+    assert metrics["purchase"]["positives"] == 4
+
+
+def test_every_part_teaches_its_own_heads_only(trainer):
+    rows = make_rows(64)
+    rows.click[:], rows.purchase[:] = 0, -1
+    learn(trainer, rows)
+    bias = trainer._ranker.weights()["bias"]
+    watch = later(rows, np.arange(64), Part.WATCH, play_ms=10, duration_ms=10)
+    block = make_blocks(watch, 64, first=10)[0]
+    trainer._learner._adam.state.clear()  # its moments would move the others on
+    trainer.offer(block, 1)
+    trainer.step()
+    assert ((trainer._ranker.weights()["bias"] != bias) == [False, True, False]).all()
+
+
+def test_contexts_of_one_impression_are_shared():
+    rows = make_rows(40)
+    first, ctx = unique_contexts(rows.user, rows.history)
+    assert len(first) <= 10 + 1
+    assert (rows.user[first][ctx] == rows.user).all()
+    assert (rows.history[first][ctx] == rows.history).all()
+
+
+def test_hostile_histories_are_not_mixed_up(monkeypatch):
+    monkeypatch.setattr("online_model.learner.mix", lambda x: np.zeros(x.shape, np.uint64))  # all hashes collide
+    rows = make_rows(40)
+    first, ctx = unique_contexts(rows.user, rows.history)
+    assert (rows.history[first][ctx] == rows.history).all()
+
+
+def test_histories_come_with_the_block_and_not_before(trainer):
+    rows = make_rows(80)
+    block = make_blocks(rows, 80)[0]
+    trainer.offer(block, 0)
+    trainer.step()
+    at = trainer.tables.rows("user", block.users, admit=False)
+    assert not trainer.tables.column("user", "history")[at].any(), "16 rows of the block are not learned"
+    trainer.step()
+    at = trainer.tables.rows("user", block.users, admit=False)
+    assert (trainer.tables.column("user", "history")[at] == block.histories).all()
+
+
+def test_a_batch_that_is_not_finite_leaves_the_model_alone(trainer, caplog):
+    learn(trainer, make_rows(128))
+    before = trainer._ranker.weights()
+    digest = [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()]
+    forward = trainer._ranker.forward
+    trainer._ranker.forward = lambda *inputs: forward(*inputs) * torch.tensor(float("nan"))
+    learn(trainer, make_rows(64, from_row=128), first=1000 - 980)
+    trainer._ranker.forward = forward
+    assert trainer.info()["not_finite"] == 64
+    assert trainer.positions[0].rows == 192, "its rows are handled: they are not lost, and not trained again"
+    assert "not finite" in caplog.text
+    assert all((trainer._ranker.weights()[n] == w).all() for n, w in before.items())
+    after = {name: rows.columns["weights"] for name, rows in trainer.tables.digest_rows()}
+    assert all(np.isfinite(w).all() for w in after.values())
+    assert len(digest) == len(after)
+    learn(trainer, make_rows(64, from_row=192), first=30)
+    assert trainer.info()["metrics"]["click"]["count"] == 192, "what was not finite is not measured"
+
+
+def test_gradients_that_are_not_finite_leave_the_model_alone(trainer):
+    learn(trainer, make_rows(64))
+    before = [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()]
+    ranker = trainer._ranker.weights()
+    handle = trainer._ranker.from_item.weight.register_hook(lambda g: g * float("inf"))
+    learn(trainer, make_rows(64).take(np.arange(64)), first=10)
+    handle.remove()
+    assert trainer.info()["not_finite"] == 64
+    assert [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()] == before
+    assert all((trainer._ranker.weights()[n] == w).all() for n, w in ranker.items())
+
+
+def test_a_step_that_fails_is_never_committed(trainer, monkeypatch):
+    learn(trainer, make_rows(64))
+    monkeypatch.setattr(trainer._recent, "push", lambda items: 1 / 0)
+    trainer.offer(make_blocks(make_rows(64), 64, first=10)[0], 1)
+    with pytest.raises(ZeroDivisionError):
+        trainer.step()
+    for call in (trainer.commit, trainer.step):
+        with pytest.raises(Exception, match="restart the trainer"):
+            call()
+
+
+def test_items_without_a_catalogue_get_a_card_once(trainer):
+    rows = make_rows(64)
+    rows.item_raw[:] = '"näme"'
+    learn(trainer, rows)
+    cards = dict(trainer._cards)
+    assert set(cards) == set(rows.item.tolist())
+    assert orjson.loads(next(iter(cards.values()))) == {"item": "näme"}
+    trainer.commit()
+    learn(trainer, make_rows(64), first=10)
+    assert trainer._cards == {}
+
+
+def test_the_catalogue_admits_items_and_replaces_their_cards(trainer):
+    learn(trainer, make_rows(64))
+    seen = of(trainer, "item", 3, "created")
+    trainer.catalogue([*catalogue(), *catalogue(1)])
+    assert of(trainer, "item", 7, "category") == feature_id("category", 2)
+    assert of(trainer, "item", 7, "seller") == feature_id("seller", 1)
+    assert of(trainer, "item", 29, "created") == START
+    assert np.abs(of(trainer, "item", 29, "weights")).max() > 0, "a new item starts from its own weights"
+    assert seen > 0
+    assert len(trainer._cards) == 30
+    trainer.commit()
+    trainer.catalogue(catalogue())
+    assert trainer.commit() is None, "the same catalogue again changes nothing"
+    changed = [(item, b'{"item":0,"stock":1}', *rest) for item, _, *rest in catalogue(1)]
+    trainer.catalogue(changed)
+    assert trainer._cards == {feature_id("item", 0): b'{"item":0,"stock":1}'}
+    trainer.catalogue([])
+
+
+def test_an_item_without_a_creation_time_takes_its_first_example_s(trainer):
+    trainer.catalogue(catalogue(created=0))
+    assert of(trainer, "item", 3, "created") == 0
+    learn(trainer, make_rows(256))
+    created = trainer.tables.column("item", "created")
+    assert created[created > 0].min() == START
+
+
+def test_the_model_learns_what_users_like(trainer):
+    """Two kinds of users, two kinds of items, nothing else: a click is a match."""
+    rows = make_rows(6000, users=20, items=30)
+    kind = {feature_id("user", u): u % 2 for u in range(20)} | {feature_id("item", i): i % 2 for i in range(30)}
+    match = np.array([kind[u] == kind[i] for u, i in zip(rows.user.tolist(), rows.item.tolist(), strict=True)])
+    rows.click = (np.random.default_rng(1).random(6000) < np.where(match, 0.4, 0.1)).astype(np.int8)
+    rows.purchase = np.where(rows.click == 1, 0, -1).astype(np.int8)
+    learn(trainer, rows)
+    recent = trainer.info()["metrics"]["click"]["recent"]
+    assert recent["auc"] > 0.65
+    assert recent["calibration"] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_step_on_cuda_is_close_to_one_on_the_cpu(tmp_path):
+    digests = []
+    for device in ("cpu", "cuda"):
+        trainer = open_trainer(SMALL, tmp_path / device, lambda: NOW, device=device)
+        learn(trainer, mixed())
+        digests.append({name: rows.columns["weights"] for name, rows in trainer.tables.digest_rows()})
+        trainer.store.close()
+    for name, weights in digests[0].items():
+        assert digests[1][name] == pytest.approx(weights, abs=1e-4)

@@ -1,0 +1,179 @@
+"""Workers as processes of their own, for the tests that kill them: `python -m tests.streams.children KIND JSON`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+
+ROOT = Path(__file__).parents[2]
+
+
+class Child:
+    """A worker process; its stderr is kept in a file."""
+
+    def __init__(self, kind: str, log: Path, **settings: Any) -> None:
+        self._command = [sys.executable, "-m", "tests.streams.children", kind, json.dumps(settings, default=str)]
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def fail_if_ended(self) -> None:
+        if self.process.poll() is not None:
+            raise AssertionError(f"the worker ended ({self.process.returncode}): {self.said}")
+
+
+@contextlib.contextmanager
+def running(kind: str, log: Path, **settings: Any) -> Iterator[Child]:
+    child = Child(kind, log, **settings)
+    try:
+        yield child
+    finally:
+        child.kill()
+
+
+def wait_for(true: Any, seconds: float = 30.0, child: Child | None = None, what: str = "") -> Any:
+    """The first value of `true()` that is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := true()):
+        if child is not None:
+            child.fail_if_ended()
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what} {child.said if child else ''}")
+        time.sleep(0.05)
+    return value
+
+
+def read_all(bootstrap: str, topic: str, committed: bool = True) -> dict[int, list[ConsumerRecord]]:
+    """All records of a topic by partition, up to its end as it is now; of transactions the committed ones only."""
+    return asyncio.run(_read_all(bootstrap, topic, committed))
+
+
+async def _read_all(bootstrap: str, topic: str, committed: bool) -> dict[int, list[ConsumerRecord]]:
+    level = "read_committed" if committed else "read_uncommitted"
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=bootstrap, isolation_level=level, auto_offset_reset="earliest"
+    )
+    async with consumer:
+        partitions = sorted(consumer.assignment())
+        ends = await consumer.end_offsets(partitions)
+        records: dict[int, list[ConsumerRecord]] = {p.partition: [] for p in partitions}
+        while any([await consumer.position(p) < ends[p] for p in partitions]):
+            for partition, some in (await consumer.getmany(timeout_ms=200)).items():
+                records[partition.partition] += some
+        return records
+
+
+def group_offsets(bootstrap: str, group: str, topic: str, partitions: int) -> list[int | None]:
+    """The offsets that a group has committed, by partition."""
+    return asyncio.run(_group_offsets(bootstrap, group, [TopicPartition(topic, p) for p in range(partitions)]))
+
+
+async def _group_offsets(bootstrap: str, group: str, partitions: list[TopicPartition]) -> list[int | None]:
+    async with AIOKafkaConsumer(bootstrap_servers=bootstrap, group_id=group, enable_auto_commit=False) as consumer:
+        return [await consumer.committed(p) for p in partitions]
+
+
+class FileFeed:
+    """Writes the offsets of each partition to a file, one a line: its store."""
+
+    def __init__(self, folder: Path, fail_at: int, hole_at: int) -> None:
+        self._folder, self._fail_at, self._hole_at = folder, fail_at, hole_at
+        self._next: dict[int, int] = {}
+
+    async def open(self, partitions: set[int]) -> Mapping[int, int]:
+        for partition in partitions - self._next.keys():
+            path = self._folder / f"{partition}.offsets"
+            lines = path.read_text().splitlines() if path.exists() else []
+            self._next[partition] = int(lines[-1]) + 1 if lines else 0
+        with (self._folder / "opened").open("a") as file:
+            file.write(f"{os.getpid()} {sorted(partitions)}\n")
+        return {p: self._next[p] for p in partitions}
+
+    async def take(self, partition: int, records: list) -> int | None:
+        assert {r.partition for r in records} == {partition}
+        if records[0].offset <= self._hole_at <= records[-1].offset:
+            self._hole_at = -1
+            return self._next[partition]  # as if it had not been seen: it must come again
+        if records[0].offset > self._next[partition]:
+            return self._next[partition]  # was on its way when we went back
+        if any(r.offset == self._fail_at for r in records):
+            raise RuntimeError("this batch cannot be handled")
+        with (self._folder / f"{partition}.offsets").open("a") as file:
+            for record in records:
+                if record.offset >= self._next[partition]:
+                    file.write(f"{record.offset}\n")
+                    self._next[partition] = record.offset + 1
+        with (self._folder / "batches").open("a") as file:
+            file.write(f"{len(records)}\n")
+        await asyncio.sleep(0.005)
+        return None
+
+    async def close(self, partitions: set[int]) -> None:
+        for partition in partitions:
+            self._next.pop(partition, None)
+
+
+def _feed(bootstrap: str, topic: str, group: str, folder: str, fail_at: int = -1, hole_at: int = -1,
+    member: str | None = None) -> None:
+    from streams import app
+
+    feed = FileFeed(Path(folder), fail_at, hole_at)
+    intake = app.Intake(bootstrap, topic, group, member, max_records=500)
+    app.run(lambda stop: app.serve_feed(intake, feed, stop))
+
+
+def _join(**settings: Any) -> None:
+    from streams.join_worker import JoinWorkerSettings, run_join
+
+    run_join(convert(settings, JoinWorkerSettings))
+
+
+def _train(**settings: Any) -> None:
+    from streams.train_worker import TrainWorkerSettings, run_train
+
+    run_train(convert(settings, TrainWorkerSettings))
+
+
+def _serve(**settings: Any) -> None:
+    from streams.serve_worker import ServeWorkerSettings, run_serve
+
+    run_serve(convert(settings, ServeWorkerSettings))
+
+
+def convert(settings: dict[str, Any], type_: Any) -> Any:
+    return msgspec.convert(settings, type_, dec_hook=lambda kind, value: kind(value))
+
+
+if __name__ == "__main__":
+    kinds = {"feed": _feed, "join": _join, "train": _train, "serve": _serve}
+    kinds[sys.argv[1]](**json.loads(sys.argv[2]))

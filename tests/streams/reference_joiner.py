@@ -1,0 +1,182 @@
+"""The join semantics of docs/architecture.md in dictionaries: one record at a time, everything found by brute force.
+
+Slow and unbounded on purpose; the joiner is held to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+
+from embedding_store.ids import feature_id, hash_text
+from online_model.examples import HISTORY, Counts
+from online_model.history import history_hash
+from streams.events import SCENARIOS, Click, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
+
+
+class ReferenceJoiner:
+    def __init__(self, settings) -> None:
+        self.s, self.counts, self.rows, self.dead = settings, Counts(), [], []
+        self.top = -math.inf  # largest ts; the watermark is L below it
+        self.seen, self.held, self.timers, self.windows, self.log = {}, [], [], {}, {}
+        self.examples = []  # the open ones, in the order of their opening
+
+    @property
+    def watermark(self):
+        return self.top - self.s.disorder_ms
+
+    def feed(self, record) -> None:
+        c, before = self.counts, self.watermark
+        try:
+            event = decode(record.value)
+            if record.timestamp_ms is not None and event.ts > record.timestamp_ms + self.s.future_ms:
+                raise Rejected("from_the_future", "")
+        except Rejected as error:  # rule 1
+            c.events_in, c.rejected = c.events_in + 1, c.rejected + 1
+            self.dead.append((record.offset, error.reason))
+            return
+        if not isinstance(event, Tick):
+            k = len(event.items) if isinstance(event, Impression) else 1
+            name = str(event.event_id)
+            c.events_in += k  # rule 2
+            if name in self.seen and before - self.seen[name] <= self.s.open_ms:  # rule 3
+                c.duplicates += k
+                return
+            self.seen[name] = event.ts
+            if event.ts < before:  # rules 4 and 8
+                c.late += k
+                if not isinstance(event, Impression):
+                    self.act(event, before, late=True)
+                return
+            c.open += k
+            self.held.append((event.ts, name, record.offset, event))
+        self.top = max(self.top, event.ts)
+        if self.watermark > before:
+            self.release()
+
+    def release(self) -> None:  # rule 5
+        ready = sorted(h[:3] for h in self.held if h[0] < self.watermark)
+        events = {h[2]: h[3] for h in self.held}
+        self.held = [h for h in self.held if h[0] >= self.watermark]
+        for ts, _, offset in ready:
+            self.fire(ts)
+            if isinstance(events[offset], Impression):
+                self.show(events[offset])
+            else:
+                self.counts.open -= 1
+                self.act(events[offset], ts, late=False)
+        self.fire(self.watermark)
+
+    def fire(self, limit) -> None:
+        while due := sorted((t for t in self.timers if t[0] < limit), key=lambda t: t[:2]):
+            timer = due[0]
+            self.timers.remove(timer)
+            time, what, x = timer
+            if what == "1 wait" and not x["clicked"]:
+                self.row(x, 0, time, click=0)
+            elif what == "2 watch":
+                self.row(x, 2, time, play_ms=x["play"][0], duration_ms=x["play"][1])
+                x["watched"] = True
+            elif what == "3 end":
+                self.examples.remove(x)
+
+    def show(self, event) -> None:  # rule 6
+        history = self.history(event.user, event.ts)
+        if event.feature_hash is not None:
+            self.counts.skew_checked += 1
+            self.counts.skew_differs += event.feature_hash != history_hash(np.array(history, np.int64))
+        for i, item in enumerate(event.items):
+            place = (str(event.user), str(event.request_id), str(item))
+            if any(x["place"] == place for x in self.examples):
+                self.counts.duplicates, self.counts.open = self.counts.duplicates + 1, self.counts.open - 1
+                continue
+            x = self.example(event, f"{event.request_id}\0{item}", item, history, 0)
+            x["place"] = place
+            x["position"] = -1 if event.positions is None else max(-1, min(32_767, event.positions[i]))
+            x["propensity"] = None if event.propensities is None else event.propensities[i]
+            self.examples.append(x)
+            self.timers.append((event.ts + self.s.wait_ms, "1 wait", x))
+            self.timers.append((event.ts + self.s.open_ms, "3 end", x))
+
+    def act(self, event, now, late) -> None:  # rule 7
+        x = self.find(event)
+        pair = (str(event.user), str(event.item))
+        window = self.windows.get(pair)
+        if window is not None and now > window["ts"] + self.s.purchase_window_ms:
+            window = None
+        match event:
+            case Click():
+                joined = self.click(event, x, window, pair, now, late)
+            case Watch() if x is not None:
+                joined = True
+                self.watch(event, x, now)
+            case Purchase() if window is not None and window["ts"] <= event.ts:
+                joined = True
+                if not window["bought"]:
+                    window["bought"] = True
+                    self.row(window["x"] | {"item": event.item}, 3, now, purchase=1)
+            case _:
+                joined = False
+        if not late:
+            self.counts.joined += joined
+            self.counts.history_only += not joined
+        if not isinstance(event, Refund):
+            log = self.log.setdefault(str(event.user), [])
+            item = feature_id("item", event.item)
+            if not log or log[-1][0] != item:
+                log.append((item, event.ts))
+
+    def find(self, event) -> dict | None:
+        user, item, request = str(event.user), str(event.item), event.request_id
+        near = [x for x in self.examples if x["ts"] <= event.ts <= x["ts"] + self.s.open_ms]
+        near = [x for x in near if x["place"][0] == user and x["place"][2] == item]
+        named = [x for x in near if request is not None and x["place"][1] == str(request)]
+        return max(named or near, key=lambda x: (x["ts"], x["event_id"]), default=None)
+
+    def click(self, event, x, window, pair, now, late) -> bool:
+        if x is None:
+            if late or not self.s.implicit:
+                return False
+            history = self.history(event.user, event.ts)
+            x = self.example(event, f"event:{event.event_id}\0{event.item}", event.item, history, 1)
+        if not x["clicked"]:
+            x["clicked"] = True
+            self.row(x, 1 if x["shown"] else 0, now, click=1, purchase=0)
+        if window is not None and window["x"]["key"] == x["key"]:
+            window["ts"] = max(window["ts"], event.ts)
+        elif window is None or event.ts >= window["ts"]:
+            self.windows[pair] = {"ts": event.ts, "bought": False, "x": x}
+        return True
+
+    def watch(self, event, x, now) -> None:
+        if "play" not in x:
+            due = max(min(event.ts + self.s.watch_wait_ms, x["ts"] + self.s.open_ms), now)
+            self.timers.append((due, "2 watch", x))
+        if event.play_ms > x.get("play", (-1,))[0] and "watched" not in x:
+            x["play"] = (event.play_ms, event.duration_ms)
+
+    def history(self, user, before=math.inf) -> list[int]:
+        ids = [item for item, ts in self.log.get(str(user), []) if ts < before]
+        return (ids[::-1] + [0] * HISTORY)[:HISTORY]
+
+    def example(self, event, key, item, history, source) -> dict:
+        return {
+            "key": key, "item": item, "history": history, "source": source, "position": -1, "propensity": None,
+            "ts": event.ts, "event_id": str(event.event_id), "user": event.user,
+            "scenario": SCENARIOS.index(event.scenario), "clicked": False, "shown": False,
+        }  # fmt: skip
+
+    def row(self, x, part, closed, click=-1, purchase=-1, play_ms=-1, duration_ms=-1) -> None:
+        self.counts.rows += 1
+        if part == 0:
+            x["shown"] = True
+            if x["source"] == 0:
+                self.counts.open, self.counts.joined = self.counts.open - 1, self.counts.joined + 1
+        self.rows.append((
+            hash_text(f"{x['key']}\0{part}"), hash_text(x["key"]), part, x["source"], x["ts"], closed,
+            feature_id("user", x["user"]), feature_id("item", x["item"]), x["scenario"], x["position"],
+            x["propensity"], click, purchase, play_ms, duration_ms, tuple(x["history"]),
+            json.dumps(x["item"], ensure_ascii=False),
+        ))  # fmt: skip

@@ -1,0 +1,98 @@
+"""Whole batches, each once, from the feed's own offsets: through kill -9, rebalances and batches that fail."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from kafka import KafkaProducer
+
+from streams.topics import TopicSettings, create_topics
+from tests.streams.children import running, wait_for
+
+pytestmark = pytest.mark.broker
+
+PARTITIONS = 4
+
+
+@pytest.fixture
+def topic(broker: str, topic_prefix: str) -> str:
+    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
+    create_topics(broker, settings)
+    return settings.events
+
+
+@pytest.fixture
+def feed(broker: str, topic: str, tmp_path: Path) -> dict:
+    return {"bootstrap": broker, "topic": topic, "group": f"{topic}-group", "folder": tmp_path}
+
+
+def _produce(broker: str, topic: str, records: int) -> None:
+    producer = KafkaProducer(bootstrap_servers=broker, linger_ms=20)
+    for i in range(records):
+        producer.send(topic, b"%d" % i, partition=i % PARTITIONS)
+    producer.close()
+
+
+def _offsets(folder: Path) -> dict[int, list[int]]:
+    return {int(path.stem): [int(line) for line in path.read_text().split()] for path in folder.glob("*.offsets")}
+
+
+def _all_once(folder: Path, records: int) -> bool:
+    """Raises if an offset is there twice or out of order; says whether all are there."""
+    offsets = _offsets(folder)
+    for partition, seen in offsets.items():
+        assert seen == list(range(len(seen))), f"partition {partition} is not in order, each once"
+    return sum(map(len, offsets.values())) == records
+
+
+def test_a_killed_worker_goes_on_from_its_own_offsets(broker: str, topic: str, feed: dict, tmp_path: Path) -> None:
+    dice = random.Random(7)
+    _produce(broker, topic, 20_000)
+    with running("feed", tmp_path / "log", **feed, member="a") as child:
+        for _ in range(3):
+            done = sum(map(len, _offsets(tmp_path).values()))
+            wait_for(lambda done=done: sum(map(len, _offsets(tmp_path).values())) > done, child=child)
+            wait_for(lambda: dice.random() < 0.3)
+            child.kill()
+            _produce(broker, topic, 5_000)
+            child.start()
+        wait_for(lambda: _all_once(tmp_path, 35_000), child=child)
+        assert child.stop() == 0, child.said
+    sizes = [int(line) for line in (tmp_path / "batches").read_text().split()]
+    assert max(sizes) == 500, "a batch is what one fetch brought"
+
+
+def test_partitions_move_between_workers(broker: str, topic: str, feed: dict, tmp_path: Path) -> None:
+    _produce(broker, topic, 8_000)
+    opened = tmp_path / "opened"
+    with running("feed", tmp_path / "one.log", **feed) as one:
+        wait_for(lambda: _all_once(tmp_path, 8_000), child=one)
+        with running("feed", tmp_path / "two.log", **feed) as two:
+            wait_for(lambda: opened.read_text().count(f"{two.process.pid} ") == 1, child=two)
+            wait_for(lambda: opened.read_text().count(f"{one.process.pid} ") == 2, child=one)
+            _produce(broker, topic, 8_000)
+            wait_for(lambda: _all_once(tmp_path, 16_000), child=two)
+            assert two.stop() == 0, two.said
+        _produce(broker, topic, 8_000)
+        wait_for(lambda: _all_once(tmp_path, 24_000), child=one)
+        assert one.stop() == 0, one.said
+
+
+def test_a_batch_that_fails_ends_the_process_and_comes_again(
+    broker: str, topic: str, feed: dict, tmp_path: Path
+) -> None:
+    _produce(broker, topic, 4_000)
+    with running("feed", tmp_path / "log", **feed, fail_at=700) as child:
+        assert child.process.wait(20) == 1
+        last = child.said.strip().splitlines()[-1]
+        assert last == "headrace: RuntimeError: this batch cannot be handled"
+    with running("feed", tmp_path / "log", **feed) as child:
+        wait_for(lambda: _all_once(tmp_path, 4_000), child=child)
+
+
+def test_a_feed_can_go_back(broker: str, topic: str, feed: dict, tmp_path: Path) -> None:
+    _produce(broker, topic, 8_000)
+    with running("feed", tmp_path / "log", **feed, hole_at=900) as child:
+        wait_for(lambda: _all_once(tmp_path, 8_000), child=child)

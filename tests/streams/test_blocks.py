@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_store.errors import CorruptRecord
+from online_model.examples import COLUMNS, Block, Counts
+from streams import blocks
+from streams.blocks import decode_block, encode_block
+from streams.events import Click, encode
+from streams.joiner import Joiner, JoinSettings, Record
+from tests.streams.logs import SETTINGS, logs
+
+
+def assert_same(a: Block, b: Block) -> None:
+    for name in ("partition", "from_offset", "to_offset", "handled", "watermark", "counts"):
+        assert getattr(a, name) == getattr(b, name)
+    for name, (dtype, _) in COLUMNS.items():
+        x, y = getattr(a.examples, name), getattr(b.examples, name)
+        assert x.dtype == y.dtype == dtype
+        assert x.shape == y.shape
+        assert x.tolist() == y.tolist() or np.array_equal(x, y, equal_nan=True)
+    np.testing.assert_array_equal(a.users, b.users)
+    np.testing.assert_array_equal(a.histories, b.histories)
+    assert b.histories.dtype == b.users.dtype == np.int64
+
+
+@settings(max_examples=50, deadline=None)
+@given(SETTINGS, logs())
+def test_blocks_come_back_as_they_went(join, log):
+    block = Joiner(join, 5).process(log).block
+    assert_same(block, decode_block(encode_block(block)))
+
+
+def test_an_empty_block_comes_back():
+    block = Block(1, 2, 3, 3, -(1 << 63), Counts(events_in=5))
+    assert_same(block, decode_block(encode_block(block)))
+
+
+def test_any_arrow_reader_opens_a_block():
+    source = pa.BufferReader(encode_block(Block(1, 2, 3, 3, 77)))
+    rows = pa.ipc.open_stream(source)
+    assert json.loads(rows.schema.metadata[b"headrace.block"])["watermark"] == 77
+    assert rows.read_all().column_names == list(COLUMNS)
+    assert pa.ipc.open_stream(source).read_all().column_names == ["user", "history"]
+
+
+def some_block() -> Block:
+    joiner = Joiner(JoinSettings(implicit=True, disorder_ms=0), 5)
+    clicks = [Click(event_id=n, ts=n, user=n % 7, item=f"i{n}") for n in range(100)]
+    return joiner.process([Record(n, None, encode(click)) for n, click in enumerate(clicks)]).block
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_garbage_is_corrupt_and_nothing_else(data):
+    """Where a flipped bit is not noticed it is in a number or in padding."""
+    raw = bytearray(encode_block(some_block()))
+    flip = data.draw(st.booleans())
+    if flip:
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    else:
+        raw = raw[: data.draw(st.integers(0, len(raw) - 9))]  # the last 8 bytes only say that it ends
+    try:
+        block = decode_block(bytes(raw))
+    except CorruptRecord:
+        return
+    assert flip
+    assert len({len(getattr(block.examples, name)) for name in COLUMNS}) == 1
+
+
+@pytest.mark.parametrize("raw", [b"", b"x", b"{}", bytes(50), b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\n" * 1_000])
+def test_what_is_no_block_is_named_so_in_one_line(raw):
+    with pytest.raises(CorruptRecord, match=r"^not a block of examples \(.*\): look at what writes to this topic$"):
+        decode_block(raw)
+
+
+def test_another_format_is_refused(monkeypatch):
+    monkeypatch.setattr(blocks, "FORMAT", 2)
+    raw = encode_block(Block(1, 2, 3, 3, 77))
+    monkeypatch.undo()
+    with pytest.raises(CorruptRecord, match="a block of format 2 where 1 is read: run join and train workers"):
+        decode_block(raw)
+
+
+def test_another_table_is_not_a_block():
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])) as writer:
+        writer.write_table(pa.table({"a": [1]}))
+    with pytest.raises(CorruptRecord, match="no block header"):
+        decode_block(sink.getvalue().to_pybytes())

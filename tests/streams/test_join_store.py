@@ -1,0 +1,228 @@
+"""A joiner over its store goes on after any stop as if there had been none."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_store.errors import DiskFull, PositionError, StoreLocked, UsageError
+from embedding_store.rocks import Db
+from online_model.examples import Examples
+from streams import join_store
+from streams.blocks import decode_block, encode_block
+from streams.events import Click, Impression, Tick, encode
+from streams.join_store import JoinStore
+from streams.joiner import Joined, Joiner, JoinSettings, Record
+from tests.streams.logs import SETTINGS, logs
+from tests.streams.reference_joiner import ReferenceJoiner
+from tests.streams.test_joiner import batches, check_chain, rows_of
+
+S = JoinSettings(disorder_ms=5, wait_ms=20, open_ms=100, watch_wait_ms=10, purchase_window_ms=50)
+
+
+def opened(path: Path, join: JoinSettings = S) -> tuple[JoinStore, Joiner]:
+    store = JoinStore(path, join)
+    return store, Joiner(join, 0, store.next_offset or 0, store.state())
+
+
+def step(store: JoinStore, joiner: Joiner, records: list[Record]) -> Joined:
+    joined = joiner.process(records)
+    store.commit(joined, [encode_block(joined.block), *joined.dead])
+    return joined
+
+
+def records_of(*events, first: int = 0) -> list[Record]:
+    return [Record(first + i, None, encode(event)) for i, event in enumerate(events)]
+
+
+def click(number: int, ts: int, user: int | str = "u") -> Click:
+    return Click(event_id=f"c{number}", ts=ts, user=user, item="i")
+
+
+@settings(max_examples=40, deadline=None)
+@given(SETTINGS, logs(60), st.lists(st.integers(0, 1000), max_size=8), st.lists(st.booleans(), min_size=9, max_size=9))
+def test_restarts_change_nothing(join, log, cuts, restarts):
+    reference = ReferenceJoiner(join)
+    for record in log:
+        reference.feed(record)
+    with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(join_store, "CACHED", 1)
+        store, joiner = opened(Path(path), join)
+        blocks = []
+        for batch, restart in zip(batches(log, cuts), restarts, strict=False):
+            joined = step(store, joiner, batch)
+            blocks.append(joined.block)
+            if restart:
+                store.close()
+                store, joiner = opened(Path(path), join)
+                assert store.outbox() == [encode_block(joined.block), *joined.dead]
+        store.close()
+    check_chain(blocks)
+    assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)
+    assert blocks[-1].counts == reference.counts
+    assert blocks[-1].handled == min([h[2] for h in reference.held], default=blocks[-1].to_offset)
+
+
+def test_other_settings_are_refused(tmp_path):
+    opened(tmp_path)[0].close()
+    with pytest.raises(UsageError, match=r"was made with \[join\] wait_ms = 20, implicit = False: set it so, or"):
+        JoinStore(tmp_path, msgspec.structs.replace(S, wait_ms=21, implicit=True))
+    opened(tmp_path)[0].close()  # the refusal let go of it
+
+
+def test_a_store_has_one_owner(tmp_path):
+    store, _ = opened(tmp_path)
+    with pytest.raises(StoreLocked):
+        JoinStore(tmp_path, S)
+    store.close()
+    store.close()
+    opened(tmp_path)[0].close()
+
+
+def test_a_new_store_has_no_offset_and_nothing_to_send(tmp_path):
+    store, _ = opened(tmp_path)
+    assert store.next_offset is None
+    assert store.outbox() == []
+    joiner = Joiner(S, 0, 1_000, store.state())  # the log begins where retention left it
+    step(store, joiner, [])
+    assert store.next_offset == 1_000
+    store.close()
+
+
+def test_a_batch_that_does_not_follow_is_refused(tmp_path):
+    store, joiner = opened(tmp_path)
+    first = step(store, joiner, records_of(click(0, 100)))
+    with pytest.raises(PositionError, match="is at offset 1 where a batch from 0 is"):
+        store.commit(first, [])
+    store.close()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    store, joiner = opened(tmp_path)
+    step(store, joiner, records_of(Impression(event_id="s", ts=100, user="u", request_id="r", items=["i"])))
+    joined = joiner.process(records_of(click(0, 110), Tick(event_id="t", ts=200), first=1))
+
+    def full(self, batch, sync=True):
+        raise DiskFull("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Db, "write", full)
+        with pytest.raises(DiskFull):
+            store.commit(joined, [b"x"])
+    assert (store.next_offset, len(store.outbox())) == (1, 1)
+    store.commit(joined, [b"x"])
+    store.close()
+    store, _ = opened(tmp_path)
+    assert (store.next_offset, store.outbox()) == (3, [b"x"])
+    assert store.state().counts == joined.block.counts
+    store.close()
+
+
+def test_only_what_changed_is_written(tmp_path, monkeypatch):
+    store, joiner = opened(tmp_path)
+    shown = [
+        Impression(event_id=f"s{n}", ts=100, user=n, request_id=f"r{n}", items=["i", "j"], positions=[1, 2])
+        for n in range(300)
+    ]
+    step(store, joiner, records_of(*shown, Tick(event_id="t", ts=110)))
+    written, write = [], Db.write
+
+    def counted(self, batch, sync):
+        written.append(batch.raw.len())
+        write(self, batch, sync)
+
+    monkeypatch.setattr(Db, "write", counted)
+    step(store, joiner, records_of(click(1, 110, user=7), first=301))
+    step(store, joiner, records_of(Tick(event_id="t", ts=116), first=302))
+    # Always head and outbox; ids seen, the held click; then it is released: window, its chunk, history, impression.
+    assert written == [2 + 2, 2 + 5]
+    store.close()
+
+
+def test_what_has_ended_leaves_the_disk(tmp_path):
+    store, joiner = opened(tmp_path)
+    long = "i" * 250
+    for n in range(200):
+        ts, user = n * 10, "u" * 250 + str(n % 30)
+        shown = Impression(event_id=f"s{n}", ts=ts, user=user, request_id=f"{n:0250}", items=[long], propensities=[0.5])
+        clicked = Click(event_id=f"c{n}", ts=ts + 1, user=user, item=long)
+        step(store, joiner, records_of(shown, clicked, first=2 * n))
+    left = {name: len(list(store._db.items(name))) for name in ("held", "shown", "seen", "windows", "clicks")}
+    assert left == {"held": 2, "shown": 10, "seen": 11, "windows": 5, "clicks": 5}
+    assert all(len(key) + len(value) <= 300 for key, value in store._db.items("windows"))
+    store.close()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.streams.test_join_store import S, opened, publish, records_of, step, story
+from streams.blocks import decode_block, encode_block
+
+path, out = Path(sys.argv[1]), Path(sys.argv[2])
+log = story()
+store, joiner = opened(path)
+if store.outbox():
+    publish(out, store.outbox()[0])  # it may not have been sent
+while joiner.next_offset < len(log):
+    joined = step(store, joiner, log[joiner.next_offset : joiner.next_offset + 5])
+    publish(out, encode_block(joined.block))
+"""
+
+
+def story() -> list[Record]:
+    """The same log in each process."""
+    draw = random.Random(5)
+    events: list = []
+    for n in range(3_000):
+        ts, user = n + draw.randrange(-7, 1) + 10, draw.randrange(20)
+        if n % 2:
+            events.append(click(n, ts, user))
+        else:
+            events.append(Impression(event_id=f"s{n}", ts=ts, user=user, request_id=f"r{n}", items=["i", "j"]))
+    return records_of(*events)
+
+
+def publish(out: Path, block: bytes) -> None:
+    """A topic for the test: a file per block, whole or not there."""
+    beside = out / "beside"
+    beside.write_bytes(block)
+    beside.rename(out / f"{decode_block(block).from_offset:06}")
+
+
+def test_kill_9_at_any_moment_loses_and_doubles_nothing(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    draw, kills = random.Random(), 0
+    while True:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "store"), str(out)], cwd=os.getcwd())
+        start, before = time.monotonic(), len(list(out.iterdir()))
+        while child.poll() is None and len(list(out.iterdir())) <= before and time.monotonic() < start + 60:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.1)
+        if child.poll() is None and kills < 8:
+            child.send_signal(signal.SIGKILL)
+            kills += 1
+        if child.wait(60) == 0:
+            break
+    assert kills >= 3
+    blocks = [decode_block(path.read_bytes()) for path in sorted(out.glob("0*"))]
+    check_chain(blocks)
+    reference = ReferenceJoiner(S)
+    for record in story():
+        reference.feed(record)
+    assert blocks[-1].to_offset == 3_000
+    assert blocks[-1].counts == reference.counts
+    assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)

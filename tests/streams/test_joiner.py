@@ -1,0 +1,364 @@
+"""The joiner keeps to docs/architecture.md, "Join semantics": a case for each rule, and random logs for all of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections import Counter
+from dataclasses import fields
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedding_store.errors import PositionError
+from embedding_store.ids import feature_id
+from online_model.examples import Block, Examples, example_key, implicit_key, row_id
+from online_model.history import UserHistory, history_hash
+from streams.join_state import NEVER
+from streams.joiner import Joiner, JoinSettings, Record
+from tests.streams.logs import SETTINGS, logs
+from tests.streams.reference_joiner import ReferenceJoiner
+
+S = JoinSettings(
+    disorder_ms=10, wait_ms=100, open_ms=1_000, watch_wait_ms=300, purchase_window_ms=5_000, future_ms=10_000
+)
+
+
+def rows_of(examples: Examples) -> Counter:
+    """The rows as a multiset of tuples of all columns."""
+    columns = [getattr(examples, f.name).tolist() for f in fields(Examples)]
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    for row in rows:
+        row[10] = None if math.isnan(row[10]) else row[10]
+        row[15] = tuple(row[15])
+    return Counter(map(tuple, rows))
+
+
+def batches(records: list[Record], cuts: list[int]) -> list[list[Record]]:
+    edges = sorted({0, len(records), *(cut % (len(records) + 1) for cut in cuts)})
+    return [records[a:b] for a, b in pairwise(edges)] or [[]]
+
+
+def check_chain(blocks: list[Block]) -> None:
+    """What holds between the blocks of one partition, whatever is in them."""
+    for before, after in pairwise(blocks):
+        assert before.to_offset == after.from_offset
+        assert before.handled <= after.handled
+        assert before.watermark <= after.watermark
+        assert (after.examples.closed >= before.watermark).all()
+    for b in blocks:
+        c = b.counts
+        assert c.events_in == c.rejected + c.duplicates + c.late + c.joined + c.history_only + c.open
+        assert b.handled <= b.to_offset
+
+
+@settings(max_examples=300, deadline=None)
+@given(SETTINGS, logs(), st.lists(st.integers(0, 1000), max_size=5))
+def test_joiner_equals_the_reference_however_records_are_batched(join, log, cuts):
+    reference = ReferenceJoiner(join)
+    for record in log:
+        reference.feed(record)
+    joiner = Joiner(join, 3)
+    joined = [joiner.process(batch) for batch in batches(log, cuts)]
+    blocks = [j.block for j in joined]
+    check_chain(blocks)
+    assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)
+    assert blocks[-1].counts == reference.counts
+    dead = [json.loads(letter) for j in joined for letter in j.dead]
+    assert [(d["offset"], d["reason"]) for d in dead] == reference.dead
+    assert blocks[-1].watermark == (NEVER if reference.watermark == -math.inf else reference.watermark)
+    assert blocks[-1].handled == min([h[2] for h in reference.held], default=blocks[-1].to_offset)
+    latest = {user: h.tolist() for b in blocks for user, h in zip(b.users.tolist(), b.histories, strict=True)}
+    assert latest == {feature_id("user", user): reference.history(user) for user in reference.log}
+
+
+class Log:
+    """Writes a log event by event, and joins it."""
+
+    def __init__(self, join: JoinSettings = S) -> None:
+        self.joiner, self.offset, self.blocks = Joiner(join, 0), 0, []
+
+    def add(self, kind: str, ts: int, **more) -> Examples:
+        """The rows that came of one event more."""
+        event = {"kind": kind, "event_id": f"e{self.offset}", "ts": ts, "user": "u"} | more
+        return self.raw(json.dumps(event).encode())
+
+    def raw(self, value: bytes | None, stamp: int | None = None) -> Examples:
+        joined = self.joiner.process([Record(self.offset, stamp, value)])
+        self.offset += 1
+        self.blocks.append(joined.block)
+        self.dead = [json.loads(letter) for letter in joined.dead]
+        return joined.block.examples
+
+    def to(self, ts: int) -> Examples:
+        """Time goes on: all that is before `ts` is handled."""
+        return self.add("tick", ts + self.joiner.settings.disorder_ms)
+
+    def shown(self, ts: int, request: str = "r", items=("i",), **more) -> None:
+        self.add("impression", ts, request_id=request, items=list(items), **more)
+        self.to(ts + 1)
+
+    def rows(self) -> Examples:
+        """All rows so far."""
+        return Examples.concat([block.examples for block in self.blocks])
+
+    @property
+    def counts(self):
+        return self.joiner.counts
+
+
+def only(rows: Examples, *names: str) -> list:
+    """The named columns of the only row."""
+    assert len(rows) == 1
+    return [getattr(rows, name).tolist()[0] for name in names]
+
+
+def test_not_clicked_within_the_wait_is_a_row_with_click_0():
+    log = Log()
+    log.shown(1_000, positions=[4], propensities=[0.25], scenario="search")
+    assert log.counts.open == 1
+    assert len(log.to(1_100)) == 0
+    rows = log.to(1_101)
+    assert only(rows, "row_id", "part", "source") == [row_id(example_key("r", "i"), 0), 0, 0]
+    assert only(rows, "ts", "closed", "click", "purchase", "play_ms", "duration_ms") == [1_000, 1_100, 0, -1, -1, -1]
+    assert only(rows, "position", "propensity", "scenario", "item_raw") == [4, 0.25, 2, '"i"']
+    assert (log.counts.open, log.counts.joined, log.counts.rows) == (0, 1, 1)
+
+
+def test_a_click_at_the_very_end_of_the_wait_is_within_it():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 1_100, item="i", request_id="r")
+    assert only(log.to(2_500), "part", "click", "purchase", "closed") == [0, 1, 0, 1_100]
+
+
+def test_a_click_after_the_wait_corrects_the_row():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 1_101, item="i")
+    log.add("click", 1_102, item="i")
+    rows = log.to(1_500)
+    assert rows.part.tolist() == [0, 1]
+    assert rows.click.tolist() == [0, 1]
+    assert (log.counts.joined, log.counts.history_only) == (3, 0)
+
+
+def test_after_the_end_nothing_is_found():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 2_000, item="i", request_id="r")  # at the end itself it still is
+    log.add("click", 2_001, item="i", request_id="r")
+    log.to(2_500)
+    assert log.rows().part.tolist() == [0, 1]
+    assert log.counts.history_only == 1
+    joiner = log.joiner
+    assert not any((joiner._open, joiner._newest, joiner._requests, joiner._ends))
+
+
+def test_an_action_without_request_finds_the_newest_impression_before_it():
+    log = Log()
+    log.shown(1_000, "r1")
+    log.shown(1_050, "r2")
+    log.shown(1_070, "r3")
+    log.add("click", 1_060, item="i")  # late: the watermark is past it
+    log.add("click", 1_080, item="i", request_id="r1")
+    log.add("click", 1_081, item="i", request_id="unknown")
+    log.to(1_090)
+    rows = log.rows()
+    assert rows.row_id.tolist() == [row_id(example_key(r, "i"), 0) for r in ("r2", "r1", "r3")]
+    assert (log.counts.late, log.counts.open, log.counts.joined) == (1, 0, 5)
+
+
+def test_ties_go_to_the_largest_event_id():
+    log = Log()
+    log.add("impression", 1_000, request_id="r2", items=["i"], event_id="b")
+    log.add("impression", 1_000, request_id="r1", items=["i"], event_id="a")
+    log.add("click", 1_000, item="i", event_id="c")
+    assert only(log.to(1_001), "row_id") == [row_id(example_key("r2", "i"), 0)]
+
+
+def test_the_longest_watch_makes_one_row():
+    log = Log()
+    log.shown(1_000)
+    log.add("watch", 1_010, item="i", play_ms=5, duration_ms=60)
+    log.add("watch", 1_020, item="i", play_ms=50, duration_ms=61)
+    log.add("watch", 1_310, item="i", play_ms=7, duration_ms=62)
+    log.add("watch", 1_311, item="i", play_ms=99, duration_ms=63)
+    log.to(1_400)
+    rows = log.rows()
+    assert rows.part.tolist() == [0, 2]
+    assert [rows.play_ms[1], rows.duration_ms[1], rows.click[1], rows.closed[1]] == [50, 61, -1, 1_310]
+    assert log.counts.joined == 5
+
+
+def test_a_watch_near_the_end_is_told_at_the_end():
+    log = Log()
+    log.shown(1_000)
+    log.to(1_200)
+    log.add("watch", 1_900, item="i", play_ms=5, duration_ms=0)
+    assert only(log.to(3_000), "part", "closed") == [2, 2_000]
+
+
+def test_a_purchase_joins_the_last_click_once():
+    log = Log()
+    log.shown(1_000, "r1", positions=[2])
+    log.shown(1_010, "r2")
+    log.add("click", 1_020, item="i", request_id="r1")
+    log.to(3_000)
+    log.add("purchase", 6_020, item="i", request_id="r2")
+    log.add("purchase", 6_020, item="i")
+    rows = log.to(6_021)
+    assert only(rows, "row_id", "part") == [row_id(example_key("r1", "i"), 3), 3]
+    assert only(rows, "ts", "closed", "click", "purchase", "position") == [1_000, 6_020, -1, 1, 2]
+    log.add("purchase", 6_021, item="i")
+    assert len(log.to(6_030)) == 0
+    assert (log.counts.joined, log.counts.history_only) == (5, 1)
+
+
+def test_what_was_bought_stays_known_when_it_is_clicked_again():
+    log = Log()
+    log.shown(1_000)
+    for ts, kind in ((1_010, "click"), (1_020, "purchase"), (1_030, "click"), (1_040, "purchase")):
+        log.add(kind, ts, item="i")
+    log.to(1_050)
+    assert log.rows().part.tolist() == [0, 3]
+    log.shown(1_060, "r2")
+    log.add("click", 1_070, item="i")
+    log.add("purchase", 1_080, item="i")
+    log.to(1_090)
+    assert log.rows().part.tolist() == [0, 3, 0, 3]  # of another example
+
+
+def test_implicit_clicks_are_examples_of_their_own():
+    log = Log(JoinSettings(disorder_ms=10, implicit=True))
+    log.add("cart", 990, item=8)
+    log.add("click", 1_000, item=7)
+    log.add("purchase", 1_001, item=7)
+    rows = log.to(1_002)
+    key = implicit_key("e1", 7)
+    assert rows.row_id.tolist() == [row_id(key, 0), row_id(key, 3)]
+    assert rows.source.tolist() == [1, 1]
+    assert rows.position.tolist() == [-1, -1]
+    assert rows.history[:, :2].tolist() == [[feature_id("item", 8), 0]] * 2
+    assert rows.item_raw.tolist() == ["7", "7"]
+    log.add("click", 900, item=9)
+    assert len(log.to(1_003)) == 0  # late: no row
+    assert (log.counts.joined, log.counts.late, log.counts.history_only) == (2, 1, 1)
+
+
+def test_features_are_of_events_with_strictly_smaller_time():
+    log = Log()
+    log.add("click", 1_000, item="a", event_id="a")
+    log.add("click", 1_001, item="b", event_id="a2")
+    log.add("impression", 1_001, request_id="r", items=["i"], event_id="b", feature_hash=0)
+    known = UserHistory()
+    known.push(feature_id("item", "a"), 1_000)
+    log.add("impression", 1_001, request_id="s", items=["i"], event_id="c", feature_hash=history_hash(known.latest()))
+    rows = log.to(1_200)
+    assert rows.history[:, :2].tolist() == [[feature_id("item", "a"), 0]] * 2
+    assert (log.counts.skew_checked, log.counts.skew_differs) == (2, 1)
+
+
+def test_duplicates_have_no_effect_until_they_are_forgotten():
+    log = Log()
+    log.shown(1_000, event_id=5)
+    log.add("impression", 9_999, request_id="r", items=["x", "y"], event_id="5")
+    assert (log.counts.duplicates, log.counts.events_in, log.joiner.watermark) == (2, 3, 1_001)
+    log.to(2_000)
+    log.add("click", 2_000, item="i", event_id=5)
+    assert log.counts.duplicates == 3
+    log.to(2_001)
+    log.add("click", 2_001, item="i", event_id=5)
+    assert (log.counts.duplicates, log.counts.late) == (3, 0)
+    assert len(log.joiner._seen.first) == 1
+
+
+def test_an_item_shown_twice_in_a_request_is_a_duplicate():
+    log = Log()
+    log.shown(1_000, items=["i", "j", "i"], positions=[1, 2, 3])
+    log.shown(1_010, items=["k", "j"])
+    assert (log.counts.duplicates, log.counts.open) == (2, 3)
+    rows = log.to(1_200)
+    assert rows.item_raw.tolist() == ['"i"', '"j"', '"k"']
+    assert rows.position.tolist() == [1, 2, -1]
+
+
+def test_a_late_event_corrects_and_is_counted_as_late_only():
+    log = Log()
+    log.shown(1_000)
+    log.to(1_500)
+    rows = log.add("click", 1_050, item="i")
+    assert only(rows, "part", "closed") == [1, 1_500]
+    log.add("impression", 1_400, request_id="q", items=["x", "y"])
+    log.add("watch", 1_100, item="i", play_ms=1, duration_ms=1)
+    assert only(log.to(1_501), "part", "closed") == [2, 1_500]
+    assert (log.counts.late, log.counts.joined, log.counts.open) == (4, 1, 0)
+    assert log.blocks[-1].counts.events_in == 5
+
+
+def test_bad_records_are_refused_and_kept():
+    log = Log()
+    log.raw(b"x" * 5_000, stamp=77)
+    (letter,) = log.dead
+    assert base64.b64decode(letter.pop("value")) == b"x" * 1_000
+    assert letter.pop("detail")
+    assert letter == {"reason": "not_json", "partition": 0, "offset": 0, "timestamp_ms": 77, "length": 5_000}
+    log.raw(None)
+    assert (log.dead[0]["value"], log.dead[0]["length"]) == (None, 0)
+    log.raw(b'{"kind":"tick","event_id":1,"ts":10001}', stamp=0)
+    assert log.dead[0]["reason"] == "from_the_future"
+    log.raw(b'{"kind":"tick","event_id":1,"ts":10000}', stamp=0)
+    assert log.dead == []
+    assert (log.counts.events_in, log.counts.rejected, log.joiner.watermark) == (3, 3, 9_990)
+
+
+def test_blocks_follow_one_another_over_holes_in_the_log():
+    joiner = Joiner(S, 0, next_offset=5)
+    tick = b'{"kind":"tick","event_id":1,"ts":100}'
+    assert joiner.process([]).block.to_offset == 5
+    block = joiner.process([Record(3, None, b"seen before"), Record(6, None, tick)], to_offset=9).block
+    assert (block.from_offset, block.to_offset, block.handled, block.watermark) == (5, 9, 9, 90)
+    assert block.counts.rejected == 0
+    with pytest.raises(PositionError, match="ends at offset 12 holds record 12"):
+        joiner.process([Record(12, None, tick)], to_offset=12)
+
+
+def test_handled_stays_below_what_is_held():
+    log = Log()
+    log.add("click", 1_000, item="i")
+    log.add("click", 1_005, item="i")
+    assert [b.handled for b in log.blocks] == [0, 0]
+    log.to(1_001)
+    assert log.blocks[-1].handled == 1
+    log.to(1_006)
+    assert log.blocks[-1].handled == log.blocks[-1].to_offset == 4
+    assert log.blocks[-1].users.tolist() == []  # the same item again
+
+
+def test_memory_is_bounded_by_the_windows():
+    log = Log()
+    for n in range(3_000):
+        log.add("impression", n * 10, request_id=f"r{n}", items=["i", f"i{n}"])
+        log.add("click", n * 10, item="i", user=n)
+        log.add("click", n * 10 + 1, item="i")
+    joiner = log.joiner
+    assert len(joiner._seen.first) < 500
+    assert len(joiner._open) == len(joiner._ends) == len(joiner._requests) < 120
+    assert len(joiner._newest) < 121
+    assert len(joiner._windows) < 600
+
+
+def test_wait_must_not_be_longer_than_open():
+    with pytest.raises(ValueError, match="must not be longer"):
+        JoinSettings(wait_ms=2, open_ms=1)
+
+
+def test_an_empty_block_has_all_columns():
+    block = Joiner(S, 0).process([]).block
+    assert block.watermark == NEVER
+    assert block.histories.shape == (0, 20)
+    assert block.examples.history.dtype == np.int64
