@@ -158,7 +158,7 @@ def _settings(settings: Settings) -> Check:
         settings.check()
     except HeadraceError as error:
         return Check("settings", False, str(error), "correct it")
-    return Check("settings", True, "every section can be read")
+    return Check("settings", True, "nothing is wrong in them")
 
 
 def _nearest(path: Path) -> Path:

@@ -50,5 +50,6 @@ def look_up() -> str:
 if __name__ == "__main__":
     for module in sys.argv[1:]:
         tell(module, lambda module=module: str(importlib.import_module(module).__name__))  # type: ignore[misc]
-    tell("device", device)
-    tell("look-up", look_up)
+    if "torch" in sys.argv:
+        tell("device", device)
+        tell("look-up", look_up)

@@ -1,7 +1,7 @@
 """The settings of all parts: headrace.toml, then HEADRACE_… variables, then flags; the later wins.
 
 Each section is the Struct (or dataclass) of its owner, imported when it is first asked for: `headrace join` reads its
-own sections and never loads what the trainer needs. `Settings.check` reads them all.
+own sections and never loads what the trainer needs. `Settings.check` reads all that are set.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class DemoOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     log: Annotated[str | None, Meta(description="format of a historical log to play; none: the simulator")] = None
     path: Annotated[str | None, Meta(description="the log's file")] = None
     seconds: Annotated[float, Meta(ge=0, description="how long; 0: until Ctrl-C")] = 120.0
-    keep: Annotated[bool, Meta(description="keep the run's folder at the end")] = False
+    keep: Annotated[bool, Meta(description="go on from what the last run left")] = False
+    seed: Annotated[int, Meta(ge=0)] | None = None  # of the simulated users; none: that of [simulator]
     rate: Annotated[float, Meta(ge=0, description="events per second; 0: as the source itself has it")] = 0.0
     page: Annotated[bool, Meta(description="serve the live page")] = True
     port: Annotated[int, Meta(ge=0, le=65535, description="of the live page; 0: any")] = 0
@@ -125,26 +126,13 @@ class Settings:
         return self._section("demo", DemoOptions)
 
     def check(self) -> None:
-        """Read every section. Raises UsageError at the first thing that is wrong."""
-        for name in self.SECTIONS:
+        """Read every section that something sets. Raises UsageError at the first thing that is wrong."""
+        for name in filter(self.mentions, self.SECTIONS):
             getattr(self, name)
 
     def mentions(self, section: str) -> bool:
         """Whether anything of this section was set; asking costs no import."""
         return any(layer.values.get(section) for layer in self._layers)
-
-    @property
-    def in_environment(self) -> set[str]:
-        """The sections of which the environment sets something."""
-        return {name for layer in self._layers if layer.text for name in layer.values if name in self.SECTIONS}
-
-    def raw(self, section: str) -> dict[str, Any]:
-        """What the file and the flags set in a section, as it stands there, unchecked."""
-        merged: dict[str, Any] = {}
-        for layer in self._layers:
-            if not layer.text:
-                _merge(merged, layer.values.get(section, {}))
-        return merged
 
     def with_flags(self, flags: Mapping[str, Any]) -> Settings:
         """These settings with flags on top: {"join.wait_ms": 5000}; None means the flag was not given."""
@@ -179,22 +167,13 @@ def load(
     return Settings(layers)
 
 
-def dump(settings: Settings, full: bool = False) -> str:
-    """TOML text of the settings, with comments: what was set, or with `full` all there is.
-
-    Reading it back gives the same settings. Without `full` no section is imported that only a file or flags have set.
-    """
+def dump(settings: Settings) -> str:
+    """TOML text of all settings, with comments: reading it back gives the same settings."""
     general = General(data_dir=settings.data_dir.absolute(), bootstrap=settings.bootstrap)
-    lines = ["# Settings of Headrace. The environment (HEADRACE_JOIN_WAIT_MS) and flags win over this file."]
+    lines = ["# All settings of Headrace. The environment (HEADRACE_JOIN_WAIT_MS) and flags win over this file."]
     lines += _entries(general)
     for name in Settings.SECTIONS:
-        if full or name in settings.in_environment:
-            lines += _table(name, getattr(settings, name), [*_fields(General), *Settings.SECTIONS])
-        else:
-            lines += _raw_table(name, settings.raw(name))
-    absent = [f"[{name}]" for name in Settings.SECTIONS if not full and not settings.mentions(name)]
-    if absent:
-        lines += ["", f"# {', '.join(absent)}: as by default"]
+        lines += _table(name, getattr(settings, name), [*_fields(General), *Settings.SECTIONS])
     return "\n".join(lines) + "\n"
 
 
@@ -355,23 +334,6 @@ def _from_text(text: str, type_: Any) -> Any:
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            _merge(into.setdefault(name, {}), value)
-        else:
-            into[name] = value
-
-
-def _raw_table(path: str, values: Mapping[str, Any]) -> list[str]:
-    own = [f"{name} = {_toml(value)}" for name, value in values.items() if not isinstance(value, Mapping)]
-    lines = ["", f"[{path}]", *own] if own else []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            lines += _raw_table(f"{path}.{name}", value)
-    return lines
 
 
 def _table(path: str, section: Any, besides: Collection[str] = ()) -> list[str]:

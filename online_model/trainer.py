@@ -167,6 +167,7 @@ class Trainer:
         hashes = np.array([_card_hash(*values) for values in last.values()], np.int64)
         about = np.array([rest for _, *rest in last.values()], np.int64).reshape(-1, 3)
         with self._whole():
+            self.tables.begin_step()
             known = self.tables.rows(ITEM, ids, admit=False)
             new = np.flatnonzero((known == 0) | (self.tables.column(ITEM, "card")[known] != hashes))
             rows = self.tables.rows(ITEM, ids[new], admit=True)
@@ -323,6 +324,7 @@ class Trainer:
         for block in self._intake.finished():
             self._changed = True
             if len(block.users):
+                self.tables.begin_step()
                 at = self.tables.rows(USER, block.users, admit=True)
                 self.tables.column(USER, "history")[at[at > 0]] = block.histories[at > 0]
 

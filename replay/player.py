@@ -4,7 +4,8 @@ the partitions that have nothing to do.
 Ticks: the joiner's time moves with the records of a partition, so a partition without events would hold everything
 behind it back. Between two records a tick is written to every partition when event time has passed a multiple of
 `tick_ms`, and never with a time that a record still to come is before. At the end one tick with a time past
-everything that is open closes it all.
+everything that is open closes it all. The joiner refuses times that are more than `future_ms` ahead of the broker's
+clock: where events are of the present, keep `closing_ms` below that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from replay.readers.base import LogReader, Record, in_time_order
 from replay.sinks import Sink
 from streams.events import Item, Tick, units
 
-TICK_RECORDS = 10  # at full speed a round of ticks waits for so many records a partition: ticks are 10 % at most
+TICK_RECORDS = 25  # at full speed a round of ticks waits for so many records a partition: ticks are 4 % at most
 TICK_WALL_S = 0.1  # at a pace a round of ticks comes at most so often
 PROGRESS_S = 0.2
 

@@ -87,7 +87,7 @@ def _listen(port: int) -> socket.socket:
     try:
         return socket.create_server((HOST, port), backlog=2048)
     except OSError as error:
-        raise UsageError(f"cannot listen on {HOST}:{port} ({error.strerror}): choose another port") from error
+        raise UsageError(f"cannot listen on {HOST}:{port}: choose another port") from error
 
 
 class _Server(uvicorn.Server):
@@ -139,17 +139,18 @@ class Follower:
             try:
                 version = self._assembler.add(record.value)
                 if version is not None:
-                    self._apply(version)
+                    try:
+                        self._apply(version)
+                    except VersionGap as gap:
+                        log.warning("%s", gap)
+                        await self._recover(version)
+                        return  # the position has changed
             except CorruptRecord as error:
                 # What it belonged to is now missing: the next version will show a gap.
                 log.error("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
                 self._refused.inc()
                 self._assembler = Assembler()
                 self._holder.behind = "a corrupt version was refused; waiting for the next one, or a snapshot"
-            except VersionGap as error:
-                log.warning("%s", error)
-                await self._recover(version)
-                return  # the position has changed
 
     def _apply(self, version: Version) -> None:
         if version.base is None and self._holder.replica.sequence < 0:

@@ -27,7 +27,7 @@ def demo(
     ] = None,
     rate: Annotated[float | None, typer.Option(min=0, help="Events per second.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the simulated users.", show_default=False)] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the run's folder at the end.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on from what the last run left.")] = False,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0: any free one.")] = None,
     no_page: Annotated[bool, typer.Option("--no-page", help="Do without the live page.")] = False,
     json: JsonOption = False,
@@ -39,7 +39,7 @@ def demo(
     """
     settings = settings_for(
         config, data_dir=data_dir, bootstrap=bootstrap, demo__log=log, demo__path=path and str(path),
-        demo__seconds=seconds, demo__rate=rate, simulator__seed=seed, demo__keep=keep or None, demo__port=port,
+        demo__seconds=seconds, demo__rate=rate, demo__seed=seed, demo__keep=keep or None, demo__port=port,
         demo__page=False if no_page else None,
     )  # fmt: skip
     options = settings.demo
@@ -48,7 +48,7 @@ def demo(
     if options.path is not None and not Path(options.path).is_file():
         raise UsageError(f"{options.path}: there is no such file; check --path")
     with Output(json) as out:
-        from deploy.demo import run_demo
+        from deploy.demo.run import run_demo
 
         result = run_demo(settings, options)
         out.result(result, _text(result))

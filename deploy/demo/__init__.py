@@ -1,5 +1,1 @@
-"""The whole system on one machine, for a minute or for as long as one likes to watch."""
-
-from deploy.demo.run import run_demo
-
-__all__ = ["run_demo"]
+"""The whole system on one machine, for a minute or for as long as one likes to watch: `deploy.demo.run`."""

@@ -245,7 +245,7 @@ def _sorted(log: LogReader, timed: Iterator[tuple[int, int, Record]], hold: int)
         held.append(entry)
         if len(held) == hold:
             break
-    pass
+    held.sort()  # a sorted list is a heap, too
     reached = 0
     for entry in timed:
         ts, _, record = heapq.heappushpop(held, entry)

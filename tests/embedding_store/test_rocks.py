@@ -11,6 +11,7 @@ import pytest
 
 from embedding_store.errors import DiskFull, StoreError, StoreLocked
 from embedding_store.rocks import Db, open_db
+from tests.embedding_store.conftest import SmallDisk
 
 
 def _put(db: Db, family: str, **pairs: str) -> None:
@@ -79,7 +80,7 @@ def test_a_reader_sees_what_is_written_without_the_lock(tmp_path: Path) -> None:
                 _put(reader, "a", k="w")
 
 
-def test_a_full_disk_is_named_and_once_there_is_space_writing_goes_on(small_disk) -> None:
+def test_a_full_disk_is_named_and_once_there_is_space_writing_goes_on(small_disk: SmallDisk) -> None:
     db = open_db(small_disk.path / "db", ["a"])
     acknowledged: list[bytes] = []
     with pytest.raises(DiskFull, match="no space left"):

@@ -14,6 +14,7 @@ from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError
 from embedding_store.snapshot import latest_snapshot, read_snapshot, snapshot_of, write_snapshot
 from tests.embedding_store.committing import commit_of
+from tests.embedding_store.conftest import SmallDisk
 from tests.embedding_store.made import LAYOUTS, assert_same_rows, assert_same_version, rows_of, version_of
 
 
@@ -41,11 +42,11 @@ def test_what_a_crash_left_behind_is_no_snapshot_and_goes(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["1-1"]
 
 
-def test_a_snapshot_of_a_store_equals_the_store(tmp_path: Path, monkeypatch) -> None:
+def test_a_snapshot_of_a_store_equals_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedding_store.snapshot._CHUNK", 70)
     ids = np.arange(-100, 100)
     said = Version(1, 1, (1, 0), 123, {0: 5}, {"rows": 7}, {"w": np.ones((2, 2), np.float32)})
-    dense = {"w": np.ones((2, 2), np.float32), "adam.w": np.zeros(4)}
+    dense: dict[str, np.ndarray] = {"w": np.ones((2, 2), np.float32), "adam.w": np.zeros(4)}
     cards = {int(i): b"%d" % i for i in ids}
     with CheckpointStore(tmp_path / "store", LAYOUTS) as store:
         with pytest.raises(StoreError, match="nothing was committed"):
@@ -97,7 +98,7 @@ def test_snapshots_while_commits_go_on_hold_exactly_the_version_of_their_name(tm
         assert all((column == n).all() for column in columns)
 
 
-def test_a_damaged_or_vanished_snapshot_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_a_damaged_or_vanished_snapshot_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedding_store.snapshot._PART_BYTES", 5_000)
     path = write_snapshot(tmp_path, version_of(1, n=500))
     parts = sorted(path.iterdir())
@@ -113,7 +114,7 @@ def test_a_damaged_or_vanished_snapshot_is_refused(tmp_path: Path, monkeypatch) 
         read_snapshot(tmp_path / "1-99")
 
 
-def test_a_full_disk_leaves_the_older_snapshot_and_no_half_of_a_new_one(small_disk) -> None:
+def test_a_full_disk_leaves_the_older_snapshot_and_no_half_of_a_new_one(small_disk: SmallDisk) -> None:
     write_snapshot(small_disk.path, version_of(1))
     rng = np.random.default_rng(0)
     rows = TableRows(np.arange(1, 9), {"weights": rng.random((8, 1 << 18), np.float32)})

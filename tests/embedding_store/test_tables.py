@@ -13,6 +13,7 @@ from embedding_store.checkpoint import CheckpointStore, Commit, Digest
 from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
 from embedding_store.errors import DiskFull, StoreError, UsageError
 from embedding_store.tables import EmbeddingTables, TableSettings, TableSpec
+from tests.embedding_store.conftest import SmallDisk
 
 DIM, RATE, EPS = 8, 0.1, 1e-8
 
@@ -87,6 +88,7 @@ def test_reads_do_not_admit(tmp_path: Path) -> None:
         tables = EmbeddingTables(_specs(10), store=store)
         tables.rows("item", np.array([7]), admit=True)
         _commit(tables, store)
+        tables = EmbeddingTables(_specs(10), store=store)  # 7 is only in the store
         before = _digest(tables)
         rows = tables.rows("item", np.array([7, 8, 9]), admit=False)
         with torch.no_grad():
@@ -236,6 +238,7 @@ def test_an_evicted_row_is_scored_as_it_was_learned_and_its_place_starts_from_ze
         tables = EmbeddingTables(_specs(4), store=store)
         old = tables.rows("item", np.array([1, 2, 3, 4]), admit=True)
         tables.embed({"item": (old, None)})["item"].sum().backward()
+        tables.column("item", "clicks")[old] = 3
         learned = tables.read_rows("item", old[:1])
         _commit(tables, store)
         new = tables.rows("item", np.array([5, 6, 7, 8]), admit=True)
@@ -280,7 +283,7 @@ def test_without_a_store_a_full_table_turns_ids_away() -> None:
         EmbeddingTables(_specs(1)).load("item", rows)
 
 
-def test_touched_rows_outlive_a_commit_that_fails_and_the_next_one_carries_them(tmp_path: Path, small_disk) -> None:
+def test_rows_of_a_failed_commit_are_in_the_next_one(tmp_path: Path, small_disk: SmallDisk) -> None:
     with _store(small_disk.path / "s") as store, _store(tmp_path / "other") as other:
         tables, twin = EmbeddingTables(_specs(600), store=store), EmbeddingTables(_specs(600), store=other)
         for seed in range(5):
@@ -307,7 +310,7 @@ def test_two_runs_are_the_same_bit_for_bit() -> None:
     assert len(digests) == 1
 
 
-def test_rows_in_memory_and_in_the_store_come_as_one_sorted_table(tmp_path: Path, monkeypatch) -> None:
+def test_rows_of_memory_and_store_come_as_one_sorted_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedding_store.tables._CHUNK", 5)
     with _store(tmp_path / "s") as store:
         tables = EmbeddingTables(_specs(8), store=store)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from embedding_store.ids import feature_id
+from embedding_store.ids import feature_id, hash_text
 from online_model.examples import HISTORY, Block, Counts, Examples, Part, Source, example_key, row_id
-from embedding_store.ids import hash_text
 
 START = 1_700_000_000_000  # ms UTC
 
@@ -23,7 +22,7 @@ def make_rows(
     history = np.where(rng.random((from_row + n, HISTORY)) < 0.5, rng.choice(ids, (from_row + n, HISTORY)), 0)[
         request - request[0] if n else request
     ]
-    keys = [example_key(f"{seed}.{r}", f"{i}-{j}") for j, (r, i) in enumerate(zip(request, item, strict=True), from_row)]
+    keys = [example_key(f"{seed}.{r}", f"{i}-{j}") for j, (r, i) in enumerate(zip(request, item, strict=True))]
     click = np.ones(n, np.int8) if source == Source.IMPLICIT else (rng.random(n) < 0.2).astype(np.int8)
     ts = START + request * 1000
     return Examples(

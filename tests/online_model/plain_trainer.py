@@ -1,11 +1,11 @@
-"""A training step in plain torch: what `Trainer.step` computes, without row maps, shared contexts or fused optimizers."""
+"""A training step in plain torch: `Trainer.step` without row maps, shared contexts and fused optimizers."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from online_model.examples import Examples, Source
+from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights
 from online_model.ranker import Ranker, probabilities
 from online_model.trainer import TrainerSettings
@@ -66,8 +66,8 @@ class PlainTrainer:
         )  # fmt: skip
         self._learn(rows, logits, leaves)
         for i in range(n):
-            if rows.part[i] == 0 and rows.source[i] == Source.IMPRESSION:
-                self.stats[int(rows.item[i])][0] += 1
+            if rows.source[i] == Source.IMPRESSION and rows.part[i] in (Part.SHOWN, Part.LATE_CLICK):
+                self.stats[int(rows.item[i])][0] += int(rows.part[i] == Part.SHOWN)
                 self.stats[int(rows.item[i])][1] += int(rows.click[i] == 1)
         return probabilities(logits.detach()).numpy()
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from online_model.features import CLICK_PRIOR, DENSE, item_features, mix, start_weights, table_specs
-from online_model.features import FeatureSettings
+from online_model.features import CLICK_PRIOR, DENSE, FeatureSettings, item_features, mix, start_weights, table_specs
 
 
 def columns(**values):

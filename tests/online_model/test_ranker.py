@@ -119,6 +119,6 @@ def test_the_loss_is_a_sum_over_what_is_said():
     logits = torch.tensor([[0.3, 9.0, -1.0], [2.0, 5.0, 5.0]], requires_grad=True)
     target = torch.tensor([[1.0, torch.nan, 0.0], [torch.nan, torch.nan, torch.nan]])
     loss = loss_sum(logits, target)
-    assert float(loss) == pytest.approx(float(np.log1p(np.exp(-0.3)) + np.log1p(np.exp(-1.0))))
+    assert loss.item() == pytest.approx(float(np.log1p(np.exp(-0.3)) + np.log1p(np.exp(-1.0))))
     loss.backward()
     assert (logits.grad != 0).tolist() == [[True, False, True], [False, False, False]]

@@ -122,7 +122,7 @@ def test_a_deterministic_run_is_the_same_however_it_is_cut_and_committed(tmp_pat
     digests = []
     for name, sizes, commits in (("a", (40, 40), 1000), ("b", (7, 90), 3)):
         trainer = opened(tmp_path / name, partitions=2)
-        queues = [list(enumerate(make_blocks(r, size, p, users=False))) for p, (r, size) in enumerate(zip(rows, sizes))]
+        queues = [list(enumerate(make_blocks(rows[p], sizes[p], p, users=False))) for p in (0, 1)]
         while any(queues):
             for queue in queues:
                 if queue:
@@ -142,42 +142,53 @@ def test_a_deterministic_run_is_the_same_however_it_is_cut_and_committed(tmp_pat
     assert digests[0] == digests[1]
 
 
+# torch is imported once; each run is a fork of the process that has it, and has no thread yet.
 CHILD = """
-import sys, torch, pathlib
+import os, pathlib, sys, torch
 torch.set_num_threads(1)
 from tests.online_model.test_trainer_commits import log, opened
-trainer = opened(pathlib.Path(sys.argv[1]))
-for number, block in enumerate(log()):
-    trainer.offer(block, number)
-    while trainer.step():
-        trainer.commit()
-        print(trainer.sequence, flush=True)
+blocks = log()
+def run():
+    trainer = opened(pathlib.Path(sys.argv[1]))
+    for number, block in enumerate(blocks):
+        trainer.offer(block, number)
+        while trainer.step():
+            trainer.commit()
+            print(os.getpid(), flush=True)
+for _ in range(int(sys.argv[2])):
+    if not (pid := os.fork()):
+        run()
+        os._exit(0)
+    os.waitpid(pid, 0)
 """
 
 
+@pytest.mark.timeout(400)
 def test_kill_9_at_any_moment_trains_every_row_once(tmp_path):
     whole = opened(tmp_path / "whole")
     learn(whole, log())
     whole.commit()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for attempt, commits in enumerate((3, 5, 0)):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path / "killed")], stdout=subprocess.PIPE, env=environment
-        )
-        for _ in range(commits):
-            child.stdout.readline()
-        if commits:
-            time.sleep(0.003 * attempt)  # somewhere in a step or a commit
-            child.send_signal(signal.SIGKILL)
+    kills = (1, 2, 1, 2, 1, 1)  # after so many commits
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(len(kills) + 1)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        killed: set[int] = set()
+        for attempt, commits in enumerate(kills):
+            mine: list[int] = []
+            while len(mine) < commits:
+                pid = int(child.stdout.readline())
+                mine += [pid] if pid not in killed else []
+            time.sleep(0.002 * attempt)  # somewhere in a step or a commit
+            os.kill(mine[0], signal.SIGKILL)
+            killed.add(mine[0])
         child.stdout.read()
-        child.wait()
-        child.stdout.close()
+    assert child.returncode == 0
+    assert len(killed) == len(kills)
     again = opened(tmp_path / "killed")
     assert again.info()["trained_rows"] == BLOCKS * BLOCK
     assert everything(again) | {"state": b""} == everything(whole) | {"state": b""}
     assert again.digest() == whole.digest()
     outbox = again.store.outbox()
-    assert [s for s, _ in outbox] == list(range(1, again.sequence + 1)), "nothing was acknowledged, nothing is forgotten"
+    assert [s for s, _ in outbox] == list(range(1, again.sequence + 1)), "nothing was acknowledged: all is kept"
     for trainer in (whole, again):
         trainer.store.close()
 
@@ -255,7 +266,8 @@ def test_a_commit_that_fails_forgets_nothing(tmp_path, monkeypatch):
     expected = assembled(whole.commit())
     assert version.sequence == 1
     assert version.blobs == expected.blobs
-    assert {t: r.ids.tolist() for t, r in version.tables.items()} == {t: r.ids.tolist() for t, r in expected.tables.items()}
+    for table, rows in expected.tables.items():
+        assert version.tables[table].ids.tolist() == rows.ids.tolist()
     assert trainer.digest() == whole.digest()
     for t in (trainer, whole):
         t.store.close()

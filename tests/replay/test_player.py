@@ -102,8 +102,8 @@ def test_ticks_carry_time_but_never_past_what_is_to_come_and_are_few() -> None:
         if what == "tick":
             assert ts % 1000 == 0
             told = ts
-    assert told > records[-1].ts - 40_000
-    assert 0.05 * len(records) < played.ticks < 0.11 * len(records)
+    assert told > records[-1].ts - 100_000
+    assert 0.02 * len(records) < played.ticks < 0.05 * len(records)
 
 
 def test_a_pace_keeps_the_gaps_and_ticks_through_them() -> None:

@@ -1,14 +1,12 @@
-"""Workers as processes of their own, for the tests that kill them: `python -m tests.streams.children KIND JSON`."""
+"""Workers as processes of their own, for the tests that kill them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,39 +15,54 @@ from typing import Any
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-ROOT = Path(__file__).parents[2]
+# Torch takes seconds to import, and these workers are started often: they are forked from a process that has it.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.streams.children_preload"])
 
 
 class Child:
     """A worker process; its stderr is kept in a file."""
 
     def __init__(self, kind: str, log: Path, **settings: Any) -> None:
-        self._command = [sys.executable, "-m", "tests.streams.children", kind, json.dumps(settings, default=str)]
         self.log = log
+        self._arguments = (kind, str(log), json.dumps(settings, default=str))
         self.start()
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+        self.process = _processes.Process(target=_run, args=self._arguments, daemon=True)
+        self.process.start()
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
-    def stop(self) -> int:
+    def stop(self) -> int | None:
         """SIGTERM; the exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        self.process.terminate()
+        return self.wait(60)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code of a worker that ends by itself."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
 
     @property
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
     def fail_if_ended(self) -> None:
-        if self.process.poll() is not None:
-            raise AssertionError(f"the worker ended ({self.process.returncode}): {self.said}")
+        if not self.process.is_alive():
+            raise AssertionError(f"the worker ended ({self.process.exitcode}): {self.said}")
+
+
+def _run(kind: str, log: str, settings: str) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 2)
+    _KINDS[kind](**json.loads(settings))
 
 
 @contextlib.contextmanager
@@ -61,7 +74,7 @@ def running(kind: str, log: Path, **settings: Any) -> Iterator[Child]:
         child.kill()
 
 
-def wait_for(true: Any, seconds: float = 30.0, child: Child | None = None, what: str = "") -> Any:
+def wait_for(true: Any, seconds: float = 60.0, child: Child | None = None, what: str = "") -> Any:
     """The first value of `true()` that is true."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
@@ -174,6 +187,4 @@ def convert(settings: dict[str, Any], type_: Any) -> Any:
     return msgspec.convert(settings, type_, dec_hook=lambda kind, value: kind(value))
 
 
-if __name__ == "__main__":
-    kinds = {"feed": _feed, "join": _join, "train": _train, "serve": _serve}
-    kinds[sys.argv[1]](**json.loads(sys.argv[2]))
+_KINDS = {"feed": _feed, "join": _join, "train": _train, "serve": _serve}

@@ -69,10 +69,10 @@ def _session(dice: random.Random, n: int, now: int) -> Iterator[tuple[int, str, 
 
 
 class Players:
-    """Sends sessions until it is told to stop; then ends all windows with a tick in each partition."""
+    """Sends sessions in the background, about 1,000 a second; then ends all windows with a tick in each partition."""
 
-    def __init__(self, bootstrap: str, topic: str, seed: int, seconds: float) -> None:
-        self._bootstrap, self._topic, self._seed, self._seconds = bootstrap, topic, seed, seconds
+    def __init__(self, bootstrap: str, topic: str, seed: int, sessions: int) -> None:
+        self._bootstrap, self._topic, self._seed, self._sessions = bootstrap, topic, seed, sessions
         self.records = 0
         self._thread = Thread(target=self._play)
 
@@ -81,6 +81,9 @@ class Players:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.join()
+
+    def join(self) -> None:
         self._thread.join()
 
     def play(self) -> int:
@@ -91,10 +94,9 @@ class Players:
     def _play(self) -> None:
         dice, n = random.Random(self._seed), 0
         producer = KafkaProducer(bootstrap_servers=self._bootstrap, linger_ms=5)
-        end = time.monotonic() + self._seconds
         now = int(time.time() * 1000) - 3_600_000
         to_send: list[tuple[int, int, str, bytes]] = []
-        while time.monotonic() < end:
+        while n < self._sessions:
             for _ in range(50):
                 n += 1
                 for at, user, event in _session(dice, n, now + n * 5):
@@ -159,7 +161,7 @@ def test_blocks_are_those_of_one_joiner_though_the_worker_is_killed(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
     dice = random.Random(3)
-    with Players(broker, topics.events, 5, 14.0) as players, running("join", tmp_path / "log", **settings) as child:
+    with Players(broker, topics.events, 5, 9_000) as players, running("join", tmp_path / "log", **settings) as child:
         for _ in range(6):
             time.sleep(dice.uniform(1.5, 2.8))  # start-up takes 1.5 s: sometimes it is hit there
             child.fail_if_ended()
@@ -175,7 +177,7 @@ def test_blocks_are_those_of_one_joiner_though_the_worker_is_killed(
 def test_partitions_move_between_workers_of_one_machine(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
-    with Players(broker, topics.events, 6, 8.0) as players, running("join", tmp_path / "1", **settings) as one:
+    with Players(broker, topics.events, 6, 6_000) as players, running("join", tmp_path / "1", **settings) as one:
         wait_for(lambda: "joining partitions 0, 1, 2, 3" in one.said, child=one)
         with running("join", tmp_path / "2", **settings) as two:
             _ready(two)
@@ -188,9 +190,9 @@ def test_partitions_move_between_workers_of_one_machine(
     _check_against_one_joiner(broker, topics)
 
 
-def _stopped(child: Child, seconds: float = 20) -> str:
+def _stopped(child: Child, seconds: float = 60) -> str:
     """The last line of a worker that ends by itself with exit 1."""
-    assert child.process.wait(seconds) == 1, child.said
+    assert child.wait(seconds) == 1, child.said
     return child.said.strip().splitlines()[-1]
 
 
@@ -200,7 +202,7 @@ def test_a_store_that_fell_behind_is_refused(
     log, store, old = tmp_path / "log", tmp_path / "data" / "join", tmp_path / "old"
     sent = 0
     for seed in (1, 2):
-        sent += Players(broker, topics.events, seed, 0.5).play()
+        sent += Players(broker, topics.events, seed, 100).play()
         with running("join", log, **settings) as child:
             wait_for(lambda: _joined_up_to(broker, topics) == sent, child=child)  # noqa: B023
             assert child.stop() == 0, child.said
@@ -219,11 +221,11 @@ def test_what_was_committed_and_not_sent_is_sent_once(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
     """The crash between commit and publish, made by hand: the store is ahead of the group's offset."""
-    sent = Players(broker, topics.events, 4, 0.5).play()
+    sent = Players(broker, topics.events, 4, 200).play()
     records = read_all(broker, topics.events)[0]
     store = JoinStore(tmp_path / "data" / "join" / "0", convert(JOIN, JoinSettings))
     joiner = Joiner(convert(JOIN, JoinSettings), 0, 0, store.state())
-    joined = joiner.process(Record(r.offset, r.timestamp, r.value) for r in records[:100])
+    joined = joiner.process(Record(r.offset, r.timestamp, r.value) for r in records[: len(records) // 2])
     store.commit(joined, [encode_block(joined.block), *joined.dead])
     store.close()
     for times in (1, 2):
@@ -231,7 +233,7 @@ def test_what_was_committed_and_not_sent_is_sent_once(
             _ready(child, times)
             wait_for(lambda: _joined_up_to(broker, topics) == sent, child=child)
             assert child.stop() == 0, child.said
-    assert _blocks(broker, topics)[0][0].to_offset == 100
+    assert _blocks(broker, topics)[0][0].to_offset == len(records) // 2
     _check_against_one_joiner(broker, topics)
 
 
@@ -241,7 +243,7 @@ def test_a_worker_whose_place_was_taken_stops(
     with running("join", tmp_path / "log", **settings) as child:
         _ready(child)
         asyncio.run(_take_over(broker, f"{topics.prefix}headrace-join-2"))
-        Players(broker, topics.events, 8, 0.3).play()
+        Players(broker, topics.events, 8, 50).play()
         assert "another worker took over" in _stopped(child)
 
 

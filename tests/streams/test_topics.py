@@ -125,8 +125,9 @@ def test_the_largest_event_fits_with_its_key(broker: str, topics: TopicSettings)
 
 @pytest.mark.parametrize("what", ["a closed port", "a server that says nothing", "no such host"])
 def test_where_no_kafka_answers_the_error_is_one_line_within_seconds(
-    what: str, capfd: pytest.CaptureFixture[str]
+    what: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    threads = threading.active_count()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         bootstrap = {
             "a closed port": f"127.0.0.1:{free_port()}",
@@ -141,6 +142,9 @@ def test_where_no_kafka_answers_the_error_is_one_line_within_seconds(
         f"no Kafka answers at {bootstrap}: start one with `headrace broker start` or give --bootstrap"
     )
     assert capfd.readouterr() == ("", "")
+    if what != "a server that says nothing":  # there kafka-python has to be asked, which logs and leaves a thread
+        assert caplog.records == []
+        assert threading.active_count() == threads
 
 
 def test_a_broker_that_is_up_is_not_waited_for(broker: str) -> None:

@@ -1,0 +1,5 @@
+"""What the workers of the tests are forked with."""
+
+import streams.join_worker
+import streams.serve_worker
+import streams.train_worker  # noqa: F401

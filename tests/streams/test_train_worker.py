@@ -1,0 +1,176 @@
+"""Each row is learned once and each version follows the one before it, whatever happens to the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import orjson
+import pytest
+from aiokafka import AIOKafkaProducer
+from kafka import KafkaProducer
+
+from embedding_store.delta import Assembler, Version
+from embedding_store.ids import feature_id
+from embedding_store.snapshot import latest_snapshot
+from online_model.examples import Block
+from streams.blocks import encode_block
+from streams.outlet import Outlet
+from streams.topics import TopicSettings, create_topics
+from tests.online_model.logs import make_blocks, make_rows
+from tests.streams.children import Child, read_all, running, wait_for
+
+pytestmark = pytest.mark.broker
+
+PARTITIONS = 2
+
+
+@pytest.fixture
+def topics(broker: str, topic_prefix: str) -> TopicSettings:
+    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
+    create_topics(broker, settings)
+    return settings
+
+
+@pytest.fixture
+def settings(broker: str, topics: TopicSettings, tmp_path: Path) -> dict:
+    about = {"prefix": topics.prefix, "partitions": topics.partitions}
+    small = {"features": {"dim": 8, "users": 4_000, "items": 4_000, "categories": 100}, "batch_size": 256}
+    return {
+        "bootstrap": broker, "data_dir": tmp_path / "data", "topics": about, "model": small, "device": "cpu",
+    }  # fmt: skip
+
+
+def _made_blocks(partition: int, rows: int) -> list[Block]:
+    return make_blocks(make_rows(rows, seed=partition, users=500, items=300), 60, partition)
+
+
+def _send(broker: str, topics: TopicSettings, blocks: list[Block], pause: float = 0.0) -> None:
+    producer = KafkaProducer(bootstrap_servers=broker, linger_ms=0)
+    for block in blocks:
+        producer.send(topics.examples, encode_block(block), partition=block.partition)
+        time.sleep(pause)
+    producer.close()
+
+
+def _versions(broker: str, topics: TopicSettings) -> list[Version]:
+    """All versions; raises unless each goes on from the one before it. A version may be there twice."""
+    assembler, versions = Assembler(), []
+    for record in read_all(broker, topics.parameters)[0]:
+        version = assembler.add(record.value)
+        if version is None or (versions and version.sequence <= versions[-1].sequence):
+            continue
+        before = (versions[-1].epoch, versions[-1].sequence) if versions else None
+        assert version.base == before
+        versions.append(version)
+    return versions
+
+
+def _learned(version: Version) -> dict[int, tuple[int, int]]:
+    """partition → rows learned, sum of their ids."""
+    return {int(p): (at["rows"], at["sum"]) for p, at in version.info["partitions"].items()}
+
+
+def _sum(blocks: list[Block]) -> tuple[int, int]:
+    ids = np.concatenate([block.examples.row_id for block in blocks])
+    return len(ids), int(ids.view(np.uint64).sum())
+
+
+def _wait_for_all(broker: str, topics: TopicSettings, blocks: dict[int, list[Block]], child: Child) -> None:
+    wanted = {p: _sum(some) for p, some in blocks.items()}
+
+    def done() -> bool:
+        versions = _versions(broker, topics)
+        return bool(versions) and _learned(versions[-1]) == wanted
+
+    wait_for(done, 60, child)
+
+
+def test_each_row_is_learned_once_though_the_worker_is_killed(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    dice = random.Random(9)
+    blocks = {p: _made_blocks(p, 9_000) for p in range(PARTITIONS)}
+    mixed = [block for pair in zip(*blocks.values(), strict=True) for block in pair]
+    sending = Thread(target=_send, args=(broker, topics, mixed, 0.03))
+    sending.start()
+    with running("train", tmp_path / "log", **settings) as child:
+        for times in range(5):
+            wait_for(lambda times=times: child.said.count("training on partitions") > times, child=child)
+            time.sleep(dice.uniform(0.1, 1.2))
+            child.fail_if_ended()
+            child.kill()
+            child.start()
+        sending.join()
+        _wait_for_all(broker, topics, blocks, child)
+        assert child.stop() == 0, child.said
+    snapshot = latest_snapshot(tmp_path / "data" / "snapshots")
+    last = _versions(broker, topics)[-1]
+    assert snapshot is not None
+    assert snapshot.name == f"{last.epoch}-{last.sequence}"
+
+
+def test_the_catalogue_is_learned_before_the_examples(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    producer = KafkaProducer(bootstrap_servers=broker)
+    item = orjson.dumps({"kind": "item", "item": 7, "title": "Lamp", "category": "light"})
+    for value in (b"not an item", None, item):
+        producer.send(topics.items, value, key=b"7")
+    producer.close()
+    with running("train", tmp_path / "log", **settings) as child:
+        first = wait_for(lambda: _versions(broker, topics), child=child)[0]
+        assert first.blobs["card"] == {feature_id("item", 7): item}
+        _send(broker, topics, _made_blocks(0, 60))
+        _wait_for_all(broker, topics, {0: _made_blocks(0, 60)}, child)
+        assert child.stop() == 0, child.said
+    assert "refused the record at offset 0" in child.said
+
+
+def test_what_an_aborted_transaction_wrote_is_not_learned(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    block, aborted = _made_blocks(0, 60)[0], _made_blocks(0, 120)[1]
+    asyncio.run(_aborted(broker, topics, encode_block(aborted)))
+    _send(broker, topics, [block])
+    with running("train", tmp_path / "log", **settings) as child:
+        _wait_for_all(broker, topics, {0: [block]}, child)
+        assert child.stop() == 0, child.said
+
+
+async def _aborted(broker: str, topics: TopicSettings, value: bytes) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=broker, transactional_id=f"{topics.prefix}aborts")
+    async with producer:
+        await producer.begin_transaction()
+        await producer.send_and_wait(topics.examples, value, partition=0)
+        await producer.abort_transaction()
+
+
+def test_a_second_trainer_is_kept_out(broker: str, topics: TopicSettings, settings: dict, tmp_path: Path) -> None:
+    with running("train", tmp_path / "1", **settings) as one:
+        wait_for(lambda: "training on partitions" in one.said, child=one)
+        with running("train", tmp_path / "2", **settings) as two:
+            assert two.wait(60) == 1
+            assert "is in use by another process" in two.said.splitlines()[-1]
+        asyncio.run(_take_over(broker, f"{topics.prefix}headrace-train"))
+        _send(broker, topics, _made_blocks(0, 60))
+        assert one.wait(60) == 1
+        assert "another worker took over" in one.said.splitlines()[-1]
+
+
+async def _take_over(broker: str, transactional_id: str) -> None:
+    outlet = Outlet(broker, transactional_id)
+    await outlet.start()
+    await outlet.stop()
+
+
+def test_missing_blocks_stop_the_worker(broker: str, topics: TopicSettings, settings: dict, tmp_path: Path) -> None:
+    blocks = _made_blocks(0, 180)
+    _send(broker, topics, [blocks[0], blocks[2]])
+    with running("train", tmp_path / "log", **settings) as child:
+        assert child.wait(60) == 1
+        assert "offset 10 is next, but the block is [20, 30)" in child.said.splitlines()[-1]
