@@ -19,6 +19,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,22 +28,25 @@ from aiokafka.errors import KafkaError
 from msgspec import Meta, Struct
 
 from embedding_store.errors import BrokerError, StoreError, StoreLocked
+from online_model.examples import Counts
 from streams import app, events
 from streams.blocks import encode_block
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, JoinSettings, Record
+from streams.metrics import JoinMetrics, serve_metrics
 from streams.outlet import Message, Outlet
 from streams.topics import TopicSettings
 
 log = logging.getLogger("headrace")
 
 LOCK_SECONDS = 15.0  # an old owner has so long to let go of a store
-MAX_SLICE = 5_000  # records that are joined and committed at once
-MAX_WAITING = 2 * MAX_SLICE  # records of a lane in memory; the others stay in Kafka
+MAX_SLICE = 2_000  # records that are joined and committed at once; about 100 ms of work
+MAX_WAITING = 10_000  # records of a lane in memory; the others stay in Kafka
 MAX_WAITING_BYTES = 32 << 20
 BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
-COMMIT_SECONDS = 0.05  # between two commits of a partition, while it keeps up
-TICK_SECONDS = 0.2  # without a record
+COMMIT_SECONDS = 0.08  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
+TICK_SECONDS = 0.2  # without a record, while events are held
+SLOW_TICK_SECONDS = 1.0  # while only timers can fire
 
 
 class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -84,8 +88,10 @@ class Lane:
     def __init__(self, worker: JoinWorker, partition: int) -> None:
         self.partition = partition
         self.next_offset = 0  # all below has been committed and published
+        self.counts = Counts()  # as of there
         self.expected = 0  # all below has been committed, or waits here
-        self.last_record = time.monotonic()
+        self._last_record = self._last_event = time.monotonic()
+        self._held = False  # some records below `next_offset` wait for the watermark
         self._worker, self._settings = worker, worker.settings
         self._outlet = Outlet(worker.settings.bootstrap, f"{worker.group}-{partition}")
         self._waiting: deque[ConsumerRecord] = deque()
@@ -107,6 +113,7 @@ class Lane:
         self.next_offset = await self._agree(group_offset)
         self.expected = self.next_offset
         self._joiner = Joiner(self._settings.join, self.partition, self.next_offset, self._store.state())
+        self.counts = replace(self._joiner.counts)
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(app.fail_loudly)
 
@@ -126,13 +133,24 @@ class Lane:
         if fresh:
             self._hole = None
             self.expected = fresh[-1].offset + 1
-            self.last_record = time.monotonic()
+            self._last_record = time.monotonic()
             async with self._changed:
                 await self._changed.wait_for(self._has_room)
                 self._waiting.extend(fresh)
                 self._waiting_bytes += sum(len(record.value or b"") for record in fresh)
                 self._changed.notify_all()
         return None
+
+    def needs_tick(self) -> bool:
+        """Whether it is idle, and time alone would let something happen in it."""
+        now, join = time.monotonic(), self._settings.join
+        last_timer = join.future_ms + join.disorder_ms + max(join.wait_ms, join.watch_wait_ms)
+        if now - self._last_event > last_timer / 1000 + 2 * SLOW_TICK_SECONDS or self._waiting:
+            return False
+        if now - self._last_record < (TICK_SECONDS if self._held else SLOW_TICK_SECONDS):
+            return False
+        self._last_record = now
+        return True
 
     async def close(self) -> None:
         """Finish the slice in flight, let go of the store. What still waits is read again by the next owner."""
@@ -200,9 +218,16 @@ class Lane:
         joined = self._joiner.process(Record(r.offset, r.timestamp, r.value) for r in records)
         block = encode_block(joined.block)
         outbox = [block, *joined.dead]
-        self._store.commit(joined, outbox)
-        await self._publish(outbox, joined.block.to_offset)
-        self.next_offset = joined.block.to_offset
+        metrics = self._worker.metrics
+        with metrics.commit.time():
+            self._store.commit(joined, outbox)
+        with metrics.publish.time():
+            await self._publish(outbox, joined.block.to_offset)
+        if joined.block.counts.events_in > self.counts.events_in:
+            self._last_event = time.monotonic()
+        self._held = joined.block.handled < joined.block.to_offset
+        self.next_offset, self.counts = joined.block.to_offset, joined.block.counts
+        metrics.age.observe(max(0.0, time.time() - records[-1].timestamp / 1000))
         if len(block) > BLOCK_BYTES // 2:
             self._slice = max(1, self._slice // 2)
         elif len(block) < BLOCK_BYTES // 8:
@@ -218,7 +243,8 @@ class Lane:
         )
 
     def _has_room(self) -> bool:
-        return len(self._waiting) < MAX_WAITING and self._waiting_bytes < MAX_WAITING_BYTES
+        room = len(self._waiting) < MAX_WAITING and self._waiting_bytes < MAX_WAITING_BYTES
+        return room or self._closing
 
 
 class JoinWorker:
@@ -234,9 +260,11 @@ class JoinWorker:
         )
         self._ticks = AIOKafkaProducer(bootstrap_servers=settings.bootstrap, acks="all", linger_ms=0)
         self._ticking: asyncio.Task | None = None
+        self.metrics = JoinMetrics(lambda: {p: (lane.counts, lane.next_offset) for p, lane in list(self.lanes.items())})
 
     async def start(self) -> None:
-        """Connect. Raises BrokerError."""
+        """Connect. Raises BrokerError, UsageError."""
+        serve_metrics(self.metrics.registry, self.settings.metrics_port)
         try:
             await self._kafka.start()
             if self.settings.ticks == "live":
@@ -283,10 +311,8 @@ class JoinWorker:
         """Carry the time in partitions that have no records: written to the log, so that a replay sees it too."""
         while True:
             await asyncio.sleep(TICK_SECONDS / 4)
-            now = time.monotonic()
             for lane in list(self.lanes.values()):
-                if now - lane.last_record >= TICK_SECONDS:
-                    lane.last_record = now
+                if lane.needs_tick():
                     ts = time.time_ns() // 1_000_000
                     tick = events.encode(events.Tick(event_id=f"tick-{lane.partition}-{ts}", ts=ts))
                     await self._ticks.send(self.settings.topics.events, tick, partition=lane.partition)

@@ -72,15 +72,16 @@ async def _serve(settings: ServeWorkerSettings, stop: asyncio.Event) -> None:
         )
     )
     follower = Follower(settings, holder)
-    async with asyncio.TaskGroup() as group:
-        following = group.create_task(follower.run())
-        serving = group.create_task(server.serve([listening]))
-        log.info("serving on http://%s:%s", *listening.getsockname())
-        await stop.wait()
-        holder.close()
-        server.should_exit = True
-        await serving
-        following.cancel()
+    following, serving = asyncio.create_task(follower.run()), asyncio.create_task(server.serve([listening]))
+    for task in (following, serving):
+        task.add_done_callback(app.fail_loudly)
+    log.info("serving on http://%s:%s", *listening.getsockname())
+    await stop.wait()
+    holder.close()
+    server.should_exit = True
+    await serving
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 def _listen(port: int) -> socket.socket:

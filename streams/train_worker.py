@@ -39,6 +39,7 @@ from embedding_store.snapshot import latest_snapshot, snapshot_of
 from online_model.trainer import CatalogueItem, Trainer, TrainerSettings, open_trainer
 from streams import app, events
 from streams.blocks import decode_block
+from streams.metrics import TrainMetrics, serve_metrics
 from streams.outlet import Message, Outlet
 from streams.topics import TopicSettings
 
@@ -110,13 +111,14 @@ class TrainWorker:
         self._snapshot_folder = settings.data_dir / "snapshots"
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
+        self._metrics = TrainMetrics(self._values)
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open the store, fence an old trainer, publish what perhaps was not published, read the catalogue.
 
-        Raises StoreLocked, StoreError, BrokerError, FencedError.
+        Raises StoreLocked, StoreError, BrokerError, FencedError, UsageError.
         """
         self._trainer = await self._in_thread(self._open)
         await self._outlet.start()
@@ -131,6 +133,7 @@ class TrainWorker:
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
+        serve_metrics(self._metrics.registry, self.settings.metrics_port)
 
     async def stop(self) -> None:
         """Learn what is here already, commit, publish, close the store."""
@@ -160,6 +163,16 @@ class TrainWorker:
     def _close(self) -> None:
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
+
+    def _values(self) -> dict[str, float]:
+        positions = list(self._trainer.positions.values())
+        return {
+            "rows_total": sum(position.rows for position in positions),
+            "pending_rows": self._trainer.pending,
+            "waiting_bytes": self._waiting_bytes,
+            "sequence": self._trainer.sequence,
+            "published_sequence": self._published,
+        }
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Whatever touches the trainer or its store runs in the trainer's thread."""
@@ -232,12 +245,14 @@ class TrainWorker:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
         end = time.monotonic() + TURN_SECONDS
-        while time.monotonic() < end and trainer.step():
-            pass
+        while time.monotonic() < end and trainer.pending:
+            with self._metrics.step.time():
+                trainer.step()
         start = time.monotonic()
         if not last and (not self._dirty or start < self._commit_due):
             return None
-        parts = trainer.commit()
+        with self._metrics.commit.time():
+            parts = trainer.commit()
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
         self._dirty = trainer.pending > 0
@@ -250,7 +265,8 @@ class TrainWorker:
 
     async def _publish(self, sequence: int, parts: list[bytes]) -> None:
         topic = self.settings.topics.parameters
-        await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+        with self._metrics.publish.time():
+            await self._outlet.send([Message(topic, part, partition=0) for part in parts])
         self._published = sequence  # the next turn acknowledges it
 
     async def _snapshots(self) -> None:

@@ -28,6 +28,11 @@ def test_interactions_claim_no_click_rate():
     assert features[0, 2] > 0
 
 
+def test_counts_are_logarithms_of_what_was_shown():
+    features = item_features(*columns(impressions=[99], clicks=[3]), 0)
+    assert features[0, 1] == pytest.approx(np.log(100) / 10)
+
+
 def test_late_clicks_never_make_a_rate_above_one():
     assert np.isfinite(item_features(*columns(impressions=[1], clicks=[10_000]), 0)).all()
 

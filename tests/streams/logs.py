@@ -14,11 +14,12 @@ SETTINGS = st.builds(
     wait_ms=st.sampled_from([0, 4, 20]),
     open_ms=st.sampled_from([20, 40]),
     watch_wait_ms=st.sampled_from([0, 6, 60]),
-    purchase_window_ms=st.sampled_from([0, 15, 100]),
+    purchase_window_ms=st.sampled_from([0, 8, 15, 100]),
     implicit=st.booleans(),
     future_ms=st.sampled_from([30, 200]),
 )
-_IDS = st.sampled_from(["a", "b", 1, "1", "ü\x00"])
+_IDS = st.sampled_from(["a", "a", "a", 1, "1", "ü\x00"])
+_KINDS = [*["impression", "click", "click", "purchase", "watch"] * 3, "cart", "refund", "tick"]
 _GARBAGE = st.sampled_from([
     None, b"", b"[]", b"{}", b"\xff", b'{"kind":"like","event_id":1,"ts":1}', b'{"kind":["click"],"event_id":1,"ts":1}',
     b'{"kind":"click","event_id":1,"ts":1.5,"user":1,"item":1}',
@@ -27,11 +28,10 @@ _GARBAGE = st.sampled_from([
 
 @st.composite
 def _events(draw, now: int, number: int) -> dict:
-    kinds = ["impression", "impression", "click", "click", "watch", "purchase", "cart", "refund", "tick"]
-    kind = draw(st.sampled_from(kinds))
-    ts = max(0, now + draw(st.sampled_from([0, 0, 0, -1, -3, -5, -6, -20, -45])))
-    event_id = draw(st.sampled_from([f"e{number:03}", f"e{number:03}", f"z{999 - number}", "e000", number % 7]))
-    event = {"kind": kind, "event_id": event_id, "ts": ts, "user": draw(st.sampled_from(["u", 1, "1"]))}
+    kind = draw(st.sampled_from(_KINDS))
+    ts = max(0, now + draw(st.sampled_from([0, 0, 0, -1, -3, -5, -6, -9, -20])))
+    event_id = draw(st.sampled_from([*[f"e{number:03}", f"z{999 - number}"] * 5, "e000", number % 20]))
+    event = {"kind": kind, "event_id": event_id, "ts": ts, "user": draw(st.sampled_from(["u", "u", "u", 1, "1"]))}
     event["scenario"] = draw(st.sampled_from(["live", "search"]))
     if kind == "impression" or draw(st.booleans()):
         event["request_id"] = draw(st.sampled_from(["r", "s", 1, f"r{number // 4}"]))
@@ -52,10 +52,10 @@ def _events(draw, now: int, number: int) -> dict:
 def logs(draw, max_size: int = 40) -> list[Record]:
     records, now, offset = [], draw(st.sampled_from([0, 3, 100])), draw(st.sampled_from([0, 7]))
     for number in range(draw(st.integers(0, max_size))):
-        now += draw(st.sampled_from([0, 0, 1, 1, 2, 5, 11, 50]))
+        now += draw(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 11]))
         offset += draw(st.sampled_from([1, 1, 1, 3]))
-        garbage = draw(st.integers(0, 19)) == 0
+        garbage = draw(st.integers(0, 24)) == 24
         value = draw(_GARBAGE) if garbage else json.dumps(draw(_events(now, number))).encode()
-        stamp = draw(st.sampled_from([None, now, now, now - 100]))
+        stamp = draw(st.sampled_from([None, None, now, now, now, now - 100]))
         records.append(Record(offset, stamp, value))
     return records

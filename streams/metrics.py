@@ -1,0 +1,86 @@
+"""Prometheus metrics of the join and train workers, on the loopback, where a port is set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from embedding_store.errors import UsageError
+from online_model.examples import Counts
+
+HOST = "127.0.0.1"
+SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
+
+
+def serve_metrics(registry: CollectorRegistry, port: int) -> None:
+    """Answer /metrics on 127.0.0.1:`port` from a thread of its own; port 0: not at all. Raises UsageError."""
+    if port:
+        try:
+            start_http_server(port, addr=HOST, registry=registry)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {HOST}:{port} for metrics: choose another metrics_port") from error
+
+
+class JoinMetrics:
+    """`counts`: partition → (the joiner's balance, next offset), as it is now."""
+
+    def __init__(self, counts: Callable[[], dict[int, tuple[Counts, int]]]) -> None:
+        self.registry = CollectorRegistry()
+        self.commit = _histogram(self.registry, "headrace_join_commit_seconds", "Store write of one block")
+        self.publish = _histogram(self.registry, "headrace_join_publish_seconds", "Kafka transaction of one block")
+        self.age = _histogram(
+            self.registry, "headrace_join_age_seconds", "From an event's time in Kafka to its block in Kafka"
+        )
+        self.registry.register(_Balance(counts))
+
+
+class _Balance(Collector):
+    def __init__(self, counts: Callable[[], dict[int, tuple[Counts, int]]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterable[Metric]:
+        labels = ["partition", "outcome"]
+        balance = GaugeMetricFamily("headrace_join_events", "The balance of the partitions, in events", labels=labels)
+        offset = GaugeMetricFamily("headrace_join_offset", "All events below it have their block", labels=["partition"])
+        for partition, (counts, next_offset) in self._counts().items():
+            offset.add_metric([str(partition)], next_offset)
+            for field in fields(counts):
+                balance.add_metric([str(partition), field.name], getattr(counts, field.name))
+        return [balance, offset]
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+class TrainMetrics:
+    """`values`: name → value of the gauges, as they are now; those that end in `_total` are counters."""
+
+    def __init__(self, values: Callable[[], dict[str, float]]) -> None:
+        self.registry = CollectorRegistry()
+        self.step = _histogram(self.registry, "headrace_train_step_seconds", "One test-then-train step")
+        self.commit = _histogram(self.registry, "headrace_train_commit_seconds", "One commit to the store")
+        self.publish = _histogram(self.registry, "headrace_train_publish_seconds", "Kafka transaction of one version")
+        self.registry.register(_Values(values))
+
+
+class _Values(Collector):
+    def __init__(self, values: Callable[[], dict[str, float]]) -> None:
+        self._values = values
+
+    def collect(self) -> Iterable[Metric]:
+        for name, value in self._values().items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            metric = family(f"headrace_train_{name}", name.replace("_", " "))
+            metric.add_metric([], value)
+            yield metric
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+def _histogram(registry: CollectorRegistry, name: str, about: str) -> Histogram:
+    return Histogram(name, about, buckets=SECONDS, registry=registry)
