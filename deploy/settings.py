@@ -21,12 +21,10 @@ from msgspec import Meta, Struct
 from embedding_store.errors import UsageError
 
 if TYPE_CHECKING:
-    from online_model.trainer import TrainerSettings
+    from online_model.settings import TrainerSettings
     from replay.simulator.settings import SimulatorSettings
-    from streams.join_worker import JoinWorkerSettings
-    from streams.serve_worker import ServeWorkerSettings
+    from streams.settings import JoinWorkerSettings, ServeWorkerSettings, TrainWorkerSettings
     from streams.topics import TopicSettings
-    from streams.train_worker import TrainWorkerSettings
 
 T = TypeVar("T")
 
@@ -93,25 +91,25 @@ class Settings:
 
     @cached_property
     def join(self) -> JoinWorkerSettings:
-        from streams.join_worker import JoinWorkerSettings
+        from streams.settings import JoinWorkerSettings
 
         return self._section("join", JoinWorkerSettings)
 
     @cached_property
     def model(self) -> TrainerSettings:
-        from online_model.trainer import TrainerSettings
+        from online_model.settings import TrainerSettings
 
         return self._section("model", TrainerSettings)
 
     @cached_property
     def train(self) -> TrainWorkerSettings:
-        from streams.train_worker import TrainWorkerSettings
+        from streams.settings import TrainWorkerSettings
 
         return self._section("train", TrainWorkerSettings)
 
     @cached_property
     def serve(self) -> ServeWorkerSettings:
-        from streams.serve_worker import ServeWorkerSettings
+        from streams.settings import ServeWorkerSettings
 
         return self._section("serve", ServeWorkerSettings)
 

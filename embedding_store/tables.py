@@ -7,48 +7,23 @@ the same to a forward pass: reads need not write, and test-then-train agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
-import msgspec
 import numpy as np
 import torch
 
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat, layout
+from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
 from embedding_store.errors import StoreError
 from embedding_store.rows import RowMap
 from embedding_store.sharded import ShardedTables, TableConfig
+from embedding_store.specs import TableSpec
 
 Rows: TypeAlias = np.ndarray  # int64 row numbers, 0 the default row
 Feature: TypeAlias = tuple[np.ndarray, np.ndarray | None]  # rows int64 [m]; lengths int32 [B], None: one row each
 
 _CHUNK = 100_000  # rows at a time where all of a table goes by
 _EVICT_SHARE = 16  # an eviction frees at least capacity / 16 rows, so that it is seldom
-
-
-class TableSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table: its size and its optimizer (row-wise Adagrad)."""
-
-    dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=4)] = 32
-    capacity: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 18  # rows in memory; more live in the store
-    learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 0.05
-    eps: Annotated[float, msgspec.Meta(ge=1e-12)] = 1e-8  # not 0 in float32: row 0 is divided by it
-
-
-@dataclass(frozen=True)
-class TableSpec:
-    """A table, the features that look rows up in it, and what else a row carries beside weights and momentum."""
-
-    name: str
-    features: tuple[str, ...]
-    settings: TableSettings = field(default_factory=TableSettings)
-    extras: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # name → (dtype, shape of a row's)
-
-    @property
-    def layout(self) -> np.dtype:
-        """The structured dtype of a stored row, as `CheckpointStore` wants it."""
-        return layout(self.settings.dim, self.extras)
 
 
 class EmbeddingTables:

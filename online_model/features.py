@@ -6,14 +6,11 @@ a user's history is the mean of the vectors of its items. Trainer and replicas s
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
 import numpy as np
-from msgspec import Meta
 
-from embedding_store.tables import TableSettings, TableSpec
+from embedding_store.specs import TableSettings, TableSpec
 from online_model.examples import HISTORY
+from online_model.settings import FeatureSettings
 
 USER, ITEM, CATEGORY = "user", "item", "category"
 CARD = "card"  # the blob family of catalogue records: item id → JSON
@@ -35,17 +32,6 @@ ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {
     "created": ("<i8", ()),  # ms UTC, from the catalogue, else the first example's time; 0 unknown
     "card": ("<i8", ()),  # hash of the card that is kept for it, 0 none
 }
-
-
-class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Sizes and learning rate of the tables. Capacities are rows in memory; more live in the store."""
-
-    dim: Annotated[int, Meta(ge=4, le=1024, multiple_of=4)] = 32
-    users: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
-    items: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
-    categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
-    learning_rate: Annotated[float, Meta(gt=0)] = 0.2
-    eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
 
 
 def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:

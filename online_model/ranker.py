@@ -7,30 +7,19 @@ odds are the probability (Ktena et al. 2019, arXiv 1907.06558, section 3.3): p =
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
 import numpy as np
 import torch
-from msgspec import Meta
 from torch import nn
 
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, DENSE
+from online_model.settings import RankerSettings
 
 CLICK, WATCH, PURCHASE = 0, 1, 2  # columns of the logits
 HEADS = ("click", "watch", "purchase")
 SCENARIO_COUNT = 4  # streams.events.SCENARIOS
 POSITIONS = 64  # places told apart; those further down are as the last
 PURCHASE_PRIOR = 0.05
-
-
-class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Widths of the two hidden layers, and the seed of the first weights."""
-
-    hidden: Annotated[int, Meta(ge=4, le=4096)] = 64
-    second: Annotated[int, Meta(ge=4, le=4096)] = 32
-    seed: Annotated[int, Meta(ge=0)] = 0
 
 
 class Ranker(nn.Module):

@@ -21,12 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 import orjson
-from msgspec import Meta
 
 from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import MOMENTUM
@@ -36,32 +35,19 @@ from embedding_store.ids import hash_text
 from embedding_store.tables import EmbeddingTables
 from online_model.evaluation import Evaluation
 from online_model.examples import HISTORY, Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, USER, FeatureSettings, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, USER, table_specs
 from online_model.learner import Batch, Learner, unique_contexts
 from online_model.losses import labels
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
-from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker, RankerSettings
+from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
+from online_model.settings import TrainerSettings
 
 log = logging.getLogger("headrace")
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
 _FORMAT = 1
-
-
-class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How the model learns. A change raises the epoch at the next start."""
-
-    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024  # rows a step at most
-    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
-    wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
-    negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
-    recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
-    window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
-    seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
-    features: FeatureSettings = FeatureSettings()
-    ranker: RankerSettings = RankerSettings()
 
 
 def open_trainer(

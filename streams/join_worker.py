@@ -20,22 +20,19 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Literal
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
-from msgspec import Meta, Struct
 
 from embedding_store.errors import BrokerError, StoreError, StoreLocked
 from online_model.examples import Counts
 from streams import app, events
 from streams.blocks import encode_block
 from streams.join_store import JoinStore
-from streams.joiner import Joiner, JoinSettings, Record
+from streams.joiner import Joiner, Record
 from streams.metrics import JoinMetrics, serve_metrics
 from streams.outlet import Message, Outlet
-from streams.topics import TopicSettings
+from streams.settings import JoinWorkerSettings
 
 log = logging.getLogger("headrace")
 
@@ -47,19 +44,6 @@ BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
 COMMIT_SECONDS = 0.08  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
-
-
-class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What `run_join` needs; the section [join]. `data_dir` is a machine's own: its workers share it."""
-
-    bootstrap: str
-    data_dir: Path
-    topics: TopicSettings = TopicSettings()
-    join: JoinSettings = JoinSettings()
-    ticks: Annotated[
-        Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
-    ] = "live"
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 
 
 def run_join(settings: JoinWorkerSettings) -> None:

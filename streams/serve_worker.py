@@ -13,14 +13,12 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import uvicorn
 import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from msgspec import Meta, Struct
 from prometheus_client import Counter
 
 from embedding_store.delta import Assembler, Version
@@ -33,7 +31,7 @@ from online_model.serving.errors import VersionGap
 from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica, ReplicaSettings
 from streams import app
-from streams.topics import TopicSettings
+from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
 
@@ -41,16 +39,6 @@ HOST = "127.0.0.1"
 CLOCK_MARGIN_MS = 60_000  # by so much the trainer's clock may differ from the broker's
 DRAIN_SECONDS = 5
 LOOK_SECONDS = 0.5  # for a snapshot that is being waited for
-
-
-class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What `run_serve` needs; the section [serve]."""
-
-    bootstrap: str
-    data_dir: Path
-    topics: TopicSettings = TopicSettings()
-    serve: ReplicaSettings = ReplicaSettings()
-    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
 
 
 def run_serve(settings: ServeWorkerSettings) -> None:

@@ -23,25 +23,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
 
 import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
-from msgspec import Meta, Struct
 
 from embedding_store.errors import BrokerError, StoreError
 from embedding_store.ids import feature_id
 from embedding_store.snapshot import latest_snapshot, snapshot_of
-from online_model.trainer import CatalogueItem, Trainer, TrainerSettings, open_trainer
+from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, events
 from streams.blocks import decode_block
 from streams.metrics import TrainMetrics, serve_metrics
 from streams.outlet import Message, Outlet
-from streams.topics import TopicSettings
+from streams.settings import TrainWorkerSettings
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
@@ -53,20 +51,6 @@ MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others 
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
 CATALOGUE_CHUNK = 5_000  # items
-
-
-class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What `run_train` needs; the section [train]."""
-
-    bootstrap: str
-    data_dir: Path
-    topics: TopicSettings = TopicSettings()
-    model: TrainerSettings = TrainerSettings()
-    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
-    threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
-    snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
-    snapshots_kept: Annotated[int, Meta(ge=1)] = 3
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 
 
 def run_train(settings: TrainWorkerSettings) -> None:

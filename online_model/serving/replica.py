@@ -10,41 +10,25 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import get_args
 
-import msgspec
 import numpy as np
 import torch
-from msgspec import Meta
 
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
-from online_model.features import ITEM, USER, FeatureSettings
+from online_model.features import ITEM, USER
 from online_model.history import history_hash
-from online_model.ranker import CLICK, PURCHASE, WATCH, RankerSettings, probabilities
+from online_model.ranker import CLICK, PURCHASE, WATCH, probabilities
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
 from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
+from online_model.serving.settings import ReplicaSettings
 from online_model.serving.state import State
+from online_model.settings import FeatureSettings, RankerSettings
 
 SCENARIO_INDEX = {name: index for index, name in enumerate(get_args(Scenario))}
-
-
-class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How candidates are found, scored and explored.
-
-    An item's score is click · (1 + watch_weight · watch + purchase_weight · purchase).
-    """
-
-    nearest: Annotated[int, Meta(ge=1, le=10_000)] = 200  # candidates whose vector matches the user's best
-    newest: Annotated[int, Meta(ge=0, le=1000)] = 50
-    popular: Annotated[int, Meta(ge=0, le=1000)] = 50
-    watch_weight: Annotated[float, Meta(ge=0)] = 0.5
-    purchase_weight: Annotated[float, Meta(ge=0)] = 2.0
-    epsilon: Annotated[float, Meta(ge=0, le=1)] = 0.1  # of the places go to a candidate drawn uniformly
-    seed: Annotated[int, Meta(ge=0)] | None = None  # of the draws; none: another one in each process
-    max_age_ms: Annotated[int, Meta(ge=1)] = 60_000  # without a new version for so long, `/readyz` says no
 
 
 def wall_clock_ms() -> int:

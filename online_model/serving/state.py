@@ -8,10 +8,11 @@ import torch
 from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord
 from online_model.examples import HISTORY
-from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, USER, FeatureSettings, item_features
-from online_model.ranker import Ranker, RankerSettings
+from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, USER, item_features
+from online_model.ranker import Ranker
 from online_model.serving.catalogue import Card, Catalogue, read_cards
 from online_model.serving.table import Table
+from online_model.settings import FeatureSettings, RankerSettings
 
 # What the replica adds to an item's row, so that a request need not look it up.
 CATEGORY_ROW, AVAILABLE, STAMP = "category_row", "available", "stamp"

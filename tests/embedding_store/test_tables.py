@@ -12,7 +12,8 @@ import torch
 from embedding_store.checkpoint import CheckpointStore, Commit, Digest
 from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
 from embedding_store.errors import DiskFull, StoreError, UsageError
-from embedding_store.tables import EmbeddingTables, TableSettings, TableSpec
+from embedding_store.specs import TableSettings, TableSpec
+from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.conftest import SmallDisk
 
 DIM, RATE, EPS = 8, 0.1, 1e-8

@@ -8,7 +8,7 @@ import torch
 from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights
 from online_model.ranker import Ranker, probabilities
-from online_model.trainer import TrainerSettings
+from online_model.settings import TrainerSettings
 
 
 class PlainTrainer:

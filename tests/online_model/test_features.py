@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from online_model.features import CLICK_PRIOR, DENSE, FeatureSettings, item_features, mix, start_weights, table_specs
+from online_model.features import CLICK_PRIOR, DENSE, item_features, mix, start_weights, table_specs
+from online_model.settings import FeatureSettings
 
 
 def columns(**values):

@@ -7,7 +7,8 @@ import torch
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, DENSE
 from online_model.losses import labels, loss_sum
-from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, Ranker, RankerSettings, probabilities
+from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, Ranker, probabilities
+from online_model.settings import RankerSettings
 from streams.events import SCENARIOS
 from tests.online_model.logs import make_rows
 

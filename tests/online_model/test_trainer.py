@@ -7,10 +7,9 @@ import torch
 
 from embedding_store.ids import feature_id
 from online_model.examples import Examples, Part, Source
-from online_model.features import FeatureSettings
 from online_model.learner import unique_contexts
-from online_model.ranker import RankerSettings
-from online_model.trainer import TrainerSettings, open_trainer
+from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from online_model.trainer import open_trainer
 from tests.online_model.logs import START, later, make_blocks, make_rows
 from tests.online_model.plain_trainer import PlainTrainer
 

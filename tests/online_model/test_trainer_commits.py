@@ -15,9 +15,8 @@ import torch
 from embedding_store.delta import Assembler
 from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked, UsageError
 from online_model.examples import Examples, Part, Source
-from online_model.features import FeatureSettings
-from online_model.ranker import RankerSettings
-from online_model.trainer import Trainer, TrainerSettings, open_trainer
+from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import START, later, make_blocks, make_rows
 from tests.online_model.test_trainer import SMALL, catalogue
 

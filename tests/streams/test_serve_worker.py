@@ -15,7 +15,8 @@ from kafka import KafkaProducer
 
 from embedding_store.snapshot import snapshot_of
 from online_model.examples import Block
-from online_model.trainer import Trainer, TrainerSettings, open_trainer
+from online_model.settings import TrainerSettings
+from online_model.trainer import Trainer, open_trainer
 from streams.topics import TopicSettings, create_topics
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, running, wait_for

@@ -14,12 +14,14 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Assembler, Version, encode
 from embedding_store.errors import CorruptRecord
 from embedding_store.ids import feature_id
-from online_model.features import CARD, CATEGORY, ITEM, USER, FeatureSettings, item_features
+from online_model.features import CARD, CATEGORY, ITEM, USER, item_features
 from online_model.history import history_hash
 from online_model.ranker import Ranker, probabilities
 from online_model.serving.api import Scenario
 from online_model.serving.errors import NotReady, VersionGap
-from online_model.serving.replica import SCENARIO_INDEX, Replica, ReplicaSettings
+from online_model.serving.replica import SCENARIO_INDEX, Replica
+from online_model.serving.settings import ReplicaSettings
+from online_model.settings import FeatureSettings
 from streams.events import SCENARIOS
 from tests.online_model.serving.world import (
     DIM,

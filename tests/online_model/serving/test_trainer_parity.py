@@ -11,10 +11,12 @@ import torch
 from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import HISTORY, Block, Examples, Part, Source, example_key, row_id
-from online_model.features import CATEGORY, ITEM, USER, FeatureSettings, item_features
-from online_model.ranker import RankerSettings, probabilities
-from online_model.serving.replica import Replica, ReplicaSettings
-from online_model.trainer import Trainer, TrainerSettings, open_trainer
+from online_model.features import CATEGORY, ITEM, USER, item_features
+from online_model.ranker import probabilities
+from online_model.serving.replica import Replica
+from online_model.serving.settings import ReplicaSettings
+from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from online_model.trainer import Trainer, open_trainer
 
 T0 = 1_700_000_000_000
 FEATURES, RANKER = FeatureSettings(dim=8, users=64, items=64, categories=8), RankerSettings(hidden=16, second=8)

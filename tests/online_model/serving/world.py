@@ -13,9 +13,11 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
 from online_model.examples import HISTORY
-from online_model.features import CARD, CATEGORY, ITEM, USER, FeatureSettings
-from online_model.ranker import Ranker, RankerSettings
-from online_model.serving.replica import Replica, ReplicaSettings
+from online_model.features import CARD, CATEGORY, ITEM, USER
+from online_model.ranker import Ranker
+from online_model.serving.replica import Replica
+from online_model.serving.settings import ReplicaSettings
+from online_model.settings import FeatureSettings, RankerSettings
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 Raw: TypeAlias = Iterable[str | int]

@@ -1,0 +1,101 @@
+"""The twin that never learns: the same users, the same seed, the same replica code, with the model as it begins.
+
+It runs in a process of its own at the lowest priority, in step with the wall clock where the machine has time for it,
+and says each second of its world on stdout: {"second": 3, "shown": 1110, "clicked": 64}. SIGTERM ends it; so does the
+end of its stdin. Its one argument is the JSON of `TwinSettings`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import orjson
+import torch
+
+from deploy.demo.clicks import CLICKS_COME_S, ClickRate
+from deploy.demo.twin import TwinSettings
+from embedding_store.columns import TableRows
+from embedding_store.delta import Version
+from embedding_store.ids import feature_id
+from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, START_SCALE, start_weights
+from online_model.ranker import Ranker
+from online_model.serving.replica import Replica
+from replay.simulator import Marketplace
+from streams.events import Click, Item, encode
+
+STEP_MS = 50
+
+
+class Frozen:
+    """A replica with the first weights and a catalogue that is kept up to date."""
+
+    def __init__(self, settings: TwinSettings) -> None:
+        self._dim = settings.features.dim
+        self._sequence = 0
+        self.replica = Replica(settings.replica, settings.features, settings.ranker)
+        self._dense = Ranker(self._dim, settings.ranker).weights()
+
+    def catalogue(self, items: Sequence[Item]) -> None:
+        """New and changed items, with rows as they are before anything is learned."""
+        newest = {feature_id(ITEM, item.item): item for item in items}
+        ids = np.array(sorted(newest), np.int64)
+        columns = {name: np.zeros((len(ids), *shape), dtype) for name, (dtype, shape) in ITEM_EXTRAS.items()}
+        columns["weights"] = start_weights(ids, self._dim, START_SCALE[ITEM])
+        columns["created"][:] = [newest[i].created or 0 for i in ids.tolist()]
+        columns["category"][:] = [feature_id(CATEGORY, newest[i].category or "") for i in ids.tolist()]
+        version = Version(
+            epoch=1, sequence=self._sequence, base=(1, self._sequence - 1) if self._sequence else None,
+            created_ms=0, positions={}, info={}, dense=self._dense, tables={ITEM: TableRows(ids, columns)},
+            blobs={CARD: {i: encode(item) for i, item in newest.items()}},
+        )  # fmt: skip
+        self.replica.apply(version)
+        self._sequence += 1
+
+
+def run(settings: TwinSettings) -> None:
+    """Live the twin's life until the process is ended."""
+    world, frozen, clicks = Marketplace(settings.simulator), Frozen(settings), ClickRate()
+    seconds: dict[str, int] = {}  # request → the second it was shown in
+    world.start(settings.start_ms)
+    frozen.catalogue(world.catalogue())
+    now, said = settings.start_ms, 0
+    while True:
+        now += STEP_MS
+        ahead = now / 1000 - time.time()
+        if ahead > 0:
+            time.sleep(ahead)  # in step with the world that learns
+        step = world.advance(now)
+        if step.items:
+            frozen.catalogue(step.items)
+        for event in step.events:
+            if isinstance(event, Click):
+                clicks.add(seconds[str(event.request_id)], clicked=1)
+        for request in step.requests:
+            answer = frozen.replica.recommend(request.user, request.scenario, request.k)
+            second = (request.ts - settings.start_ms) // 1000
+            seconds[request.request_id] = second
+            clicks.add(second, shown=len(answer.items))
+            world.show(request, [shown.item for shown in answer.items], ts=request.ts)
+        while said < (now - settings.start_ms) // 1000 - CLICKS_COME_S:
+            say = {"second": said, "shown": clicks.shown[said], "clicked": clicks.clicked[said]}
+            sys.stdout.buffer.write(orjson.dumps(say) + b"\n")
+            sys.stdout.buffer.flush()
+            said += 1
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    os.nice(19)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    run(msgspec.json.decode(sys.argv[1], type=TwinSettings))

@@ -1,0 +1,41 @@
+"""What can be set about the model. Free of torch, so that commands can read their settings at once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Sizes and learning rate of the tables. Capacities are rows in memory; more live in the store."""
+
+    dim: Annotated[int, Meta(ge=4, le=1024, multiple_of=4)] = 32
+    users: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
+    items: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
+    categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
+    learning_rate: Annotated[float, Meta(gt=0)] = 0.2
+    eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
+
+
+class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Widths of the two hidden layers, and the seed of the first weights."""
+
+    hidden: Annotated[int, Meta(ge=4, le=4096)] = 64
+    second: Annotated[int, Meta(ge=4, le=4096)] = 32
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+
+class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How the model learns. A change raises the epoch at the next start."""
+
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024  # rows a step at most
+    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
+    wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
+    negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
+    recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
+    window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
+    seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
+    features: FeatureSettings = FeatureSettings()
+    ranker: RankerSettings = RankerSettings()

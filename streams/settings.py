@@ -1,0 +1,50 @@
+"""What the three workers are started with. Free of torch and Faust: a command reads its settings at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from online_model.serving.settings import ReplicaSettings
+from online_model.settings import TrainerSettings
+from streams.joiner import JoinSettings
+from streams.topics import TopicSettings
+
+
+class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What `run_join` needs; the section [join]. `data_dir` is a machine's own: its workers share it."""
+
+    bootstrap: str
+    data_dir: Path
+    topics: TopicSettings = TopicSettings()
+    join: JoinSettings = JoinSettings()
+    ticks: Annotated[
+        Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
+    ] = "live"
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+
+
+class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What `run_train` needs; the section [train]."""
+
+    bootstrap: str
+    data_dir: Path
+    topics: TopicSettings = TopicSettings()
+    model: TrainerSettings = TrainerSettings()
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
+    threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
+    snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
+    snapshots_kept: Annotated[int, Meta(ge=1)] = 3
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+
+
+class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What `run_serve` needs; the section [serve]."""
+
+    bootstrap: str
+    data_dir: Path
+    topics: TopicSettings = TopicSettings()
+    serve: ReplicaSettings = ReplicaSettings()
+    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
