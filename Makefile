@@ -12,7 +12,7 @@ PYTHON  ?= $(firstword $(shell for v in python3.11 python3.12 python3.13 python3
 UV      := $(BIN)/uv
 UV_PIN   = $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements/$(EXTRA).txt)
 SECONDS ?= 60
-DEMO    := --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
+DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
 .PHONY: demo test check setup pins clean

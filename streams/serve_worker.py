@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import torch
 import uvicorn
 import uvloop
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -47,6 +48,9 @@ def run_serve(settings: ServeWorkerSettings) -> None:
 
 
 async def _serve(settings: ServeWorkerSettings, stop: asyncio.Event) -> None:
+    # A request is a millisecond of small matrices: threads that meet at each of them cost more than they bring, and
+    # on shared cores much more.
+    torch.set_num_threads(1)
     listening = _listen(settings.port)
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     server = _Server(

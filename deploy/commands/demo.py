@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, JsonOption, Output, settings_for
-from embedding_store.errors import UsageError
+from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, JsonOption, Output, say, settings_for
+from embedding_store.errors import HeadraceError, UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,14 @@ def demo(
         from deploy.demo.run import run_demo
 
         result = run_demo(settings, options)
+        if json:
+            say(_text(result))
         out.result(result, _text(result))
+    if result["lost"] or result["duplicated"]:
+        raise HeadraceError(
+            f"{result['lost']} examples were lost and {result['duplicated']} trained twice: a fault of Headrace;"
+            f" keep {settings.data_dir / 'demo'} and report it"
+        )
 
 
 def _text(result: dict) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import aiohttp
@@ -80,10 +81,12 @@ class Live:
                 task.result()
         return await doing
 
-    async def ready(self, with_items: bool = True) -> None:
-        """The replica serves a version (that knows items)."""
+    async def ready(self, stop: asyncio.Event, with_items: bool = True) -> None:
+        """The replica serves a version (that knows items). KeyboardInterrupt if `stop` is set before."""
 
         def there() -> bool:
+            if stop.is_set():
+                raise KeyboardInterrupt  # nothing has happened that needed draining
             return self.model.sequence >= 0 and (not with_items or bool(self.model.answer["rows"].get("card")))
 
         self.note = "starting the workers"
@@ -92,10 +95,11 @@ class Live:
 
     async def drained(self, ends: dict[int, int]) -> None:
         """The replica is past these offsets of `events`."""
-        await self._until(
-            lambda: all(self.model.positions.get(p, 0) >= end for p, end in ends.items()), STALL_S,
-            "what was sent does not reach the replica",
-        )  # fmt: skip
+
+        def behind() -> int:
+            return sum(max(0, end - self.model.positions.get(p, 0)) for p, end in ends.items())
+
+        await self._until(lambda: not behind(), STALL_S, "what was sent does not reach the replica", behind)
 
     async def reached(self, sequence: int) -> Model:
         """The replica has this version."""
@@ -144,21 +148,27 @@ class Live:
     def _clicks(self) -> Any:
         return self.traffic.clicks if isinstance(self.traffic, ClosedLoop) else None
 
-    async def _until(self, condition: Any, patience_s: float, complaint: str) -> None:
-        """Wait for `condition`, looked at with each new version; HeadraceError where none moves for `patience_s`."""
+    async def _until(
+        self,
+        condition: Callable[[], bool],
+        patience_s: float,
+        complaint: str,
+        measure: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Wait for `condition`, looked at with each new version; HeadraceError where `measure` stays for too long."""
 
         async def wait() -> None:
-            progress = time.monotonic()
+            since, was = time.monotonic(), measure()
             while not condition():
                 moved = self._moved
-                try:
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
                         await moved.wait()
-                    progress = time.monotonic()
-                except TimeoutError:
-                    if time.monotonic() - progress > patience_s:
-                        logs = self.workers[0].log.parent
-                        raise HeadraceError(f"{complaint} within {patience_s:.0f} s: see the logs in {logs}") from None
+                if (now := measure()) != was:
+                    since, was = time.monotonic(), now
+                elif time.monotonic() - since > patience_s:
+                    logs = self.workers[0].log.parent
+                    raise HeadraceError(f"{complaint} within {patience_s:.0f} s: see the logs in {logs}")
 
         await self.alongside(wait())
 

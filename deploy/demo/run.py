@@ -115,7 +115,7 @@ class _Demo:
         """Simulated users for `seconds`. Returns how long it was, in seconds."""
         users = ClosedLoop(self.settings.simulator, sink, live.url)
         users.open(now_ms())  # the catalogue first: a replica has nothing to recommend before
-        await live.ready()
+        await live.ready(stop)
         users.open(now_ms())
         model = self.settings.model
         twin = TwinProcess(
@@ -139,7 +139,7 @@ class _Demo:
         assert self.options.log is not None
         assert self.options.path is not None
         play = LogPlay(self.options.log, self.options.path, sink)
-        await live.ready(with_items=False)
+        await live.ready(stop, with_items=False)
         live.traffic = play
         started = time.monotonic()
         await live.alongside(play.run(stop))
@@ -200,7 +200,7 @@ class _Demo:
             "seconds": round(seconds, 2),
             "first_trained_s": live.first_trained_s,
             "restarts": {worker.name: worker.restarts for worker in self.workers},
-            "unanswered": live.traffic.sent.unanswered if live.traffic else 0,
+            "unanswered": dict(live.traffic.sent.unanswered) if live.traffic else {},
         }
         return result
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import aiohttp
 import orjson
@@ -33,7 +34,11 @@ class Sent:
     """What went into the topics so far; `events` counts an impression of k items as k."""
 
     events: int = 0
-    unanswered: int = 0  # requests that the replica did not answer in time
+    unanswered: Counter[str] = field(default_factory=Counter)  # requests that the replica did not answer, by reason
+
+    def refuse(self, why: object) -> None:
+        """A user went away without an answer."""
+        self.unanswered[str(why) or type(why).__name__] += 1
 
 
 class ClosedLoop:
@@ -67,7 +72,7 @@ class ClosedLoop:
                         self._flying.add(task)
                         task.add_done_callback(self._flying.discard)
                     else:
-                        self.sent.unanswered += 1
+                        self.sent.refuse("too many at a time")
                 await asyncio.sleep(STEP_S)
             await asyncio.gather(*self._flying)
         self.sink.flush()
@@ -80,8 +85,8 @@ class ClosedLoop:
                 answer = orjson.loads(await response.read())
                 if response.status != 200:
                     raise aiohttp.ClientError(answer["error"])
-        except (aiohttp.ClientError, TimeoutError):
-            self.sent.unanswered += 1  # the replica is being started again: this user saw nothing
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.sent.refuse(error)  # perhaps the replica is being started again: this user saw nothing
             return
         items = answer["items"]
         impression = self.world.show(

@@ -141,13 +141,14 @@ class FileFeed:
             return self._next[partition]  # was on its way when we went back
         if any(r.offset == self._fail_at for r in records):
             raise RuntimeError("this batch cannot be handled")
+        stale = sum(record.offset < self._next[partition] for record in records)
         with (self._folder / f"{partition}.offsets").open("a") as file:
             for record in records:
                 if record.offset >= self._next[partition]:
                     file.write(f"{record.offset}\n")
                     self._next[partition] = record.offset + 1
         with (self._folder / "batches").open("a") as file:
-            file.write(f"{len(records)}\n")
+            file.write(f"{len(records)} {stale}\n")
         await asyncio.sleep(0.005)
         return None
 

@@ -233,6 +233,26 @@ def test_what_was_bought_stays_known_when_it_is_clicked_again():
     assert log.rows().part.tolist() == [0, 3, 0, 3]  # of another example
 
 
+def test_a_late_click_does_not_take_the_window_from_a_later_one():
+    log = Log()
+    log.shown(1_000, "r1")
+    log.shown(1_010, "r2")
+    log.add("click", 1_500, item="i", request_id="r1")
+    log.to(1_600)
+    assert only(log.add("click", 1_400, item="i", request_id="r2"), "part") == [1]
+    assert len(log.add("click", 1_450, item="i", request_id="r1")) == 0
+    log.add("purchase", 6_500, item="i")  # at the very end of the window that the click at 1500 opened
+    assert log.to(6_501).row_id.tolist() == [row_id(example_key("r1", "i"), 3)]
+
+
+def test_a_window_that_has_ended_is_not_found_by_a_late_purchase():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 1_100, item="i")
+    log.to(6_101)
+    assert len(log.add("purchase", 6_050, item="i")) == 0
+
+
 def test_implicit_clicks_are_examples_of_their_own():
     log = Log(JoinSettings(disorder_ms=10, implicit=True))
     log.add("cart", 990, item=8)
