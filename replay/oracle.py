@@ -251,7 +251,7 @@ class PartitionOracle:
             case "watch":
                 found = self._watch(event)
             case "purchase":
-                found = self._buy(event)
+                found = self._buy(event, late)
             case _:
                 found = False
         if not late:
@@ -271,11 +271,18 @@ class PartitionOracle:
             elif not entry["clicked"]:
                 self._emit(key, LATE_CLICK)
             entry["clicked"] = True
-        self._hold_click((str(event["user"]), str(event["item"])), key, event["ts"])
+        self._hold_click(event, key, late)
         return True
 
-    def _hold_click(self, pair: tuple, key: str, ts: int) -> None:
-        held = self.clicks.get(pair)
+    def _held_click(self, event: dict, late: bool) -> dict | None:
+        """The click window of (user, item), unless its end has passed."""
+        held = self.clicks.get((str(event["user"]), str(event["item"])))
+        now = self.watermark if late else event["ts"]
+        return held if held is not None and now <= held["ts"] + self.rules.purchase_window_ms else None
+
+    def _hold_click(self, event: dict, key: str, late: bool) -> None:
+        pair, ts = (str(event["user"]), str(event["item"])), event["ts"]
+        held = self._held_click(event, late)
         if held is not None and held["key"] == key:
             held["ts"] = max(held["ts"], ts)
         elif held is None or ts >= held["ts"]:
@@ -291,9 +298,9 @@ class PartitionOracle:
             self._timer(min(event["ts"] + self.rules.watch_wait_ms, end), "watch", entry)
         return True
 
-    def _buy(self, event: dict) -> bool:
-        held = self.clicks.get((str(event["user"]), str(event["item"])))
-        if held is None or not held["ts"] <= event["ts"] <= held["ts"] + self.rules.purchase_window_ms:
+    def _buy(self, event: dict, late: bool) -> bool:
+        held = self._held_click(event, late)
+        if held is None or event["ts"] < held["ts"]:
             return False
         if not held["bought"]:
             held["bought"] = True

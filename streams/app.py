@@ -21,6 +21,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -271,10 +272,28 @@ def fail_loudly(task: asyncio.Task) -> None:
         die(error)
 
 
+class _Sparse(logging.Filter):
+    """Of the libraries' lines of a kind one in ten seconds: they repeat themselves while a broker is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._again: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == log.name:
+            return True
+        kind, now = str(record.msg), time.monotonic()
+        if now < self._again.get(kind, 0.0):
+            return False
+        self._again[kind] = now + 10.0
+        return True
+
+
 def configure_logging() -> None:
     """Our own lines on stderr, of the libraries only what goes wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_Sparse())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     log.setLevel(logging.INFO)
     # it logs each topic that it was told not to create, and each rejoin

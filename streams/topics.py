@@ -28,6 +28,8 @@ DEAD_RETENTION_MS = 7 * 24 * 3_600_000
 # 1 MiB and the 12 bytes before each batch, Kafka's default: an event of MAX_EVENT_BYTES with its key and headers fits.
 MAX_RECORD_BYTES = (1 << 20) + 12
 assert MAX_RECORD_BYTES > MAX_EVENT_BYTES + 32_000
+# One record that moves the time can close everything that waited: such a block cannot be cut smaller.
+MAX_BLOCK_BYTES = 16 << 20
 
 CONNECT_TIMEOUT_S = 3.0
 _REQUEST_TIMEOUT_MS = 10_000
@@ -186,13 +188,13 @@ def _topics(settings: TopicSettings, purchase_window_ms: int, snapshot_interval_
     return [
         _Topic(settings.events, many, _kept_for(window)),
         _Topic(settings.items, one, {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}),
-        _Topic(settings.examples, many, _kept_for(window)),
+        _Topic(settings.examples, many, _kept_for(window, MAX_BLOCK_BYTES)),
         _Topic(settings.parameters, one, _kept_for(3 * snapshot_interval_ms)),
         _Topic(settings.events_dead, one, _kept_for(DEAD_RETENTION_MS)),
     ]
 
 
-def _kept_for(retention_ms: int) -> dict[str, str]:
+def _kept_for(retention_ms: int, max_bytes: int = MAX_RECORD_BYTES) -> dict[str, str]:
     return {
         "cleanup.policy": "delete",
         "retention.ms": str(retention_ms),
@@ -200,7 +202,7 @@ def _kept_for(retention_ms: int) -> dict[str, str]:
         "segment.ms": str(max(60_000, retention_ms // 4)),
         # By the broker's clock: a replay of old events, or one event from the future, must not move retention.
         "message.timestamp.type": "LogAppendTime",
-        "max.message.bytes": str(MAX_RECORD_BYTES),
+        "max.message.bytes": str(max_bytes),
     }
 
 

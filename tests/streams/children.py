@@ -29,6 +29,7 @@ class Child:
         self.start()
 
     def start(self) -> None:
+        self._log_from = len(self.said)
         self.process = _processes.Process(target=_run, args=self._arguments, daemon=True)
         self.process.start()
 
@@ -53,6 +54,11 @@ class Child:
     @property
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def says(self) -> str:
+        """What it said since it was started last."""
+        return self.said[self._log_from :]
 
     def fail_if_ended(self) -> None:
         if not self.process.is_alive():

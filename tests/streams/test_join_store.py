@@ -22,7 +22,7 @@ from embedding_store.rocks import Db
 from online_model.examples import Examples
 from streams import join_store
 from streams.blocks import decode_block, encode_block
-from streams.events import Click, Impression, Tick, encode
+from streams.events import Click, Impression, Tick, Watch, encode
 from streams.join_store import JoinStore
 from streams.joiner import Joined, Joiner, JoinSettings, Record
 from tests.streams.logs import SETTINGS, logs
@@ -73,6 +73,19 @@ def test_restarts_change_nothing(join, log, cuts, restarts):
     assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)
     assert blocks[-1].counts == reference.counts
     assert blocks[-1].handled == min([h[2] for h in reference.held], default=blocks[-1].to_offset)
+
+
+def test_timers_that_are_due_at_the_watermark_survive(tmp_path):
+    store, joiner = opened(tmp_path)
+    shown = Impression(event_id="s", ts=100, user="u", request_id="r", items=["i"])
+    watch = Watch(event_id="w", ts=110, user="u", item="i", play_ms=7, duration_ms=9)
+    joined = step(store, joiner, records_of(shown, watch, Tick(event_id="t", ts=125)))
+    assert (joined.block.watermark, joined.block.counts.rows) == (120, 0)  # both the wait and the watch end at 120
+    store.close()
+    store, joiner = opened(tmp_path)
+    rows = step(store, joiner, records_of(Tick(event_id="t", ts=126), first=3)).block.examples
+    assert (rows.part.tolist(), rows.closed.tolist(), rows.play_ms.tolist()) == ([0, 2], [120, 120], [-1, 7])
+    store.close()
 
 
 def test_other_settings_are_refused(tmp_path):
