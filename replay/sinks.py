@@ -26,7 +26,7 @@ OUTSTANDING = 40_000  # records taken and not yet kept by the broker; more wait
 KNOWN_KEYS = 500_000
 BATCH_BYTES = 512 * 1024  # a larger record makes a batch of its own
 BATCH_RECORDS = 5_000
-IDLE_S = 0.002  # how long a record may wait for the carrier to look, when it has nothing to do
+IDLE_S = 0.01  # how long a record may wait for the carrier to look, when it has nothing to do
 DELIVERY_S = 30.0  # what the broker has not taken after this is an error
 STOP_S = 2.0
 

@@ -71,7 +71,7 @@ class Intake:
     group: str
     member: str | None = None  # a name that outlives the process: started again, it has its partitions back at once
     committed_only: bool = False  # read_committed: what aborted transactions wrote is never seen
-    wait_ms: int = 25  # the broker collects for so long …
+    wait_ms: int = 50  # the broker collects for so long …
     min_bytes: int = 16_384  # … or until there is so much
     max_partition_bytes: int = 4 << 20
     max_records: int = 5_000  # of all partitions together, in one delivery

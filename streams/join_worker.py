@@ -41,7 +41,7 @@ MAX_SLICE = 2_000  # records that are joined and committed at once; about 100 ms
 MAX_WAITING = 10_000  # records of a lane in memory; the others stay in Kafka
 MAX_WAITING_BYTES = 32 << 20
 BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
-COMMIT_SECONDS = 0.08  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
+COMMIT_SECONDS = 0.15  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
 

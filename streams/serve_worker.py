@@ -23,7 +23,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client import Counter
 
 from embedding_store.delta import Assembler, Version
-from embedding_store.errors import BrokerError, CorruptRecord, UsageError
+from embedding_store.errors import BrokerError, CorruptRecord, StoreError, UsageError
 from embedding_store.snapshot import latest_snapshot, read_snapshot
 from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
@@ -162,8 +162,13 @@ class Follower:
         path = latest_snapshot(self._snapshots)
         if path is None or not wanted(_place(path)):
             return False
-        version = await asyncio.to_thread(read_snapshot, path)
-        self._holder.swap(await asyncio.to_thread(_replica_of, version, self._settings))
+        try:
+            version = await asyncio.to_thread(read_snapshot, path)
+            replica = await asyncio.to_thread(_replica_of, version, self._settings)
+        except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
+            log.error("%s", error)
+            return False
+        self._holder.swap(replica)
         self._holder.behind = ""
         self._assembler = Assembler()
         since = {self._partition: max(0, version.created_ms - CLOCK_MARGIN_MS)}
@@ -177,10 +182,15 @@ class Follower:
 
 
 def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
-    """A replica at a version that holds everything; what its model is like, the version says."""
-    model = version.info["settings"]
-    features = msgspec.convert(model["features"], FeatureSettings)
-    replica = Replica(settings, features, msgspec.convert(model["ranker"], RankerSettings))
+    """A replica at a version that holds everything; what its model is like, the version says. Raises CorruptRecord."""
+    try:
+        model = version.info["settings"]
+        features = msgspec.convert(model["features"], FeatureSettings)
+        ranker = msgspec.convert(model["ranker"], RankerSettings)
+    except (KeyError, msgspec.ValidationError) as error:
+        name = f"{version.epoch}.{version.sequence}"
+        raise CorruptRecord(f"version {name} does not say what its model is like ({error}): it is left out") from error
+    replica = Replica(settings, features, ranker)
     replica.apply(version)
     return replica
 

@@ -55,7 +55,7 @@ class Live:
 
     async def __aenter__(self) -> Live:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(POLL_MS / 1000 + 5))
-        self._probes = AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap, acks="all", linger_ms=0)
+        self._probes = AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap, acks="all", linger_ms=5)
         try:
             await self._probes.start()
         except KafkaError as error:

@@ -167,7 +167,8 @@ def test_blocks_are_those_of_one_joiner_though_the_worker_is_killed(
             child.fail_if_ended()
             child.kill()
             child.start()
-        players._thread.join()
+        players.join()
+        _ready(child)
         wait_for(lambda: _joined_up_to(broker, topics) == players.records, child=child)
         assert child.stop() == 0, child.said
     assert players.records > 20_000
@@ -204,6 +205,7 @@ def test_a_store_that_fell_behind_is_refused(
     for seed in (1, 2):
         sent += Players(broker, topics.events, seed, 100).play()
         with running("join", log, **settings) as child:
+            _ready(child)
             wait_for(lambda: _joined_up_to(broker, topics) == sent, child=child)  # noqa: B023
             assert child.stop() == 0, child.said
         if seed == 1:
