@@ -35,7 +35,7 @@ $(READY): requirements/$(EXTRA).txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(UV) || $(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_PIN)
 	@echo "installing the pinned packages into $(VENV) (torch is large: a minute or two the first time)" >&2
-	@$(UV) pip sync --quiet --require-hashes requirements/$(EXTRA).txt
+	@$(UV) pip sync --quiet --require-hashes --compile-bytecode requirements/$(EXTRA).txt
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/headrace broker fetch
 	@rm -f $(VENV)/.ready-* && touch $@

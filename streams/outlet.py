@@ -11,7 +11,8 @@ from aiokafka.errors import KafkaError, ProducerFenced
 
 from embedding_store.errors import BrokerError, FencedError
 
-MAX_MESSAGE_BYTES = 16 << 20
+BATCH_BYTES = 900_000  # Kafka's limit on a record is one on a batch of them: 1 MiB
+MAX_MESSAGE_BYTES = 16 << 20  # a message larger than a batch goes alone, as far as its topic allows
 
 
 class Message(NamedTuple):
@@ -35,7 +36,7 @@ class Outlet:
             linger_ms=0,
             retry_backoff_ms=20,
             max_request_size=MAX_MESSAGE_BYTES,
-            max_batch_size=MAX_MESSAGE_BYTES,
+            max_batch_size=BATCH_BYTES,
             request_timeout_ms=30_000,
             transaction_timeout_ms=60_000,
         )

@@ -46,6 +46,8 @@ T = TypeVar("T")
 
 COMMIT_SECONDS = 0.2  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
+GATHER_SECONDS = 0.1  # between two turns, while the trainer keeps up …
+GATHER_BYTES = 100_000  # … unless so much has come
 TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
@@ -68,7 +70,8 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
         group=f"{topics.prefix}headrace-train",
         member=app.member_name("train", settings.data_dir / "train"),
         committed_only=True,
-        min_bytes=1,
+        min_bytes=1,  # a block is worth an answer
+        wait_ms=500,
         max_records=500,
     )
     await app.serve_feed(intake, worker, stop)
@@ -91,6 +94,7 @@ class TrainWorker:
         self._draining = False
         self._dirty = False  # something was offered since the last commit
         self._commit_due = 0.0
+        self._turned = 0.0  # when the last turn began
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
         self._snapshot_folder = settings.data_dir / "snapshots"
         self._published = 0  # the last sequence that is in Kafka
@@ -205,9 +209,11 @@ class TrainWorker:
         async with self._changed:
             if not pending:
                 seconds = max(0.0, self._commit_due - time.monotonic()) if self._dirty else None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(seconds):
-                        await self._changed.wait_for(lambda: self._waiting or self._items or self._draining)
+                await self._changes(seconds, lambda: bool(self._waiting or self._items or self._draining))
+                # A step costs the same for ten rows as for two hundred: a little patience saves most of them.
+                pause = self._turned + GATHER_SECONDS - time.monotonic()
+                await self._changes(max(0.0, pause), lambda: self._waiting_bytes > GATHER_BYTES or self._draining)
+            self._turned = time.monotonic()
             records: list[ConsumerRecord] = []
             if pending < MAX_PENDING_ROWS:
                 records = list(self._waiting)
@@ -216,6 +222,12 @@ class TrainWorker:
             items, self._items = self._items, []
             self._changed.notify_all()
         return records, items, self._draining and not (records or items or pending)
+
+    async def _changes(self, seconds: float | None, enough: Callable[[], bool]) -> None:
+        """Under the lock: return when it is `enough`, or after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait_for(enough)
 
     def _turn(
         self, records: list[ConsumerRecord], items: list[CatalogueItem], last: bool
@@ -229,11 +241,11 @@ class TrainWorker:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
         end = time.monotonic() + TURN_SECONDS
-        while time.monotonic() < end and trainer.pending:
+        while time.monotonic() < end and trainer.pending and not trainer.commit_due:
             with self._metrics.step.time():
                 trainer.step()
         start = time.monotonic()
-        if not last and (not self._dirty or start < self._commit_due):
+        if not (last or trainer.commit_due) and (not self._dirty or start < self._commit_due):
             return None
         with self._metrics.commit.time():
             parts = trainer.commit()

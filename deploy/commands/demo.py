@@ -25,7 +25,9 @@ def demo(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="How long; 0: until Ctrl-C. [120]", show_default=False)
     ] = None,
-    rate: Annotated[float | None, typer.Option(min=0, help="Events per second, about. [1200]", show_default=False)] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Events per second, about. [1200]", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the simulated users.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Go on from what the last run left.")] = False,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0: any free one.")] = None,

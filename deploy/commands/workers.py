@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import signal
-from typing import Annotated
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, connected, settings_for
+
+if TYPE_CHECKING:
+    from deploy.settings import Settings
+
+AfterStdinOption = Annotated[
+    bool,
+    typer.Option(
+        "--after-stdin",
+        hidden=True,
+        help="Load (torch takes seconds), then wait for a line on stdin before reading settings and connecting.",
+    ),
+]
 
 
 def _stops_while_starting() -> None:
@@ -26,25 +41,33 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: headrace serve --config headrace.toml --port 8080")(serve)
 
 
-def join(config: ConfigOption = None, data_dir: DataDirOption = None, bootstrap: BootstrapOption = None) -> None:
+def join(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    bootstrap: BootstrapOption = None,
+    after_stdin: AfterStdinOption = False,
+) -> None:
     """Join events to examples, in the foreground.
 
     What was shown is joined with what was done. SIGTERM drains and stops.
     """
-    _stops_while_starting()
-    settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap))
+    settings = _settings("streams.join_worker", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap)
     from streams.join_worker import run_join
 
     run_join(settings.join)
 
 
-def train(config: ConfigOption = None, data_dir: DataDirOption = None, bootstrap: BootstrapOption = None) -> None:
+def train(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    bootstrap: BootstrapOption = None,
+    after_stdin: AfterStdinOption = False,
+) -> None:
     """Learn from examples, publish versions.
 
     In the foreground. SIGTERM drains and stops.
     """
-    _stops_while_starting()
-    settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap))
+    settings = _settings("streams.train_worker", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap)
     from streams.train_worker import run_train
 
     run_train(settings.train)
@@ -55,13 +78,24 @@ def serve(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port on 127.0.0.1; 0: any free one.")] = None,
+    after_stdin: AfterStdinOption = False,
 ) -> None:
     """Answer over HTTP with the newest version.
 
     Rank and recommend, in the foreground. SIGTERM drains and stops.
     """
-    _stops_while_starting()
-    settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap, serve__port=port))
+    settings = _settings(
+        "streams.serve_worker", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, serve__port=port
+    )
     from streams.serve_worker import run_serve
 
     run_serve(settings.serve)
+
+
+def _settings(module: str, after_stdin: bool, config: Path | None, **flags: Any) -> Settings:
+    """The worker's settings. With `after_stdin` first everything is loaded, and then a line, or the end, is awaited."""
+    _stops_while_starting()
+    if after_stdin:
+        import_module(module)
+        sys.stdin.readline()
+    return connected(settings_for(config, **flags))

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import orjson
+import psutil
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
@@ -48,7 +49,7 @@ class Live:
         self.twin: TwinProcess | None = None
         self.note = "starting"
         self.watching = True  # over the workers
-        self.first_trained_s: float | None = None
+        self.first_trained_s: float | None = None  # since this process was started
         self._began = time.monotonic()
         self._moved = asyncio.Event()  # set, and made anew, with each new version seen
         self._before = (self._began, 0.0, 0.0)
@@ -82,15 +83,15 @@ class Live:
         return await doing
 
     async def ready(self, stop: asyncio.Event, with_items: bool = True) -> None:
-        """The replica serves a version (that knows items). KeyboardInterrupt if `stop` is set before."""
+        """The replica answers, and knows items if it must. KeyboardInterrupt if `stop` is set before."""
 
         def there() -> bool:
             if stop.is_set():
                 raise KeyboardInterrupt  # nothing has happened that needed draining
-            return self.model.sequence >= 0 and (not with_items or bool(self.model.answer["rows"].get("card")))
+            return bool(self.model.answer) and (not with_items or bool(self.model.answer["rows"].get("card")))
 
         self.note = "starting the workers"
-        await self._until(there, READY_S, "the replica got no version")
+        await self._until(there, READY_S, "the replica does not answer")
         self.note = ""
 
     async def drained(self, ends: dict[int, int]) -> None:
@@ -192,7 +193,7 @@ class Live:
             self.model = Model(answer)
             self.freshness.served(self.model.positions, at)
             if self.first_trained_s is None and self.model.trained_rows:
-                self.first_trained_s = round(at - self._began, 2)
+                self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
             if self.model.sequence != sequence:
                 self._moved.set()
                 self._moved = asyncio.Event()

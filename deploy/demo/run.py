@@ -34,7 +34,7 @@ from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
-from replay.readers import READERS
+from replay.readers import READERS, open_log
 from replay.sinks import KafkaSink
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
@@ -48,25 +48,37 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
 
     To be called from the main thread: the worker processes are tied to it.
     """
+    if options.log is not None:
+        open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
+    if settings.bootstrap:
+        wait_for_broker(settings.bootstrap)
     home = settings.data_dir / "demo"
-    with _alone(home):
+    with _alone(home), contextlib.ExitStack() as stack:
         if not options.keep and home.exists():
             _clear(home)
         home.mkdir(parents=True, exist_ok=True)
-        with _kafka(settings, home) as bootstrap:
-            return _Demo(_fitted(settings, options, home, bootstrap), options, home).run()
+        workers = _workers(home)
+        for worker in workers:  # torch loads while Kafka starts
+            stack.callback(worker.stop, 5.0)
+            worker.load()
+        bootstrap = settings.bootstrap or stack.enter_context(broker.Broker.start(home)).bootstrap
+        return _Demo(_fitted(settings, options, home, bootstrap), options, home, workers).run()
+
+
+def _workers(home: Path) -> list[Worker]:
+    """Join, train and serve; what is slowest to load comes first."""
+    config = str(home / "headrace.toml")
+    train, serve, join = (
+        Worker(name, [name, "--config", config], home / f"{name}.log") for name in ("train", "serve", "join")
+    )
+    return [train, serve, join]
 
 
 class _Demo:
     """One run, from topics to figures."""
 
-    def __init__(self, settings: Settings, options: DemoOptions, home: Path) -> None:
-        self.settings, self.options, self.home = settings, options, home
-        self.port = settings.serve.port
-        self.workers = [
-            Worker(name, [name, "--config", str(home / "headrace.toml")], home / f"{name}.log")
-            for name in ("join", "train", "serve")
-        ]
+    def __init__(self, settings: Settings, options: DemoOptions, home: Path, workers: list[Worker]) -> None:
+        self.settings, self.options, self.home, self.workers = settings, options, home, workers
         self.trained_before = self._sequence()
 
     def run(self) -> dict[str, Any]:
@@ -85,8 +97,7 @@ class _Demo:
                 stack.callback(page.stop)
             summary = stack.enter_context(Summary(page.start() if page else None))
             for worker in self.workers:
-                stack.callback(worker.stop, 5.0)
-                worker.start()
+                worker.go()
             live = Live(settings, self.workers, [summary, page] if page else [summary])
             return asyncio.run(self._live(live, sink))
 
@@ -101,9 +112,12 @@ class _Demo:
                 seconds = await self._closed_loop(live, sink, stop)
             else:
                 seconds = await self._log(live, sink, stop)
+            played = time.monotonic()
             ends = await asyncio.to_thread(end_offsets, self.settings.bootstrap, self.settings.topics.events)
             live.note = "draining: what was sent is on its way to the replica"
             await live.drained(ends)
+            if self.options.log is not None:
+                seconds += time.monotonic() - played  # at full speed it is the system's pace that counts
             model = await self._wind_down(live)
             live.note = "recounting the log"
             verdict = await asyncio.to_thread(self._recount, model, ends)
@@ -147,7 +161,7 @@ class _Demo:
 
     async def _wind_down(self, live: Live) -> Model:
         """Join ends, so that the log grows no more; train ends with all that was joined; the replica has it."""
-        join, train, serve = self.workers
+        train, serve, join = self.workers
         live.watching = False
         await asyncio.to_thread(join.stop)
         await asyncio.to_thread(train.stop)
@@ -217,8 +231,6 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
-        if options.log not in READERS:
-            raise UsageError(f"no reader is named {options.log!r}; there are {', '.join(sorted(READERS))}")
         flags |= {"join.implicit": not READERS[options.log].has_impressions, "join.ticks": "log"}
     if options.keep and (home / "headrace.toml").exists():
         flags |= _kept(home)
@@ -256,17 +268,6 @@ def _clear(home: Path) -> None:
         shutil.rmtree(home)
     except OSError as error:
         raise HeadraceError(f"{home} cannot be cleared: {error.strerror}; give another place with --data-dir") from None
-
-
-@contextlib.contextmanager
-def _kafka(settings: Settings, home: Path) -> Iterator[str]:
-    """The bootstrap address: of the user's cluster, or of a broker of the run's own."""
-    if settings.bootstrap:
-        wait_for_broker(settings.bootstrap)
-        yield settings.bootstrap
-    else:
-        with broker.Broker.start(home) as own:
-            yield own.bootstrap
 
 
 def _interrupted(stop: asyncio.Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,17 +34,25 @@ class Worker:
     restarts: int = 0
     deaths: deque[float] = field(default_factory=deque)
 
-    def start(self) -> None:
+    def load(self) -> None:
+        """Start the process: it loads what it needs (seconds, for torch), then waits for `go`."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.cli", *self.arguments],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", "deploy.cli", *self.arguments, "--after-stdin"],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # a Ctrl-C is for the demo, which then drains its workers in order
                 preexec_fn=ends_with_parent(),  # hence: started from the main thread only
             )
+
+    def go(self) -> None:
+        """Settings and broker are there now."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: `revive` will say why
+            self.process.stdin.close()
 
     @property
     def state(self) -> str:
@@ -74,7 +83,8 @@ class Worker:
                 f"look for the reason in {self.log}"
             )
         self.restarts += 1
-        self.start()
+        self.load()
+        self.go()
         return f"the {self.name} worker was killed by {signal.Signals(-code).name}; started again"
 
     def last_line(self) -> str:
