@@ -97,6 +97,7 @@ class Follower:
         self._settings, self._holder = settings.serve, holder
         self._snapshots = settings.data_dir / "snapshots"
         self._partition = TopicPartition(settings.topics.parameters, 0)
+        self._useless: Path | None = None  # a snapshot that could not be read
         self._assembler = Assembler()
         self._refused = Counter(
             "headrace_replica_records_refused", "Corrupt records of `parameters`", registry=holder.metrics.registry
@@ -160,13 +161,14 @@ class Follower:
     async def _load_snapshot(self, wanted: Callable[[tuple[int, int]], bool]) -> bool:
         """Serve the newest snapshot, and read on from its time; False if there is none that is wanted."""
         path = latest_snapshot(self._snapshots)
-        if path is None or not wanted(_place(path)):
+        if path is None or path == self._useless or not wanted(_place(path)):
             return False
         try:
             version = await asyncio.to_thread(read_snapshot, path)
             replica = await asyncio.to_thread(_replica_of, version, self._settings)
         except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
             log.error("%s", error)
+            self._useless = path
             return False
         self._holder.swap(replica)
         self._holder.behind = ""

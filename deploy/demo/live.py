@@ -49,6 +49,7 @@ class Live:
         self.twin: TwinProcess | None = None
         self.note = "starting"
         self.watching = True  # over the workers
+        self.probing = False  # while events flow: freshness is a figure under load
         self.first_trained_s: float | None = None  # since this process was started
         self._began = time.monotonic()
         self._moved = asyncio.Event()  # set, and made anew, with each new version seen
@@ -70,6 +71,14 @@ class Live:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._probes.stop()
         await self._session.close()
+
+    async def under_probes(self, traffic: Coroutine[Any, Any, T]) -> T:
+        """`traffic`, with probes as long as it lasts."""
+        self.probing = True
+        try:
+            return await self.alongside(traffic)
+        finally:
+            self.probing = False
 
     async def alongside(self, work: Coroutine[Any, Any, T]) -> T:
         """`work`, unless one of the tasks here fails first: then its error."""
@@ -199,11 +208,11 @@ class Live:
                 self._moved = asyncio.Event()
 
     async def _probe(self) -> None:
-        """A tick into each partition, once the events flow."""
+        """A tick into each partition, while the events flow."""
         topic, sent = self.settings.topics.events, 0
         while True:
             await asyncio.sleep(PROBE_S)
-            if self.traffic is None or not self.watching:
+            if not self.probing:
                 continue
             sent += 1
             # In a log time is the player's to tell: a probe there has a time that moves nothing.

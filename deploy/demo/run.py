@@ -58,10 +58,12 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
             _clear(home)
         home.mkdir(parents=True, exist_ok=True)
         workers = _workers(home)
-        for worker in workers:  # torch loads while Kafka starts
+        for worker in workers:
             stack.callback(worker.stop, 5.0)
-            worker.load()
+        workers[0].load()  # what is slowest to load has one core to itself while Kafka starts on the other
         bootstrap = settings.bootstrap or stack.enter_context(broker.Broker.start(home)).bootstrap
+        for worker in workers[1:]:
+            worker.load()
         return _Demo(_fitted(settings, options, home, bootstrap), options, home, workers).run()
 
 
@@ -141,7 +143,7 @@ class _Demo:
         with twin:
             started = time.monotonic()
             ending = asyncio.get_running_loop().call_later(self.options.seconds or FOREVER_S, stop.set)
-            await live.alongside(users.run(stop))
+            await live.under_probes(users.run(stop))
             ending.cancel()
             seconds = time.monotonic() - started
             live.note = "waiting for the twin that does not learn"
@@ -156,7 +158,7 @@ class _Demo:
         await live.ready(stop, with_items=False)
         live.traffic = play
         started = time.monotonic()
-        await live.alongside(play.run(stop))
+        await live.under_probes(play.run(stop))
         return time.monotonic() - started
 
     async def _wind_down(self, live: Live) -> Model:

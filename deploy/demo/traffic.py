@@ -75,7 +75,7 @@ class ClosedLoop:
                         self.sent.refuse("too many at a time")
                 await asyncio.sleep(STEP_S)
             await asyncio.gather(*self._flying)
-        self.sink.flush()
+        await asyncio.to_thread(self.sink.flush)
 
     async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
         """One page: ask, show, tell."""
