@@ -211,7 +211,8 @@ def _check(admin: KafkaAdminClient, bootstrap: str, wanted: list[_Topic]) -> Non
     for topic in wanted:
         if topic.name not in described:
             raise UsageError(
-                f"topic {topic.name} does not exist at {bootstrap}: create it with {topic.partitions} partitions and "
+                f"topic {topic.name} does not exist at {bootstrap}: run `headrace topics create`, or make it with "
+                f"{topic.partitions} partitions and "
                 + ", ".join(f"{key}={value}" for key, value in topic.configs.items())
             )
         found = len(described[topic.name]["partitions"])

@@ -93,9 +93,20 @@ def serve(
 
 
 def _settings(module: str, after_stdin: bool, config: Path | None, **flags: Any) -> Settings:
-    """The worker's settings. With `after_stdin` first everything is loaded, and then a line, or the end, is awaited."""
+    """The worker's settings, on a Kafka that answers and whose topics keep what the guarantees need.
+
+    With `after_stdin` first everything is loaded, and then a line on stdin, or its end, is awaited.
+    """
     _stops_while_starting()
     if after_stdin:
         import_module(module)
         sys.stdin.readline()
-    return connected(settings_for(config, **flags))
+    settings = connected(settings_for(config, **flags))
+    from streams.topics import check_topics, wait_for_broker
+
+    wait_for_broker(settings.bootstrap)
+    check_topics(
+        settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
+        snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
+    )  # fmt: skip
+    return settings
