@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import os
@@ -289,6 +290,12 @@ class _Sparse(logging.Filter):
         return True
 
 
+def settle() -> None:
+    """What is loaded stays: a full collection need not walk through all of torch (a stall of half a second)."""
+    gc.collect()
+    gc.freeze()
+
+
 def configure_logging() -> None:
     """Our own lines on stderr, of the libraries only what goes wrong."""
     handler = logging.StreamHandler(sys.stderr)
@@ -314,6 +321,7 @@ def run(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        settle()
         await main(stop)
 
     configure_logging()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import shutil
 import signal
 import time
@@ -109,6 +110,7 @@ class _Demo:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, lambda: _interrupted(stop))
+        gc.freeze()  # what measures must not stall over what is only loaded
         async with live:
             if self.options.log is None:
                 seconds = await self._closed_loop(live, sink, stop)
