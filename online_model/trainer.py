@@ -189,7 +189,9 @@ class Trainer:
         )  # fmt: skip
         parts = encode(version)
         dense = {**weights, **self._dense_state()}
-        self.store.commit(Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version))
+        self.store.commit(
+            Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version)
+        )
         self.tables.clear_touched()
         self.sequence, self._base = sequence, (self.epoch, sequence)
         self._cards, self._changed = {}, False
