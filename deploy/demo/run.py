@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import shutil
 import signal
 import time
@@ -49,6 +50,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
 
     To be called from the main thread: the worker processes are tied to it.
     """
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
         open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
     if settings.bootstrap:
