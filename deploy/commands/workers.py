@@ -104,9 +104,9 @@ def _settings(module: str, after_stdin: bool, config: Path | None, **flags: Any)
     settings = connected(settings_for(config, **flags))
     from streams.topics import check_topics, wait_for_broker
 
+    window_ms, interval_s = settings.join.join.purchase_window_ms, settings.train.snapshot_interval_s
     wait_for_broker(settings.bootstrap)
     check_topics(
-        settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
-        snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
-    )  # fmt: skip
+        settings.bootstrap, settings.topics, purchase_window_ms=window_ms, snapshot_interval_ms=int(interval_s * 1000)
+    )
     return settings

@@ -172,9 +172,10 @@ def test_ctrl_c_is_one_word_and_130(tmp_path: Path) -> None:
 @pytest.mark.parametrize("worker", ["train", "serve"])
 def test_a_worker_that_is_stopped_while_it_starts_exits_0(tmp_path: Path, worker: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "deploy.cli", worker, "--bootstrap", "127.0.0.1:1"], cwd=tmp_path,
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-X", "importtime", "-m", "deploy.cli", worker, "--after-stdin"], cwd=tmp_path,
+        env=environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert process.stdin is not None
     assert process.stderr is not None
     for line in process.stderr:  # it is in the middle of importing torch
         if line.split()[-1].startswith("torch."):
@@ -182,6 +183,7 @@ def test_a_worker_that_is_stopped_while_it_starts_exits_0(tmp_path: Path, worker
     process.send_signal(signal.SIGTERM)
     process.stderr.read()
     process.stderr.close()
+    process.stdin.close()
     assert process.wait(60) == 0
 
 
