@@ -55,7 +55,7 @@ class DemoOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     seconds: Annotated[float, Meta(ge=0, description="how long; 0: until Ctrl-C")] = 120.0
     keep: Annotated[bool, Meta(description="go on from what the last run left")] = False
     seed: Annotated[int, Meta(ge=0)] | None = None  # of the simulated users; none: that of [simulator]
-    rate: Annotated[float, Meta(ge=0, description="events per second; 0: as the simulator has it")] = 1100.0
+    rate: Annotated[float, Meta(ge=0, description="events per second; 0: as the simulator has it")] = 1000.0
     page: Annotated[bool, Meta(description="serve the live page")] = True
     port: Annotated[int, Meta(ge=0, le=65535, description="of the live page; 0: any")] = 0
 
