@@ -67,7 +67,7 @@ def decode_block(raw: bytes) -> Block:
             raise CorruptRecord(_message("it has other columns"))
         examples = Examples(*_read(rows, list(COLUMNS)))
         users, histories = _read(pa.ipc.open_stream(source), ["user", "history"])
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, ValueError, OSError, KeyError) as error:  # a bent name is no UTF-8: ValueError
         raise CorruptRecord(_message(" ".join(str(error).split()))) from error
     return Block(
         header.partition, header.from_offset, header.to_offset, header.handled, header.watermark,
@@ -104,10 +104,13 @@ def _array(column: np.ndarray, type_: pa.DataType) -> pa.Array:
 
 
 def _read(reader: Any, names: list[str]) -> list[np.ndarray]:
-    batch = reader.read_next_batch()
+    batches = list(reader)
+    if len(batches) != 1:
+        raise CorruptRecord(_message(f"it has {len(batches)} batches"))
+    batch = batches[0]
     batch.validate(full=True)
-    if any(True for _ in reader):
-        raise CorruptRecord(_message("it has more than one batch"))
+    if any(column.null_count for column in batch.columns):
+        raise CorruptRecord(_message("it has gaps"))
     columns = []
     for name in names:
         column = batch.column(name)
