@@ -1,4 +1,4 @@
-"""The trainer's store: all of its state in one RocksDB, changed by one atomic, synced write a commit.
+"""The trainer's store: all of its state in one RocksDB, changed by one atomic write a commit.
 
 A commit holds the touched rows, the dense weights, the trainer's own state (positions among it) and the encoded
 version that tells replicas of it. So after a kill -9 the store is at a commit, never between two, and the versions
@@ -73,12 +73,16 @@ class _VersionRecord(msgspec.Struct, array_like=True):
 class CheckpointStore:
     """One process at a time. One thread commits and acknowledges, others may read. All methods raise StoreError."""
 
-    def __init__(self, path: Path | str, layouts: Mapping[str, np.dtype], read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, layouts: Mapping[str, np.dtype], read_only: bool = False, sync: bool = False
+    ) -> None:
         """Opens or makes the store at `path`; `layouts`: table → structured dtype of its rows (`columns.layout`).
+
+        With `sync` a commit waits for the disk and outlives a power cut, without it only a kill -9.
 
         Raises StoreLocked where another process has it open, StoreError where it was written with other layouts.
         """
-        self.path = Path(path)
+        self.path, self._sync = Path(path), sync
         self.layouts = dict(layouts)
         self._db = open_db(self.path, [_META, _BLOBS, _OUTBOX, *map(_family, layouts)], read_only)
         try:
@@ -93,7 +97,7 @@ class CheckpointStore:
     def commit(self, commit: Commit) -> None:
         """Writes all of the commit or, where it raises, none of it that anybody sees.
 
-        1. Everything is put into one batch, rows sorted by id. 2. The batch is written and synced. 3. Only then does
+        1. Everything is put into one batch, rows sorted by id. 2. The batch is written. 3. Only then does
         the outbox here know the version. Where 2 fails (DiskFull) the caller keeps its touched rows and commits
         again under the same sequence, once there is space.
 
@@ -119,7 +123,7 @@ class CheckpointStore:
         meta = batch.into(_META)
         meta[_DENSE] = save({n: np.ascontiguousarray(a) for n, a in commit.dense.items()})
         meta[_HEAD] = msgspec.msgpack.encode(_HeadRecord(commit.epoch, commit.sequence, commit.state, about))
-        self._db.write(batch)
+        self._db.write(batch, self._sync)
         self._last = (commit.epoch, commit.sequence)
         if commit.parts:
             self._outbox.append(commit.sequence)

@@ -137,6 +137,12 @@ def encode_stream(
         yield part
 
 
+def place_of_part(part: bytes) -> tuple[int, int]:
+    """(epoch, sequence) of the version that this is a part of. Raises CorruptRecord."""
+    meta, _, _ = _open(part)
+    return meta.epoch, meta.sequence
+
+
 class Assembler:
     """Puts the parts of versions together again: `add` them as they arrive.
 

@@ -56,7 +56,13 @@ def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:
 
 def latest_snapshot(directory: Path) -> Path | None:
     """The newest snapshot in `directory`; None where there is none."""
-    return max(_snapshots(directory), key=_version_of, default=None)
+    return max(_snapshots(directory), key=place_of, default=None)
+
+
+def place_of(path: Path) -> tuple[int, int]:
+    """(epoch, sequence) of a snapshot, from its directory's name."""
+    epoch, _, sequence = path.name.partition("-")
+    return int(epoch), int(sequence)
 
 
 def read_snapshot(path: Path) -> Version:
@@ -97,7 +103,7 @@ def _write(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _sync_directory(directory)
-        for old in sorted(_snapshots(directory), key=_version_of)[:-keep]:
+        for old in sorted(_snapshots(directory), key=place_of)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -117,10 +123,6 @@ def _blobs(store: CheckpointStore) -> Iterator[tuple[str, dict[int, bytes]]]:
 
 def _snapshots(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
-
-
-def _version_of(path: Path) -> tuple[int, ...]:
-    return tuple(map(int, path.name.split("-")))
 
 
 def _write_synced(path: Path, data: bytes) -> None:

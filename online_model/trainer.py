@@ -51,14 +51,21 @@ _FORMAT = 1
 
 
 def open_trainer(
-    settings: TrainerSettings, path: Path, clock: Callable[[], int], partitions: int = 0, device: str = "cpu"
+    settings: TrainerSettings,
+    path: Path,
+    clock: Callable[[], int],
+    partitions: int = 0,
+    device: str = "cpu",
+    sync: bool = False,
 ) -> Trainer:
     """A trainer that goes on from the store at `path` (made if there is none). Arguments: see Trainer.
+
+    With `sync` a commit outlives a power cut, without it only a kill -9.
 
     Raises StoreLocked, StoreError.
     """
     specs = table_specs(settings.features)
-    store = CheckpointStore(path, {spec.name: spec.layout for spec in specs})
+    store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
     try:
         tables = EmbeddingTables(specs, device, store)
         ranker = Ranker(settings.features.dim, settings.ranker).to(device)
@@ -224,6 +231,15 @@ class Trainer:
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
         if changed:
             log.info("the settings have changed: going on from version %s.%s in epoch %s", *self._base, self.epoch)
+        return True
+
+    def supersede(self, epoch: int, sequence: int) -> bool:
+        """Replicas may have versions up to this one. Whether the store has forgotten it, by a power cut or as an old
+        copy: the next version then begins a new epoch, which goes on from what the store has.
+        """
+        if (epoch, sequence) <= (self.epoch, self.sequence):
+            return False
+        self.epoch = epoch + 1  # stored with the first commit, before anything of it is published
         return True
 
     def info(self) -> dict:

@@ -132,14 +132,14 @@ def _pack_key(key: int | Pair) -> bytes:
 
 
 class JoinStore:
-    """The store at `path`, made where it is missing.
+    """The store at `path`, made where it is missing. With `sync` a commit outlives a power cut, not only a kill -9.
 
     `next_offset`: of the last commit; None if there was none. Raises UsageError if it was made with other settings,
     StoreLocked if another worker has it, StoreError.
     """
 
-    def __init__(self, path: Path | str, settings: JoinSettings) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False) -> None:
+        self.path, self._sync = Path(path), sync
         self._db = open_db(path, [META, HELD, SHOWN, SEEN, HISTORIES, WINDOWS, CLICKS])
         self._histories = _Cache(self._db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, CACHED)
         unpack_window = msgspec.msgpack.Decoder(Window).decode
@@ -177,7 +177,7 @@ class JoinStore:
         return _decode(raw, type=list[bytes]) if raw else []
 
     def commit(self, joined: Joined, outbox: list[bytes]) -> None:
-        """One synchronous atomic write of all that `joined` changed, the next offset and the outbox.
+        """One atomic write of all that `joined` changed, the next offset and the outbox.
 
         Raises PositionError if `joined` does not follow the last commit. After DiskFull or StoreError nothing of it is
         in the store: commit the same again, or throw the joiner away.
@@ -197,7 +197,7 @@ class JoinStore:
         _write(batch, SHOWN, {number: _encode(shown) for number, shown in changes.shown.items()}, changes.closed)
         head = _Head(block.to_offset, block.watermark, changes.next_number, block.counts, chunks, clicks)
         batch.put_all(META, [b"head", b"outbox"], [_encode(head), _encode(outbox)])
-        self._db.write(batch, sync=True)
+        self._db.write(batch, self._sync)
         self._head = head
         self._histories.saved()
         self._windows.saved()

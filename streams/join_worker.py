@@ -9,6 +9,8 @@ Per partition there is a lane: a joiner, its store and a transactional producer.
 
 Killed before 2, nothing has happened. Killed between 2 and 3, the store is ahead of the group's offset, and the next
 owner sends the same bytes again. So each block [from, to) is in `examples` once, and goes on where the last one ended.
+Where the store is behind the group's offset (a power cut undid commits that did not wait for the disk, or it is an old
+copy), the records between them are joined again and nothing is sent: the joiner is a function of the records.
 Not guaranteed: that the blocks of two runs over the same log have the same boundaries. Their rows are the same.
 """
 
@@ -74,6 +76,7 @@ class Lane:
         self.next_offset = 0  # all below has been committed and published
         self.counts = Counts()  # as of there
         self.expected = 0  # all below has been committed, or waits here
+        self._sent = 0  # all below has been published before; more than `next_offset` after a power cut
         self._last_record = self._last_event = time.monotonic()
         self._held = False  # some records below `next_offset` wait for the watermark
         self._worker, self._settings = worker, worker.settings
@@ -151,7 +154,7 @@ class Lane:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                return JoinStore(path, self._settings.join)
+                return JoinStore(path, self._settings.join, self._settings.sync)
             except StoreLocked:
                 if time.monotonic() > deadline:
                     raise
@@ -168,11 +171,9 @@ class Lane:
                 )
             return await self._worker.earliest(self.partition)
         if group_offset is not None and group_offset > stored:
-            raise StoreError(
-                f"the join store of {where} is an old copy (at {stored}, the group at {group_offset}): bring back "
-                f"the newest one, or start with another topic prefix"
-            )
-        if group_offset != stored:
+            log.warning("%s: the store forgot what lies from %s to %s: joining it again", where, stored, group_offset)
+            self._sent = group_offset
+        elif group_offset != stored:
             log.info("partition %s: sending again what was committed up to %s", self.partition, stored)
             await self._publish(self._store.outbox(), stored)
         return stored
@@ -192,21 +193,30 @@ class Lane:
                         pass
                 if self._closing:
                     return
-                records = [self._waiting.popleft() for _ in range(min(self._slice, len(self._waiting)))]
+                records = self._next_slice()
                 self._waiting_bytes -= sum(len(record.value or b"") for record in records)
                 self._changed.notify_all()
             not_before = time.monotonic() + COMMIT_SECONDS
             await self._advance(records)
 
+    def _next_slice(self) -> list[ConsumerRecord]:
+        """What waits, but never beyond what has been published: there a block ends."""
+        end = self._sent if self._waiting[0].offset < self._sent else None
+        records: list[ConsumerRecord] = []
+        while self._waiting and len(records) < self._slice and (end is None or self._waiting[0].offset < end):
+            records.append(self._waiting.popleft())
+        return records
+
     async def _advance(self, records: list[ConsumerRecord]) -> None:
         joined = self._joiner.process(Record(r.offset, r.timestamp, r.value) for r in records)
         block = encode_block(joined.block)
-        outbox = [block, *joined.dead]
+        outbox = [block, *joined.dead] if joined.block.to_offset > self._sent else []
         metrics = self._worker.metrics
         with metrics.commit.time():
             self._store.commit(joined, outbox)
-        with metrics.publish.time():
-            await self._publish(outbox, joined.block.to_offset)
+        if outbox:
+            with metrics.publish.time():
+                await self._publish(outbox, joined.block.to_offset)
         if joined.block.counts.events_in > self.counts.events_in:
             self._last_event = time.monotonic()
         self._held = joined.block.handled < joined.block.to_offset

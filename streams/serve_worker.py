@@ -24,7 +24,7 @@ from prometheus_client import Counter
 
 from embedding_store.delta import Assembler, Version
 from embedding_store.errors import BrokerError, CorruptRecord, StoreError, UsageError
-from embedding_store.snapshot import latest_snapshot, read_snapshot
+from embedding_store.snapshot import latest_snapshot, place_of, read_snapshot
 from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
 from online_model.serving.app import create_app
@@ -161,7 +161,7 @@ class Follower:
     async def _load_snapshot(self, wanted: Callable[[tuple[int, int]], bool]) -> bool:
         """Serve the newest snapshot, and read on from its time; False if there is none that is wanted."""
         path = latest_snapshot(self._snapshots)
-        if path is None or path == self._useless or not wanted(_place(path)):
+        if path is None or path == self._useless or not wanted(place_of(path)):
             return False
         try:
             version = await asyncio.to_thread(read_snapshot, path)
@@ -195,12 +195,6 @@ def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
     replica = Replica(settings, features, ranker)
     replica.apply(version)
     return replica
-
-
-def _place(path: Path) -> tuple[int, int]:
-    """(epoch, sequence) of a snapshot, from its directory's name."""
-    epoch, _, sequence = path.name.partition("-")
-    return int(epoch), int(sequence)
 
 
 def _leads_past(place: tuple[int, int], version: Version) -> bool:

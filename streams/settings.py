@@ -12,6 +12,10 @@ from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
 from streams.topics import TopicSettings
 
+Sync = Annotated[
+    bool, Meta(description="commits wait for the disk; without it a power cut may undo the last ones (not a kill -9)")
+]
+
 
 class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What `run_join` needs; the section [join]. `data_dir` is a machine's own: its workers share it."""
@@ -23,6 +27,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     ticks: Annotated[
         Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
     ] = "live"
+    sync: Sync = False
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 
 
@@ -37,6 +42,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
     snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
     snapshots_kept: Annotated[int, Meta(ge=1)] = 3
+    sync: Sync = False
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 
 

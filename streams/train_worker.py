@@ -31,9 +31,10 @@ import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
-from embedding_store.errors import BrokerError, StoreError
+from embedding_store.delta import place_of_part
+from embedding_store.errors import BrokerError, CorruptRecord, StoreError
 from embedding_store.ids import feature_id
-from embedding_store.snapshot import latest_snapshot, snapshot_of
+from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, events
 from streams.blocks import decode_block
@@ -53,6 +54,7 @@ MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others 
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
 CATALOGUE_CHUNK = 5_000  # items
+LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
 def run_train(settings: TrainWorkerSettings) -> None:
@@ -109,7 +111,8 @@ class TrainWorker:
         Raises StoreLocked, StoreError, BrokerError, FencedError, UsageError.
         """
         self._trainer = await self._in_thread(self._open)
-        await self._outlet.start()
+        await self._outlet.start()  # nobody else publishes from now on
+        await self._supersede()
         for sequence, parts in await self._in_thread(self._trainer.store.outbox):
             log.info("sending version %s again", sequence)
             await self._publish(sequence, parts)
@@ -139,12 +142,22 @@ class TrainWorker:
         await self._catalogue.stop()
         await self._outlet.stop()
 
+    async def _supersede(self) -> None:
+        """Where replicas may have seen versions that the store has forgotten: a new epoch."""
+        published = await newest_version(self.settings.bootstrap, self.settings.topics.parameters)
+        if published is not None and await self._in_thread(self._trainer.supersede, *published):
+            log.warning(
+                "version %s.%s was published, the store is at %s: going on from there in epoch %s",
+                *published, self._trainer.sequence, self._trainer.epoch,
+            )  # fmt: skip
+
     def _open(self) -> Trainer:
         torch.set_num_threads(self.settings.threads)
-        device = self.settings.device
+        settings = self.settings
+        device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        trainer = open_trainer(self.settings.model, self.settings.data_dir / "train", now_ms, device=device)
+        trainer = open_trainer(settings.model, settings.data_dir / "train", now_ms, device=device, sync=settings.sync)
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
@@ -266,8 +279,12 @@ class TrainWorker:
         self._published = sequence  # the next turn acknowledges it
 
     async def _snapshots(self) -> None:
-        """A snapshot as soon as there is something for a replica to start from, then one every interval."""
-        if latest_snapshot(self._snapshot_folder) is None:
+        """A snapshot as soon as there is something for a replica to start from, then one every interval.
+
+        Also as soon as an epoch begins: replicas may be past where it goes on from.
+        """
+        newest = latest_snapshot(self._snapshot_folder)
+        if newest is None or place_of(newest)[0] != self._trainer.epoch:
             while not self._published:
                 await asyncio.sleep(0.2)
             await self._snapshot()
@@ -295,6 +312,33 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CATALOGUE_CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
+    """(epoch, sequence) of the last version in `parameters`; None: there is none. Raises BrokerError."""
+    partition = TopicPartition(topic, 0)
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+        max_partition_fetch_bytes=16 << 20,
+    )  # fmt: skip
+    try:
+        await consumer.start()
+        consumer.assign([partition])
+        first = (await consumer.beginning_offsets([partition]))[partition]
+        end = (await consumer.end_offsets([partition]))[partition]
+        start, newest = end, None
+        while newest is None and start > first:
+            start = max(first, end - max(LOOK_BACK, 2 * (end - start)))  # markers of transactions are offsets too
+            consumer.seek(partition, start)
+            while await consumer.position(partition) < end:
+                for record in (await consumer.getmany(timeout_ms=1_000)).get(partition, ()):
+                    with contextlib.suppress(CorruptRecord):
+                        newest = place_of_part(record.value)
+        return newest
+    except KafkaError as error:
+        raise BrokerError(f"cannot read {topic} ({error}): is the broker up? `headrace broker status`") from error
+    finally:
+        await consumer.stop()
 
 
 class Catalogue:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
@@ -16,7 +18,7 @@ from kafka import KafkaProducer
 
 from embedding_store.delta import Assembler, Version
 from embedding_store.ids import feature_id
-from embedding_store.snapshot import latest_snapshot
+from embedding_store.snapshot import latest_snapshot, place_of
 from online_model.examples import Block
 from streams.blocks import encode_block
 from streams.outlet import Outlet
@@ -81,10 +83,14 @@ def _sum(blocks: list[Block]) -> tuple[int, int]:
 
 
 def _wait_for_all(broker: str, topics: TopicSettings, blocks: dict[int, list[Block]], child: Child) -> None:
+    _wait_for_all_of(lambda: _versions(broker, topics), blocks, child)
+
+
+def _wait_for_all_of(newest: Callable[[], list[Version]], blocks: dict[int, list[Block]], child: Child) -> None:
     wanted = {p: _sum(some) for p, some in blocks.items()}
 
     def done() -> bool:
-        versions = _versions(broker, topics)
+        versions = newest()
         return bool(versions) and _learned(versions[-1]) == wanted
 
     wait_for(done, 60, child)
@@ -113,6 +119,39 @@ def test_each_row_is_learned_once_though_the_worker_is_killed(
     last = _versions(broker, topics)[-1]
     assert snapshot is not None
     assert snapshot.name == f"{last.epoch}-{last.sequence}"
+
+
+def test_versions_that_the_store_forgot_are_superseded(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """As after a power cut: commits that did not wait for the disk are gone, and replicas have their versions."""
+    blocks, store = _made_blocks(0, 1_200), tmp_path / "data" / "train"
+    for part in (blocks[:10], blocks):
+        _send(broker, topics, part[-10:])
+        with running("train", tmp_path / "log", **settings) as child:
+            _wait_for_all(broker, topics, {0: part}, child)
+            assert child.stop() == 0, child.said
+        if part is not blocks:
+            shutil.copytree(store, tmp_path / "old")
+            known = _versions(broker, topics)[-1]
+    forgotten = _versions(broker, topics)[-1]
+    shutil.rmtree(store)
+    (tmp_path / "old").rename(store)
+    with running("train", tmp_path / "log", **settings) as child:
+        _wait_for_all_of(lambda: _in_epoch(broker, topics, 2), {0: blocks}, child)
+        assert child.stop() == 0, child.said
+    first, *_, last = _in_epoch(broker, topics, 2)
+    assert forgotten.sequence > known.sequence
+    assert first.base == (known.epoch, known.sequence)
+    snapshot = latest_snapshot(tmp_path / "data" / "snapshots")
+    assert snapshot is not None
+    assert place_of(snapshot) == (2, last.sequence), "a replica past the base needs it"
+
+
+def _in_epoch(broker: str, topics: TopicSettings, epoch: int) -> list[Version]:
+    assembler = Assembler()
+    versions = [assembler.add(record.value) for record in read_all(broker, topics.parameters)[0]]
+    return [version for version in versions if version is not None and version.epoch == epoch]
 
 
 def test_the_catalogue_is_learned_before_the_examples(
