@@ -25,7 +25,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from types import TracebackType
 import filelock
 import psutil
 
+from deploy.kafka_aot import use_flags
 from deploy.kafka_jars import KAFKA_VERSION, Progress, kafka_jars
 from deploy.processes import PORTS, ends_with_parent, free_port, is_free, listener, terminate, write_atomically
 from embedding_store.errors import BrokerError
@@ -140,6 +141,7 @@ class Broker:
         detached: bool = False,
         progress: Progress | None = None,
         timeout_s: float = START_TIMEOUT_S,
+        java_flags: Sequence[str] | None = None,
     ) -> Broker:
         """Start Kafka on the data under `data_dir`/kafka and return when it answers.
 
@@ -148,6 +150,7 @@ class Broker:
         kernel ties it to the *thread* that calls this: call it from one that lives as long as the broker should.
         `progress(done, total)`: called per jar on the very first start, which fetches Kafka (45 MB).
         `timeout_s`: seconds that Kafka may take, not counting that fetch.
+        `java_flags`: instead of those that make it start faster (`kafka_aot`).
         Raises BrokerError: a broker runs here already, no Java, no jars, port taken, no space, or Kafka gave up.
         """
         home = _home(data_dir)
@@ -157,7 +160,7 @@ class Broker:
                     f"a broker runs on {data_dir} already (pid {running.pid}): use it with --bootstrap "
                     f"{running.bootstrap}, or stop it with `headrace broker stop --data-dir {data_dir}`"
                 )
-            started, process = _start(home, port, detached, progress, timeout_s)
+            started, process = _start(home, port, detached, progress, timeout_s, java_flags)
         return cls(Path(data_dir), started, process)
 
     @property
@@ -279,16 +282,23 @@ def _mark(home: Path) -> str:
 
 
 def _start(
-    home: Path, port: int | None, detached: bool, progress: Progress | None, timeout_s: float
+    home: Path,
+    port: int | None,
+    detached: bool,
+    progress: Progress | None,
+    timeout_s: float,
+    java_flags: Sequence[str] | None = None,
 ) -> tuple[BrokerStatus, subprocess.Popen | psutil.Process]:
     """Under the lock: prepare the directory, start Java, wait until it answers."""
     began = time.monotonic()
     if port is not None and not is_free(port):
         raise BrokerError(f"port {port} is taken{listener(port)}: choose another with --port, or stop what uses it")
-    java = [str(_java()), *_JAVA_FLAGS, _mark(home), "-Dlog4j2.configurationFile=log4j2.properties"]
-    java += ["-cp", ":".join(map(str, kafka_jars(progress)))]
+    jars = ":".join(map(str, kafka_jars(progress)))
+    faster = use_flags()
+    java = [str(_java()), *_JAVA_FLAGS, _mark(home), "-Dlog4j2.configurationFile=log4j2.properties", "-cp", jars]
     try:
-        _prepare(home, java, port)
+        _prepare(home, [*java, *faster], port)
+        java += faster if java_flags is None else java_flags
         log = home / "broker.log"
         log_from = log.stat().st_size if log.exists() else 0
         process = _spawn(home, [*java, "kafka.Kafka", "server.properties"], detached)
