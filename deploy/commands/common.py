@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from deploy.settings import Settings
+    from replay.player import Played
 
 ConfigOption = Annotated[
     Path | None,
@@ -137,3 +138,8 @@ def jars_progress(bar: Progress, task: Any) -> Any:
         bar.update(task, description="fetching Kafka", total=total, completed=done, said=f"{done} of {total} files")
 
     return show
+
+
+def show_played(bar: Progress, task: Any, played: Played) -> None:
+    """How far a play has come, on its bar."""
+    bar.update(task, completed=played.events, said=f"{played.events:,} events, {played.events_per_s:,.0f}/s")
