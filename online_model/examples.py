@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from embedding_store.ids import hash_text
 
@@ -96,6 +97,35 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
     "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
 }  # fmt: skip
+
+
+_HASHED = np.dtype([(name, dtype, shape) for name, (dtype, shape) in COLUMNS.items() if dtype is not object])
+
+
+class ExamplesDigest:
+    """A digest of a multiset of rows: the same in whatever order and blocks they come.
+
+    Their number, and the sum modulo 2^64 of the hashes of all their columns. Two multisets that differ have the same
+    digest with a chance of 2^-64; it is no defence against somebody who makes rows for it.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.sum = 0
+
+    def add(self, examples: Examples) -> None:
+        """Some more rows."""
+        packed = np.empty(len(examples), _HASHED)
+        for name in packed.dtype.names or ():
+            packed[name] = getattr(examples, name)
+        raw, size = packed.tobytes(), packed.itemsize
+        for i, item in enumerate(examples.item_raw):
+            self.sum += xxh3_64_intdigest(raw[i * size : (i + 1) * size] + str(item).encode("utf-8", "surrogatepass"))
+        self.rows += len(examples)
+        self.sum &= (1 << 64) - 1
+
+    def hexdigest(self) -> str:
+        """24 hex digits: the number of rows, the sum."""
+        return f"{self.rows:08x}{self.sum:016x}"
 
 
 @dataclass

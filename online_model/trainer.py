@@ -47,7 +47,7 @@ log = logging.getLogger("headrace")
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
-_FORMAT = 1
+_FORMAT = 2
 
 
 def open_trainer(
@@ -104,6 +104,7 @@ class Trainer:
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = False  # since the last commit
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
+        self.mark = 0  # its owner's: committed and restored with the rest, in no digest
 
     @property
     def positions(self) -> dict[int, Position]:
@@ -225,7 +226,7 @@ class Trainer:
         self._evaluation.load(_part(head.dense, "scores."))
         self.tables.restore()
         self._intake.load(state["intake"])
-        self._totals = state["totals"]
+        self._totals, self.mark = state["totals"], state["mark"]
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
@@ -349,7 +350,7 @@ class Trainer:
         return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
 
     def _state(self) -> bytes:
-        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals}
+        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark}
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
 
     def _settings(self) -> dict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import xxhash
@@ -34,6 +34,11 @@ class Rules:
     purchase_window_ms: int
     future_ms: int
     implicit: bool
+
+    @classmethod
+    def of(cls, settings: object) -> Rules:
+        """The rules in settings whose fields have the same names."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
 
 @dataclass

@@ -33,11 +33,11 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord, StoreError
-from embedding_store.ids import feature_id
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
-from streams import app, events
+from streams import app
 from streams.blocks import decode_block
+from streams.catalogue import CHUNK, Catalogue
 from streams.metrics import TrainMetrics, serve_metrics
 from streams.outlet import Message, Outlet
 from streams.settings import TrainWorkerSettings
@@ -53,7 +53,6 @@ TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
-CATALOGUE_CHUNK = 5_000  # items
 LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
@@ -309,7 +308,7 @@ class TrainWorker:
             items = await self._catalogue.read()
             if items:
                 async with self._changed:
-                    await self._changed.wait_for(lambda: len(self._items) < CATALOGUE_CHUNK)
+                    await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
 
@@ -339,64 +338,6 @@ async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
         raise BrokerError(f"cannot read {topic} ({error}): is the broker up? `headrace broker status`") from error
     finally:
         await consumer.stop()
-
-
-class Catalogue:
-    """The topic of items, read from its beginning: compacted, it has the last record of each item."""
-
-    def __init__(self, bootstrap: str, topic: str) -> None:
-        self._partition = TopicPartition(topic, 0)
-        self._end = 0
-        self._kafka = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
-        )
-
-    async def start(self) -> None:
-        """Raises BrokerError."""
-        try:
-            await self._kafka.start()
-            self._kafka.assign([self._partition])
-            await self._kafka.seek_to_beginning(self._partition)
-            self._end = (await self._kafka.end_offsets([self._partition]))[self._partition]
-        except KafkaError as error:
-            raise self._failed(error) from error
-
-    async def read_to_end(self) -> list[CatalogueItem] | None:
-        """The next items up to where the topic ended at the start; then None."""
-        try:
-            if await self._kafka.position(self._partition) >= self._end:
-                return None
-        except KafkaError as error:
-            raise self._failed(error) from error
-        return await self.read()
-
-    async def read(self) -> list[CatalogueItem]:
-        """The next items; waits for at most a second."""
-        try:
-            fetched = await self._kafka.getmany(timeout_ms=1_000, max_records=CATALOGUE_CHUNK)
-        except KafkaError as error:
-            raise self._failed(error) from error
-        return [item for records in fetched.values() for record in records if (item := _item(record)) is not None]
-
-    async def stop(self) -> None:
-        await self._kafka.stop()
-
-    def _failed(self, error: KafkaError) -> BrokerError:
-        return BrokerError(f"cannot read {self._partition.topic} ({error}): is the broker up? `headrace broker status`")
-
-
-def _item(record: ConsumerRecord) -> CatalogueItem | None:
-    """The trainer's view of a catalogue record; None for a tombstone (what was learned stays) and what is no item."""
-    if record.value is None:
-        return None
-    try:
-        item = events.decode_item(record.value)
-    except events.Rejected as error:
-        log.warning("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
-        return None
-    category = 0 if item.category is None else feature_id("category", item.category)
-    seller = 0 if item.seller is None else feature_id("seller", item.seller)
-    return feature_id("item", item.item), record.value, category, seller, item.created or 0
 
 
 def now_ms() -> int:

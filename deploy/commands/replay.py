@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,42 +20,118 @@ from deploy.commands.common import (
 )
 from embedding_store.errors import UsageError
 
+if TYPE_CHECKING:
+    from deploy.settings import Settings
+    from replay.readers import LogReader
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command(epilog="Example: headrace replay taobao UserBehavior.csv --max-speed")(replay)
+    app.command(epilog="Example: headrace replay taobao UserBehavior.csv --direct --deterministic")(replay)
 
 
 def replay(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Format of the log, as taobao.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The log.")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Its format, as taobao. [log.format]")] = None,
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="The log: a path or a URL. [log.path]")] = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
-    speed: Annotated[float | None, typer.Option(min=1e-6, help="Times the pace of the log. [1]")] = None,
-    max_speed: Annotated[bool, typer.Option("--max-speed", help="As fast as it goes.")] = False,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Without Kafka: join and train in this process, by the log's clock.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="With --direct: bit for bit the same each time.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --direct: go on where the last one was killed.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of first weights, negatives and faults.")] = None,
+    speed: Annotated[float | None, typer.Option(min=1e-6, help="Onto Kafka: times the pace of the log. [1]")] = None,
+    max_speed: Annotated[bool, typer.Option("--max-speed", help="Onto Kafka: as fast as it goes.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Onto Kafka: do not wait for the workers, say only what was sent.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Play a historical log onto Kafka, for the workers that run there."""
+    """A historical log through the system.
+
+    Onto Kafka, for the workers that run there, or --direct in this process, without Kafka.
+    """
     if speed is not None and max_speed:
         raise UsageError("--speed and --max-speed exclude each other")
-    settings = settings_for(config, data_dir=data_dir, bootstrap=bootstrap)
-    from replay.player import PlaySettings, play
+    if direct and (speed is not None or max_speed or no_wait or bootstrap):
+        raise UsageError("--direct goes without Kafka and as fast as it can: leave the other options out")
+    if (deterministic or resume) and not direct:
+        raise UsageError("--deterministic and --resume are of a replay without Kafka: add --direct")
+    settings = settings_for(
+        config, data_dir=data_dir, bootstrap=bootstrap, log__format=name, log__path=file, model__seed=seed,
+        model__ranker__seed=seed,
+    )  # fmt: skip
+    if not settings.log.format or not settings.log.path:
+        raise UsageError("which log? headrace replay NAME FILE, or [log] format and path in the settings")
     from replay.readers import open_log
+
+    log = open_log(settings.log.format, settings.log.path, settings.log.max_rejected_share)
+    with Output(json) as output:
+        if direct:
+            result = _directly(settings, log, deterministic, resume)
+        else:
+            result = _onto_kafka(settings, log, 0.0 if max_speed else speed or 1.0, wait=not no_wait)
+        output.result(result, _text(result))
+
+
+def _directly(settings: Settings, log: LogReader, deterministic: bool, resume: bool) -> dict[str, Any]:
+    from deploy.replaying import replay_directly
+    from replay.readers import in_time_order
+
+    with progress(f"replaying {log.name}") as (bar, task):
+        return replay_directly(
+            settings, log, in_time_order(log), deterministic=deterministic, resume=resume,
+            about={"log": [settings.log.format, str(settings.log.path)], "deterministic": deterministic},
+            progress=lambda so_far: bar.update(
+                task, completed=so_far.events, said=f"{so_far.events:,} events, {so_far.events_per_s:,.0f}/s"
+            ),
+        )  # fmt: skip
+
+
+def _onto_kafka(settings: Settings, log: LogReader, speed: float, wait: bool) -> dict[str, Any]:
+    from deploy.replaying import Followed
+    from replay.player import PlaySettings, play
     from replay.sinks import KafkaSink
 
-    log = open_log(name, file)
     if not log.has_impressions and not settings.join.join.implicit:
-        say(f"headrace: a {name} log has no impressions: the join worker learns from it with join.implicit = true only")
+        say(f"headrace: a {log.name} log has no impressions: join learns of it with join.implicit = true only")
     settings = connected(settings)
-    pace = PlaySettings(speed=0.0 if max_speed else speed or 1.0)
-    with Output(json) as output, progress(f"playing {file.name}") as (bar, task):
+    followed = Followed(settings) if wait else None
+    with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
-            played = play(log, sink, pace, lambda so_far: show_played(bar, task, so_far))
-        result = {
+            played = play(log, sink, PlaySettings(speed=speed), lambda so_far: show_played(bar, task, so_far))
+        result: dict[str, Any] = {
             "events_in": played.events, "events_rejected": played.rejected.total(), "records": played.records,
             "items": played.items, "ticks": played.ticks, "events_per_s": round(played.events_per_s, 1),
             "seconds": round(played.seconds, 3),
         }  # fmt: skip
-        said = f"{played.events:,} events in {played.seconds:.1f} s, {played.rejected.total():,} rows rejected"
-        output.result(result, said)
+        if followed is not None:
+            bar.update(task, description="waiting for the workers", total=1.0, completed=0.0)
+            model = followed.wait(lambda share: bar.update(task, completed=share, said=""))
+            if model is None:
+                say("headrace: the workers do not learn it (no new version for a minute): are join and train running?")
+            else:
+                result |= followed.figures(model)
+                result["events_rejected"] = played.rejected.total() + result["balance"]["rejected"]
+            followed.close()
+    return result
+
+
+def _text(result: dict[str, Any]) -> str:
+    lines = [f"{result['events_in']:,} events in {result['seconds']:.1f} s, {result['events_rejected']:,} rejected"]
+    if "examples" in result:
+        lines.append(
+            f"{result['examples']:,} examples, {result['trained_examples']:,} learned, {result['lost']} lost,"
+            f" {result['duplicated']} duplicated"
+        )
+        for task, figures in result["prequential"].items():
+            known = [f"{key} {figures[key]:.4f}" for key in ("auc", "ne", "calibration") if figures[key] is not None]
+            lines.append(f"{task}: {', '.join(known) or 'only one kind of label'} ({figures['count']:,} scores)")
+        lines.append(f"examples {result['examples_digest']}, checkpoint {result['checkpoint_digest'] or '-'}")
+    return "\n".join(lines)

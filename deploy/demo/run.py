@@ -178,14 +178,9 @@ class _Demo:
     def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
         """What the oracle makes of the log: of all records that the last version claims, and at least of all that were
         sent by us (further ticks may lie behind)."""
-        join = self.settings.join.join
-        rules = Rules(
-            disorder_ms=join.disorder_ms, wait_ms=join.wait_ms, open_ms=join.open_ms, watch_wait_ms=join.watch_wait_ms,
-            purchase_window_ms=join.purchase_window_ms, future_ms=join.future_ms, implicit=join.implicit,
-        )  # fmt: skip
         until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
         records = read_topic(self.settings.bootstrap, self.settings.topics.events, until)
-        return compare(expect(records, rules), model.trained)
+        return compare(expect(records, Rules.of(self.settings.join.join)), model.trained)
 
     def _sequence(self) -> int:
         """The trainer's last version, from its store; 0 before the first."""

@@ -1,0 +1,174 @@
+"""headrace replay: a log through the system, onto Kafka for the workers that run there, or directly in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from filelock import FileLock, Timeout
+from kafka import KafkaConsumer, TopicPartition
+
+from deploy.demo.figures import Model, balance
+from deploy.processes import write_atomically
+from deploy.settings import Settings
+from embedding_store.delta import Assembler
+from embedding_store.errors import CorruptRecord, HeadraceError, UsageError
+from online_model.examples import ExamplesDigest
+from replay.oracle import Rules, compare, expect, read_topic
+from replay.readers import LogReader, Record
+from streams.topics import end_offsets
+
+if TYPE_CHECKING:
+    from replay.direct import Replayed
+
+STALL_S = 60.0  # no new version for so long: no worker is there, or it hangs
+ABOUT = "replay.json"
+
+
+def replay_directly(
+    settings: Settings,
+    log: LogReader,
+    records: Iterable[Record],
+    *,
+    deterministic: bool,
+    resume: bool,
+    about: dict[str, Any],
+    progress: Callable[[Replayed], None],
+) -> dict[str, Any]:
+    """The figures of a replay in this process, into DATA_DIR/replay: from its beginning, or where `resume` finds the
+    store of one that was killed, from its last commit.
+
+    `about`: what a run must have in common with the one that it resumes, beside the settings. Raises UsageError.
+    """
+    from replay.direct import DirectReplay, DirectSettings
+
+    home = settings.data_dir / "replay"
+    with _alone(home):
+        join = msgspec.structs.replace(settings.join.join, implicit=not log.has_impressions)
+        direct = DirectSettings(
+            home / "train", join, settings.model, settings.topics.partitions, settings.train.threads, deterministic
+        )
+        _begin(home, resume, about | {"settings": msgspec.to_builtins((join, settings.model, direct.partitions))})
+        result = DirectReplay(direct, progress).run(records)
+    result["events_rejected"] += log.rejected.total()
+    return result
+
+
+def _begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
+    """Keep what is there, if it is what is to be resumed; else begin anew."""
+    about = json.loads(json.dumps(about))
+    if resume:
+        try:
+            before = json.loads((home / ABOUT).read_text("utf-8"))
+        except (OSError, ValueError):
+            raise UsageError(f"there is no replay to resume in {home}: leave --resume out") from None
+        differing = [name for name in about if before.get(name) != about[name]]
+        if differing:
+            raise UsageError(
+                f"the replay in {home} was of another {' and '.join(differing)}: give the same, or leave --resume out"
+            )
+        return
+    try:
+        shutil.rmtree(home, ignore_errors=False) if home.exists() else None
+        home.mkdir(parents=True)
+        write_atomically(home / ABOUT, json.dumps(about))
+    except OSError as error:
+        raise HeadraceError(f"{home} cannot be used: {error.strerror}; choose another --data-dir") from None
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(home.parent / "replay.lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"a replay runs on {home.parent} already: wait for it, or give another --data-dir") from None
+    except OSError as error:
+        raise HeadraceError(f"{home.parent} cannot be used: {error.strerror}; choose another --data-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Followed:
+    """What the workers of a cluster make of what is played from now on. Open it before the play, `wait` after it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._begin = self._ends()
+        self._parameters = KafkaConsumer(
+            bootstrap_servers=settings.bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+            max_partition_fetch_bytes=16 << 20,
+        )  # fmt: skip
+        place = TopicPartition(settings.topics.parameters, 0)
+        self._parameters.assign([place])
+        self._parameters.seek_to_end(place)
+        self._parameters.position(place)  # now, not at the first poll
+
+    def wait(self, progress: Callable[[float], None]) -> Model | None:
+        """The first version that has learned all that is in `events` now; None: the workers do not get there.
+
+        `progress`: called with the share of the records that is learned.
+        """
+        ends, model = self._ends(), Model()
+        total = sum(ends[p] - self._begin[p] for p in ends)
+        assembler, moved = Assembler(), time.monotonic()
+        while time.monotonic() - moved < STALL_S:
+            for record in (r for some in self._parameters.poll(timeout_ms=500).values() for r in some):
+                try:
+                    version = assembler.add(record.value)
+                except CorruptRecord:
+                    continue  # the replicas refuse it too; the next one says more
+                if version is None:
+                    continue
+                moved = time.monotonic()
+                positions = {str(p): at for p, at in version.positions.items()}
+                model = Model({"info": version.info, "sequence": version.sequence, "positions": positions})
+                left = sum(max(0, end - model.positions.get(p, 0)) for p, end in ends.items())
+                progress(1 - left / max(1, total))
+                if not left:
+                    return model
+        return None
+
+    def figures(self, model: Model) -> dict[str, Any]:
+        """Counts of the whole topic, recounted by the oracle; the digest of the examples of this play."""
+        settings, topics = self.settings, self.settings.topics
+        records = read_topic(settings.bootstrap, topics.events, model.next_offsets)
+        verdict = compare(expect(records, Rules.of(settings.join.join)), model.trained)
+        counts = model.counts()
+        return {
+            "events_in": counts.events_in,
+            "examples": verdict.expected_rows,
+            "trained_examples": model.trained_rows,
+            "lost": verdict.lost,
+            "duplicated": verdict.duplicated,
+            "balance": balance(counts),
+            "oracle_balance": verdict.balance,
+            "prequential": model.prequential(),
+            "examples_digest": self._digest(),
+            "checkpoint_digest": None,  # a live trainer batches as the rows arrive
+        }
+
+    def close(self) -> None:
+        self._parameters.close()
+
+    def _digest(self) -> str:
+        from streams.blocks import decode_block
+
+        digest = ExamplesDigest()
+        for partition, value, _ in read_topic(self.settings.bootstrap, self.settings.topics.examples):
+            block = decode_block(value or b"")
+            if block.to_offset > self._begin.get(partition, 0):
+                digest.add(block.examples)
+        return digest.hexdigest()
+
+    def _ends(self) -> dict[int, int]:
+        return end_offsets(self.settings.bootstrap, self.settings.topics.events)

@@ -1,0 +1,39 @@
+"""A deterministic replay in a process of its own, to be killed: says each slice that it has learned."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from replay import direct
+from replay.readers import Record
+from replay.simulator import Simulation, SimulatorSettings
+from streams.joiner import JoinSettings
+
+SMALL = FeatureSettings(dim=8, users=4_000, items=20_000, categories=1_000)
+JOIN = JoinSettings(wait_ms=3_000, watch_wait_ms=5_000)
+
+
+def settings(store: Path, seed: int = 0, **more: bool | int) -> direct.DirectSettings:
+    """A small model, and the partitions of Headrace's topics."""
+    model = TrainerSettings(batch_size=256, seed=seed, features=SMALL, ranker=RankerSettings(seed=seed))
+    return direct.DirectSettings(store, JOIN, model, **({"deterministic": True} | more))
+
+
+def log() -> Iterator[Record]:
+    """Some 15,000 events of simulated users, and items that come and go: the catalogue must be as of each slice."""
+    return iter(Simulation(SimulatorSettings(users=300, items=200, item_life_s=30, requests_per_s=40), events=15_000))
+
+
+def _say(line: object) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    direct.SLICE, direct.COMMIT_SECONDS, direct.COMMIT_SHARE = 60, 0.0, 1.0
+    run = direct.DirectReplay(settings(Path(sys.argv[1])), lambda so_far: _say(so_far.slices))
+    _say(json.dumps(run.run(log())))

@@ -1,0 +1,101 @@
+"""A replay has one result: whatever the day, and however often it was killed on the way."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from online_model.settings import TrainerSettings
+from replay import direct
+from replay.direct import DirectReplay, DirectSettings, partition_of
+from replay.readers import in_time_order, open_log
+from replay.sinks import KafkaSink
+from streams.joiner import JoinSettings
+from streams.topics import TopicSettings, create_topics
+from tests.replay import replay_child
+from tests.replay.conftest import KUAIRAND, TAOBAO_BY_USER
+
+KILLS = 10
+
+
+def _run(store: Path, seed: int = 0, **more: bool | int) -> dict:
+    return DirectReplay(replay_child.settings(store, seed, **more)).run(replay_child.log())
+
+
+def test_one_log_and_one_seed_give_one_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = _run(tmp_path / "1")
+    monkeypatch.setattr(direct, "COMMIT_SECONDS", 0.0)  # other commits …
+    monkeypatch.setattr(direct, "COMMIT_SHARE", 1.0)
+    monkeypatch.setattr(direct, "SLICE", 777)  # … and other blocks
+    again, other = _run(tmp_path / "2"), _run(tmp_path / "3", seed=1)
+    assert one["lost"] == one["duplicated"] == 0
+    assert one["trained_examples"] == one["examples"] > 10_000
+    assert one["balance"] == one["oracle_balance"] | {"set_aside": 0}
+    assert one["prequential"]["click"]["auc"] > 0.55
+    assert other["examples_digest"] == again["examples_digest"] == one["examples_digest"]
+    assert other["checkpoint_digest"] != one["checkpoint_digest"]
+    assert again["prequential"] == one["prequential"]
+
+
+def test_a_replay_that_was_killed_and_resumed_gives_the_same_checkpoint(tmp_path: Path) -> None:
+    dice, command = random.Random(12), [sys.executable, "-m", "tests.replay.replay_child"]
+    whole = subprocess.run([*command, tmp_path / "whole"], capture_output=True, text=True, check=True)
+    *slices, result = whole.stdout.splitlines()
+    expected = json.loads(result)
+    moments = sorted(dice.sample(range(1, len(slices)), KILLS))
+    store, reached = tmp_path / "killed", []
+    for moment in moments:
+        with subprocess.Popen([*command, store], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            while int(child.stdout.readline()) < moment:
+                pass
+            time.sleep(dice.uniform(0, 0.03))  # anywhere in the next slice or two
+            child.kill()
+        reached.append(moment)
+    last = subprocess.run([*command, store], capture_output=True, text=True, check=True)
+    resumed = json.loads(last.stdout.splitlines()[-1])
+    assert resumed["resumed_at"] >= moments[-1] - 1, "it went on, and did not begin anew"
+    for name in ("checkpoint_digest", "examples_digest", "prequential", "balance", "lost", "duplicated"):
+        assert resumed[name] == expected[name], f"after kills at {reached}"
+
+
+def test_without_determinism_nothing_is_lost_either(tmp_path: Path) -> None:
+    figures = _run(tmp_path, deterministic=False)
+    assert figures["lost"] == figures["duplicated"] == 0
+    assert figures["trained_examples"] == figures["examples"]
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "events", "rejected"),
+    [("kuairand", KUAIRAND, 111_140, 0), ("taobao", TAOBAO_BY_USER, 100_001, 0)],
+)
+def test_two_replays_of_a_real_log_give_one_digest(
+    public_log: Callable[[str], Path], tmp_path: Path, name: str, path: str, events: int, rejected: int
+) -> None:
+    results = []
+    for run in range(2):
+        log = open_log(name, public_log(path))
+        join = JoinSettings(implicit=not log.has_impressions)
+        settings = DirectSettings(tmp_path / str(run), join, TrainerSettings(), deterministic=True)
+        results.append(DirectReplay(settings).run(in_time_order(log)))
+    one, two = results
+    assert one["events_in"] == events
+    assert one["events_rejected"] == rejected
+    assert one["lost"] == one["duplicated"] == 0
+    assert two["checkpoint_digest"] == one["checkpoint_digest"]
+    assert two["examples_digest"] == one["examples_digest"]
+
+
+def test_users_are_in_the_partitions_that_kafka_puts_them_in(broker: str, topic_prefix: str) -> None:
+    topics = TopicSettings(prefix=topic_prefix, partitions=7)
+    create_topics(broker, topics)
+    with KafkaSink(broker, topics.events, topics.items) as sink:
+        for user in ("u1", 12, -5, "ü", "1" * 80):
+            assert partition_of(user, 7) == sink.place(topics.events, user)[1]
