@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,10 @@ from deploy.settings import Settings
 from embedding_store.delta import Assembler
 from embedding_store.errors import CorruptRecord, HeadraceError, UsageError
 from online_model.examples import ExamplesDigest
+from replay.faults import FaultCounts, with_faults
 from replay.oracle import Rules, compare, expect, read_topic
-from replay.readers import LogReader, Record
+from replay.player import PlaySettings, in_window
+from replay.readers import LogReader, in_time_order
 from streams.topics import end_offsets
 
 if TYPE_CHECKING:
@@ -34,30 +36,37 @@ ABOUT = "replay.json"
 def replay_directly(
     settings: Settings,
     log: LogReader,
-    records: Iterable[Record],
+    play: PlaySettings,
     *,
     deterministic: bool,
     resume: bool,
-    about: dict[str, Any],
     progress: Callable[[Replayed], None],
 ) -> dict[str, Any]:
-    """The figures of a replay in this process, into DATA_DIR/replay: from its beginning, or where `resume` finds the
-    store of one that was killed, from its last commit.
+    """The figures of a replay in this process, into DATA_DIR/replay: from its beginning, or with `resume` from the last
+    commit of one that was killed.
 
-    `about`: what a run must have in common with the one that it resumes, beside the settings. Raises UsageError.
+    Raises UsageError where there is nothing to resume, or it was another log, with other settings.
     """
     from replay.direct import DirectReplay, DirectSettings
 
+    counts = FaultCounts()
+    ordered = in_time_order(log, directory=settings.data_dir)
+    records = with_faults(in_window(ordered, play.from_ms, play.until_ms), play.faults, counts)
+
     home = settings.data_dir / "replay"
     with _alone(home):
-        join = msgspec.structs.replace(settings.join.join, implicit=not log.has_impressions)
+        join = settings.join.join
+        join = msgspec.structs.replace(join, implicit=join.implicit or not log.has_impressions)
         direct = DirectSettings(
-            home / "train", join, settings.model, settings.topics.partitions, settings.train.threads, deterministic
-        )
-        _begin(home, resume, about | {"settings": msgspec.to_builtins((join, settings.model, direct.partitions))})
+            home / "train", join, settings.model, settings.topics.partitions, settings.train.threads, deterministic,
+            play.faults.lag_ms,
+        )  # fmt: skip
+        about = {"log": [log.name, str(log.path)], "determinism": deterministic, "window or faults": play}
+        about["settings"] = (join, settings.model, direct.partitions)
+        _begin(home, resume, msgspec.to_builtins(about))
         result = DirectReplay(direct, progress).run(records)
     result["events_rejected"] += log.rejected.total()
-    return result
+    return result | {"faults": vars(counts)}
 
 
 def _begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
@@ -71,7 +80,7 @@ def _begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
         differing = [name for name in about if before.get(name) != about[name]]
         if differing:
             raise UsageError(
-                f"the replay in {home} was of another {' and '.join(differing)}: give the same, or leave --resume out"
+                f"the replay in {home} was of another {', '.join(differing)}: give the same, or leave --resume out"
             )
         return
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from embedding_store.errors import UsageError
 
 if TYPE_CHECKING:
     from online_model.settings import TrainerSettings
+    from replay.readers.settings import LogSettings
     from replay.simulator.settings import SimulatorSettings
     from streams.settings import JoinWorkerSettings, ServeWorkerSettings, TrainWorkerSettings
     from streams.topics import TopicSettings
@@ -31,6 +32,7 @@ T = TypeVar("T")
 DEFAULT_FILE = "headrace.toml"
 PREFIX = "HEADRACE_"
 ABOUT = {
+    "log": "a historical log: of headrace replay and log",
     "topics": "names and partitions of the Kafka topics",
     "join": "the join worker; times in ms of event time",
     "train": "the train worker",
@@ -72,7 +74,7 @@ class Layer:
 class Settings:
     """All settings, checked section by section as they are asked for. Raises UsageError with one line."""
 
-    SECTIONS = ("topics", "join", "model", "train", "serve", "simulator", "demo")
+    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "simulator", "demo")
 
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
@@ -82,6 +84,12 @@ class Settings:
             _refuse_unknown(layer, (), self._names)
         general = _build(General, [_only(layer, top) for layer in layers], ())
         self.data_dir, self.bootstrap = general.data_dir, general.bootstrap
+
+    @cached_property
+    def log(self) -> LogSettings:
+        from replay.readers.settings import LogSettings
+
+        return self._section("log", LogSettings)
 
     @cached_property
     def topics(self) -> TopicSettings:
@@ -140,7 +148,8 @@ class Settings:
         """The section's Struct. A field named as another section, or as a general setting, is set there; the fields of
         one that is named as this section stand in it directly (`join.wait_ms`, not `join.join.wait_ms`)."""
         fields = _fields(owner)
-        shared = {f: getattr(self, f) for f in fields if f != name and f in self._names}
+        elsewhere = [f for f, type_ in fields.items() if f != name and _is_elsewhere(f, type_)]
+        shared = {f: getattr(self, f) for f in elsewhere}
         own = {n: f for n, f in fields.items() if n not in shared and n != name}
         inner = _fields(fields[name]) if name in fields else {}
         layers = [Layer(lay.source, lay.values[name], lay.text) for lay in self._layers if name in lay.values]
@@ -171,8 +180,23 @@ def dump(settings: Settings) -> str:
     lines = ["# All settings of Headrace. The environment (HEADRACE_JOIN_WAIT_MS) and flags win over this file."]
     lines += _entries(general)
     for name in Settings.SECTIONS:
-        lines += _table(name, getattr(settings, name), [*_fields(General), *Settings.SECTIONS])
+        lines += _table(name, getattr(settings, name))
     return "\n".join(lines) + "\n"
+
+
+def commented(heading: Sequence[str], sections: Mapping[str, Sequence[tuple[str, Any, str]]]) -> str:
+    """TOML text of some settings: {section: [(name, value, why)]}, "" for the top. UsageError if `load` refuses them.
+
+    Lines of `heading` come first, as comments.
+    """
+    lines = [f"# {line}".rstrip() for line in heading]
+    for section, entries in sections.items():
+        lines += ["", f"[{section}]"] if section else [""]
+        for name, value, why in entries:
+            lines.append(f"{name} = {_toml(value)}" + (f"  # {why}" if why else ""))
+    text = "\n".join(lines) + "\n"
+    Settings([Layer("these settings", tomllib.loads(text))]).check()
+    return text
 
 
 def _read(path: Path) -> Layer:
@@ -258,6 +282,12 @@ def _is_section(type_: Any) -> bool:
     return isinstance(type_, type) and (issubclass(type_, Struct) or dataclasses.is_dataclass(type_))
 
 
+def _is_elsewhere(name: str, type_: Any) -> bool:
+    """Whether a field of a section is another section, or a general setting, and so set there. (`demo.log` is neither:
+    it is a text.)"""
+    return name in _fields(General) or (name in Settings.SECTIONS and _is_section(type_))
+
+
 def _fields(owner: type) -> dict[str, Any]:
     """name → type of the fields of a Struct or a dataclass."""
     if issubclass(owner, Struct):
@@ -334,24 +364,24 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(sorted(known))}"
 
 
-def _table(path: str, section: Any, besides: Collection[str] = ()) -> list[str]:
-    """A section and those inside it. Fields in `besides` are written elsewhere; one named as the section, in it."""
+def _table(path: str, section: Any) -> list[str]:
+    """A section and those inside it, without what is set elsewhere; a field that is named as the section, in it."""
     about = ABOUT.get(path) or (type(section).__doc__ or "").strip().split("\n")[0]
     lines = ["", f"[{path}]  # {about}"]
     owners = [section, getattr(section, path)] if path in _fields(type(section)) else [section]
     for owner in owners:
-        lines += _entries(owner, besides)
+        lines += _entries(owner)
     for owner in owners:
         for name, type_ in _fields(type(owner)).items():
-            if _is_section(type_) and name not in (path, *besides):
+            if _is_section(type_) and name != path and not _is_elsewhere(name, type_):
                 lines += _table(f"{path}.{name}", getattr(owner, name))
     return lines
 
 
-def _entries(section: Any, besides: Collection[str] = ()) -> list[str]:
+def _entries(section: Any) -> list[str]:
     lines = []
     for name, type_ in _fields(type(section)).items():
-        if _is_section(type_) or name in besides:
+        if _is_section(type_) or (_is_elsewhere(name, type_) and not isinstance(section, General)):
             continue
         value, about = getattr(section, name), _about(type_)
         comment = f"  # {about}" if about else ""

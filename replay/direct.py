@@ -30,6 +30,7 @@ from aiokafka.partitioner import murmur2
 from online_model.examples import Counts, ExamplesDigest
 from online_model.settings import TrainerSettings
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
+from replay.faults import Garbage
 from replay.oracle import PartitionOracle, Rules, compare
 from replay.player import PlaySettings
 from replay.readers import Record
@@ -53,6 +54,7 @@ class DirectSettings:
     partitions: int = 4
     threads: int = 1
     deterministic: bool = False
+    lag_ms: int = 0  # records may come so much later than their place (faults on purpose)
 
 
 @dataclass
@@ -99,8 +101,8 @@ class DirectReplay:
         self.replayed.resumed_at = self._trainer.mark
         self._commit_due = 0.0
 
-    def run(self, records: Iterable[Record]) -> dict[str, Any]:
-        """The whole log, by time; returns the figures of `headrace replay --json`."""
+    def run(self, records: Iterable[Record | Garbage]) -> dict[str, Any]:
+        """The whole log, by time (but for faults on purpose); returns the figures of `headrace replay --json`."""
         started = time.monotonic()
         self._commit_due = started + COMMIT_SECONDS
         try:
@@ -124,7 +126,7 @@ class DirectReplay:
         partitions = settings.partitions if settings.deterministic else 0
         return open_trainer(settings.model, settings.store, lambda: self.replayed.to_ms, partitions)
 
-    def _slice(self, records: list[Record]) -> None:
+    def _slice(self, records: list[Record | Garbage]) -> None:
         """Steps 1 to 4 for one slice. One that was learned before is only joined."""
         self.replayed.slices += 1
         learned = self.replayed.slices <= self.replayed.resumed_at
@@ -136,7 +138,7 @@ class DirectReplay:
                 self._put(record)
         if items and not learned:
             self._trainer.catalogue(items)
-        self._tick(self.replayed.to_ms)
+        self._tick(max(0, self.replayed.to_ms - self.settings.lag_ms))
         self._offer()
         if not learned:
             self._learn(drain=False)
@@ -144,12 +146,17 @@ class DirectReplay:
             if time.monotonic() >= self._commit_due:
                 self._commit()
 
-    def _put(self, event: Event) -> None:
+    def _put(self, event: Event | Garbage) -> None:
         if isinstance(event, Tick):
             return  # a recorded log has its own; time is told here
+        lane = self._lanes[partition_of(event.user, len(self._lanes))]
+        if isinstance(event, Garbage):
+            self.replayed.events += 1
+            lane.put(event.value)
+            return
         self.replayed.events += units(event)
         self.replayed.to_ms = max(self.replayed.to_ms, event.ts)
-        self._lanes[partition_of(event.user, len(self._lanes))].put(encode(event))
+        lane.put(encode(event))
 
     def _tick(self, ts: int) -> None:
         """Every partition hears that event time has come to `ts`."""
@@ -217,7 +224,7 @@ def partition_of(user: str | int, partitions: int) -> int:
     return (murmur2(str(user).encode("utf-8", "surrogatepass")) & 0x7FFFFFFF) % partitions
 
 
-def _slices(records: Iterable[Record]) -> Iterator[list[Record]]:
+def _slices(records: Iterable[Record | Garbage]) -> Iterator[list[Record | Garbage]]:
     rest = iter(records)
     while part := list(itertools.islice(rest, SLICE)):
         yield part

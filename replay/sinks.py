@@ -16,18 +16,20 @@ from aiokafka.errors import KafkaError
 from aiokafka.partitioner import murmur2
 
 from embedding_store.errors import BrokerError, LogError
-from streams.events import Event, Item, Tick, encode
+from streams.events import Event, Id, Item, Tick, encode
 from streams.topics import wait_for_broker
 
 T = TypeVar("T")
 Queue: TypeAlias = deque[tuple[bytes | None, bytes]]  # key, value
 
 OUTSTANDING = 40_000  # records taken and not yet kept by the broker; more wait
+OUTSTANDING_BYTES = 64 << 20  # and so much of their values
 KNOWN_KEYS = 500_000
 BATCH_BYTES = 512 * 1024  # a larger record makes a batch of its own
 BATCH_RECORDS = 5_000
 IDLE_S = 0.01  # how long a record may wait for the carrier to look, when it has nothing to do
 DELIVERY_S = 30.0  # what the broker has not taken after this is an error
+DELIVERY_STEPS = 10
 STOP_S = 2.0
 
 
@@ -40,6 +42,10 @@ class Sink(Protocol):
 
     def send(self, record: Event | Item) -> None:
         """Takes a record; it may wait in a buffer. Blocks while too many do."""
+
+    def send_raw(self, value: bytes, user: Id) -> None:
+        """As `send`, for the bytes of a record that need not be an event: it goes where the events of `user` go, and
+        keeps its place among them. For faults on purpose."""
 
     def tick(self, ts: int) -> int:
         """Says to every partition that event time has come to `ts` (ms); returns how many records that took."""
@@ -88,6 +94,7 @@ class KafkaSink(_Closing):
         self.bootstrap = bootstrap
         self._events, self._items = events, items
         self._sent = self._kept = 0  # records; the second is the thread's to write
+        self._sent_bytes = self._kept_bytes = 0  # of their values
         self._moved = threading.Event()  # `_kept` has grown, or the thread has ended
         self._error: KafkaError | OSError | None = None
         self._loop = asyncio.new_event_loop()
@@ -118,6 +125,11 @@ class KafkaSink(_Closing):
         key, partition = self.place(topic, who)
         self._put(topic, partition, key, encode(record))
 
+    def send_raw(self, value: bytes, user: Id) -> None:
+        """As in `Sink`."""
+        key, partition = self.place(self._events, user)
+        self._put(self._events, partition, key, value)
+
     def place(self, topic: str, who: str | int) -> tuple[bytes, int]:
         """The key and the partition of a user in the topic of events, or of an item in that of items."""
         places = self._places[topic]
@@ -136,7 +148,7 @@ class KafkaSink(_Closing):
         return self.partitions
 
     def flush(self) -> None:
-        self._wait_until_kept(self._sent)
+        self._wait_for_at_most(0, 0)
 
     def close(self) -> None:
         try:
@@ -153,17 +165,19 @@ class KafkaSink(_Closing):
     def _put(self, topic: str, partition: int, key: bytes | None, value: bytes) -> None:
         self._queues[topic][partition].append((key, value))
         self._sent += 1
-        if self._sent - self._kept > OUTSTANDING:
-            self._wait_until_kept(self._sent - OUTSTANDING // 2)
+        self._sent_bytes += len(value)
+        if self._sent - self._kept > OUTSTANDING or self._sent_bytes - self._kept_bytes > OUTSTANDING_BYTES:
+            self._wait_for_at_most(OUTSTANDING // 2, OUTSTANDING_BYTES // 2)
         elif self._error:
             raise self._explained(self._error)
 
-    def _wait_until_kept(self, count: int) -> None:
+    def _wait_for_at_most(self, records: int, size: int) -> None:
+        """Returns when no more than so many records and bytes are outstanding."""
         while True:
             self._moved.clear()
             if self._error:
                 raise self._explained(self._error)
-            if self._kept >= count:
+            if self._sent - self._kept <= records and self._sent_bytes - self._kept_bytes <= size:
                 return
             self._moved.wait()
 
@@ -195,8 +209,7 @@ class KafkaSink(_Closing):
                     if queue
                 ]
                 if rounds:
-                    # The client itself would try a batch that it has sent once for ever.
-                    await asyncio.wait_for(asyncio.gather(*rounds), DELIVERY_S)
+                    await _delivered(asyncio.gather(*rounds))
                     self._moved.set()
                 else:
                     await asyncio.sleep(IDLE_S)
@@ -207,15 +220,17 @@ class KafkaSink(_Closing):
 
     async def _carry_batch(self, topic: str, partition: int, queue: Queue) -> None:
         batch = self._producer.create_batch()
-        count = 0
+        count = size = 0
         while queue and count < BATCH_RECORDS:
             key, value = queue[0]
             if batch.append(key=key, value=value, timestamp=None) is None:
                 break  # full
             queue.popleft()
             count += 1
+            size += len(value)
         await (await self._producer.send_batch(batch, topic, partition=partition))
         self._kept += count
+        self._kept_bytes += size
 
     def _ask(self, coroutine: Coroutine[None, None, T]) -> T:
         try:
@@ -248,6 +263,24 @@ class KafkaSink(_Closing):
         return BrokerError(f"Kafka at {self.bootstrap} takes no records ({what}): look at `headrace broker status`")
 
 
+async def _delivered(rounds: asyncio.Future[list[None]]) -> None:
+    """Waits for them, DELIVERY_S at most: the client itself would try a batch that it has sent once for ever.
+
+    Raises TimeoutError. In steps, so that the time for which the process was stopped (Ctrl-Z) counts as one of them.
+    """
+    try:
+        for _ in range(DELIVERY_STEPS):
+            await asyncio.wait([rounds], timeout=DELIVERY_S / DELIVERY_STEPS)
+            if rounds.done():
+                rounds.result()
+                return
+        raise TimeoutError
+    finally:
+        if rounds.cancel():
+            await asyncio.wait([rounds])
+            rounds.cancelled() or rounds.exception()  # asyncio would complain of what nobody has looked at
+
+
 class JsonlSink(_Closing):
     """One JSON record a line, events and items, in a file; gzip if its name ends in .gz. Ticks are not written: they
     are about partitions. The same records give the same bytes."""
@@ -265,8 +298,15 @@ class JsonlSink(_Closing):
             self._file = gzip.GzipFile(filename="", fileobj=self._raw, mode="wb", compresslevel=6, mtime=0)
 
     def send(self, record: Event | Item) -> None:
+        self._write(encode(record))
+
+    def send_raw(self, value: bytes, user: Id) -> None:
+        """As in `Sink`; a newline in it would make two lines."""
+        self._write(value)
+
+    def _write(self, line: bytes) -> None:
         try:
-            self._file.write(encode(record) + b"\n")
+            self._file.write(line + b"\n")
         except OSError as error:
             raise LogError(f"{self.path}: {error.strerror}; make room or choose another place") from None
 

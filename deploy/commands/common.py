@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -142,4 +143,12 @@ def jars_progress(bar: Progress, task: Any) -> Any:
 
 def show_played(bar: Progress, task: Any, played: Played) -> None:
     """How far a play has come, on its bar."""
-    bar.update(task, completed=played.events, said=f"{played.events:,} events, {played.events_per_s:,.0f}/s")
+    said = f"{played.events:,} events, {played.events_per_s:,.0f}/s"
+    if played.paused:
+        said += ", paused"
+    elif played.eta_s is not None:
+        said += f", {timedelta(seconds=round(played.eta_s))} left"
+    if played.fraction is None:
+        bar.update(task, completed=played.events, said=said)
+    else:
+        bar.update(task, total=1.0, completed=played.fraction, said=said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ from embedding_store.errors import UsageError
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
+    from replay.player import PlaySettings
     from replay.readers import LogReader
 
 
@@ -45,17 +48,29 @@ def replay(
     resume: Annotated[
         bool, typer.Option("--resume", help="With --direct: go on where the last one was killed.")
     ] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of first weights, negatives and faults.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of first weights and negatives.")] = None,
     speed: Annotated[float | None, typer.Option(min=1e-6, help="Onto Kafka: times the pace of the log. [1]")] = None,
     max_speed: Annotated[bool, typer.Option("--max-speed", help="Onto Kafka: as fast as it goes.")] = False,
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Onto Kafka: do not wait for the workers, say only what was sent.")
     ] = False,
+    from_time: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="Only what happened from then on (UTC, or ms).")
+    ] = None,
+    until_time: Annotated[str | None, typer.Option("--until", metavar="TIME", help="Only what came before.")] = None,
+    duplicates: Annotated[float, typer.Option(min=0, max=1, help="A fault: share of events sent twice.")] = 0.0,
+    shuffle_ms: Annotated[int, typer.Option(min=0, help="A fault: events change places within so much.")] = 0,
+    delay: Annotated[float, typer.Option(min=0, max=1, help="A fault: share that comes late …")] = 0.0,
+    delay_ms: Annotated[int, typer.Option(min=1, help="… by up to so much.")] = 5_000,
+    drop: Annotated[float, typer.Option(min=0, max=1, help="A fault: share that never comes.")] = 0.0,
+    garbage: Annotated[float, typer.Option(min=0, max=1, help="A fault: share with a broken record before it.")] = 0.0,
+    fault_seed: Annotated[int, typer.Option(min=0, help="Same log and seed: same faults.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """A historical log through the system.
 
-    Onto Kafka, for the workers that run there, or --direct in this process, without Kafka.
+    Onto Kafka, for the workers that run there, or --direct in this process, without Kafka. Onto Kafka SIGUSR1 pauses
+    it, SIGUSR2 goes on.
     """
     if speed is not None and max_speed:
         raise UsageError("--speed and --max-speed exclude each other")
@@ -71,32 +86,60 @@ def replay(
         raise UsageError("which log? headrace replay NAME FILE, or [log] format and path in the settings")
     from replay.readers import open_log
 
-    log = open_log(settings.log.format, settings.log.path, settings.log.max_rejected_share)
+    log = open_log(settings.log.format, settings.log.path, settings.log.max_rejected_share, settings.log.columns)
+    faults = {
+        "seed": fault_seed, "duplicates": duplicates, "shuffle_ms": shuffle_ms, "delay": delay, "delay_ms": delay_ms,
+        "drop": drop, "garbage": garbage,
+    }  # fmt: skip
+    play = _play_settings(0.0 if max_speed or direct else speed or 1.0, from_time, until_time, faults)
     with Output(json) as output:
         if direct:
-            result = _directly(settings, log, deterministic, resume)
+            result = _directly(settings, log, play, deterministic, resume)
         else:
-            result = _onto_kafka(settings, log, 0.0 if max_speed else speed or 1.0, wait=not no_wait)
+            result = _onto_kafka(settings, log, play, wait=not no_wait)
         output.result(result, _text(result))
 
 
-def _directly(settings: Settings, log: LogReader, deterministic: bool, resume: bool) -> dict[str, Any]:
+def _play_settings(speed: float, from_time: str | None, until_time: str | None, faults: dict[str, Any]) -> PlaySettings:
+    import msgspec
+
+    from replay.player import PlaySettings
+
+    window = {"from_ms": _millis("--from", from_time), "until_ms": _millis("--until", until_time)}
+    try:
+        return msgspec.convert({"speed": speed, **window, "faults": faults}, PlaySettings)
+    except msgspec.ValidationError as error:
+        raise UsageError(str(error).replace("`", "")) from None
+
+
+def _millis(option: str, text: str | None) -> int | None:
+    """ms UTC of a time as 2017-11-26, 2017-11-26T09:30, or of ms."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{option} {text}: not a time; write 2026-01-31, 2026-01-31T09:30 or milliseconds") from None
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _directly(
+    settings: Settings, log: LogReader, play: PlaySettings, deterministic: bool, resume: bool
+) -> dict[str, Any]:
     from deploy.replaying import replay_directly
-    from replay.readers import in_time_order
 
     with progress(f"replaying {log.name}") as (bar, task):
         return replay_directly(
-            settings, log, in_time_order(log), deterministic=deterministic, resume=resume,
-            about={"log": [settings.log.format, str(settings.log.path)], "deterministic": deterministic},
+            settings, log, play, deterministic=deterministic, resume=resume,
             progress=lambda so_far: bar.update(
                 task, completed=so_far.events, said=f"{so_far.events:,} events, {so_far.events_per_s:,.0f}/s"
             ),
         )  # fmt: skip
 
 
-def _onto_kafka(settings: Settings, log: LogReader, speed: float, wait: bool) -> dict[str, Any]:
+def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bool) -> dict[str, Any]:
     from deploy.replaying import Followed
-    from replay.player import PlaySettings, play
+    from replay.player import Player, WallClock
     from replay.sinks import KafkaSink
 
     if not log.has_impressions and not settings.join.join.implicit:
@@ -105,11 +148,16 @@ def _onto_kafka(settings: Settings, log: LogReader, speed: float, wait: bool) ->
     followed = Followed(settings) if wait else None
     with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
-            played = play(log, sink, PlaySettings(speed=speed), lambda so_far: show_played(bar, task, so_far))
+            player = Player(sink, play, WallClock(), lambda so_far: show_played(bar, task, so_far))
+            signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())
+            signal.signal(signal.SIGUSR2, lambda number, frame: player.resume())
+            played = player.play(log)
+        if not played.records:
+            raise UsageError("there is no event between --from and --until")
         result: dict[str, Any] = {
             "events_in": played.events, "events_rejected": played.rejected.total(), "records": played.records,
             "items": played.items, "ticks": played.ticks, "events_per_s": round(played.events_per_s, 1),
-            "seconds": round(played.seconds, 3),
+            "seconds": round(played.seconds, 3), "faults": vars(played.faults),
         }  # fmt: skip
         if followed is not None:
             bar.update(task, description="waiting for the workers", total=1.0, completed=0.0)

@@ -41,7 +41,7 @@ from replay.sinks import KafkaSink
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
-EVENTS_PER_REQUEST = 9.2  # of the simulator: items shown and what users do with them
+EVENTS_PER_REQUEST = 9.0  # of the simulator: items shown and what users do with them
 PATIENT = {"join.wait_ms": 3_000, "join.watch_wait_ms": 5_000}  # the simulator's users click within 2 s
 
 
@@ -158,7 +158,7 @@ class _Demo:
         """A log, to its end, or until Ctrl-C."""
         assert self.options.log is not None
         assert self.options.path is not None
-        play = LogPlay(self.options.log, self.options.path, sink)
+        play = LogPlay(self.options.log, self.options.path, sink, self.home)
         await live.ready(stop, with_items=False)
         live.traffic = play
         started = time.monotonic()
@@ -232,7 +232,8 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
-        flags |= {"join.implicit": not READERS[options.log].has_impressions, "join.ticks": "log"}
+        implicit = settings.join.join.implicit or not READERS[options.log].has_impressions
+        flags |= {"join.implicit": implicit, "join.ticks": "log"}
     if options.keep and (home / "headrace.toml").exists():
         flags |= _kept(home)
     return settings.with_flags(flags)

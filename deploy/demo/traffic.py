@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import aiohttp
 import orjson
@@ -105,11 +106,15 @@ class ClosedLoop:
             self.sink.send(record)
 
 
-class LogPlay:
-    """A historical log, played at full speed. One asyncio task: `run`."""
+class _Stopped(Exception):
+    """Ctrl-C, before a log came to its first event."""
 
-    def __init__(self, name: str, path: str, sink: KafkaSink) -> None:
-        self.log = open_log(name, path)
+
+class LogPlay:
+    """A historical log, played at full speed. One asyncio task: `run`. `directory`: for what is sorted on disk."""
+
+    def __init__(self, name: str, path: str, sink: KafkaSink, directory: Path) -> None:
+        self.log, self._directory = open_log(name, path), directory
         self.player = Player(sink, PlaySettings(), WallClock(), None)
 
     @property
@@ -121,5 +126,14 @@ class LogPlay:
 
         Raises LogError, BrokerError.
         """
-        records = itertools.takewhile(lambda _: not stop.is_set(), in_time_order(self.log))
-        return await asyncio.to_thread(self.player.play, records)
+
+        def look() -> None:
+            if stop.is_set():
+                raise _Stopped
+
+        ordered = in_time_order(self.log, directory=self._directory, progress=look)
+        records = itertools.takewhile(lambda _: not stop.is_set(), ordered)
+        try:
+            return await asyncio.to_thread(self.player.play, records)
+        except _Stopped:  # while it was sorted: nothing has been sent
+            return self.player.played

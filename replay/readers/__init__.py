@@ -5,20 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from embedding_store.errors import UsageError
-from replay.readers.base import BadRow, DelimitedReader, LogReader, Record, in_time_order, new_items
+from replay.readers.base import Layout, LogReader, Record, TableReader, new_items
+from replay.readers.detection import likeness
+from replay.readers.gamerch import GaMerch
+from replay.readers.generic import Generic
 from replay.readers.kuairand import KuaiRand
+from replay.readers.movielens import MovieLens
+from replay.readers.onlineretail import OnlineRetail
+from replay.readers.openbandit import OpenBandit
+from replay.readers.recorded import Events
+from replay.readers.settings import ColumnMapping, LogSettings
+from replay.readers.sorting import in_time_order
 from replay.readers.taobao import Taobao
+from replay.readers.values import BadRow, SetAside
+from replay.readers.yoochoose import YooChoose
 
-READERS: dict[str, type[LogReader]] = {reader.name: reader for reader in (Taobao, KuaiRand)}
+READERS: dict[str, type[LogReader]] = {
+    reader.name: reader
+    for reader in (Events, Generic, GaMerch, KuaiRand, MovieLens, OnlineRetail, OpenBandit, Taobao, YooChoose)
+}
 
 
-def open_log(name: str, path: str | Path, max_rejected_share: float = 0.01) -> LogReader:
-    """A reader of the log of format `name` at `path`. UsageError for an unknown name, LogError for a bad file."""
+def open_log(
+    name: str, path: str | Path, max_rejected_share: float = 0.01, columns: ColumnMapping | None = None
+) -> LogReader:
+    """A reader of the log of format `name` at `path`, a local file or a URL; `columns` are for the format generic.
+
+    Raises UsageError for an unknown name and a mapping that does not fit, LogError for a bad file.
+    """
     if name not in READERS:
         raise UsageError(f"no reader is named {name!r}; there are {', '.join(sorted(READERS))}")
-    return READERS[name].open(path, max_rejected_share)
+    return READERS[name].open(path, max_rejected_share, columns)
+
+
+def detect(path: str | Path) -> str | None:
+    """The name of the format that the file at `path` is written in, by its names of columns and its first rows; None
+    if no reader takes it (a mapping for `generic` may then). Raises LogError if there is no such file."""
+    likely = {name: likeness(reader, path) for name, reader in READERS.items() if name != Generic.name}
+    best = max(likely, key=lambda name: likely[name])
+    return best if likely[best] else None
 
 
 __all__ = [
-    "READERS", "BadRow", "DelimitedReader", "LogReader", "Record", "in_time_order", "new_items", "open_log",
+    "READERS", "BadRow", "ColumnMapping", "Layout", "LogReader", "LogSettings", "Record", "SetAside", "TableReader",
+    "detect", "in_time_order", "new_items", "open_log",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""Users, items and arrivals of the simulated marketplace: all of it follows from the seed and the time alone."""
+"""Users and items of the simulated marketplace: all of it follows from the seed and the time alone, but the stock."""
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from replay.simulator.settings import SimulatorSettings
@@ -16,9 +16,11 @@ NOUNS = (
     "camera", "sneakers",
 )  # fmt: skip
 ADJECTIVES = ("red", "blue", "green", "small", "folding", "vintage", "quiet", "light", "warm", "bright", "soft")
+REDUCED = 0.8  # of the price, while an item is reduced
+PROMOTIONS_A_LIFE = 4  # how often, in an item's life, it is decided anew what is reduced
 
-# What the numbers of a stream of randomness are for: each has a generator of its own.
-_CENTRES, _USERS, _ITEM, _SECOND = 1, 2, 3, 4
+# What the numbers of a stream of randomness are for: each has a generator of its own (4: sessions.py).
+_CENTRES, _USERS, _ITEM, _BOTS, _PROMOTION = 1, 2, 3, 5, 6
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -27,7 +29,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 class Users:
-    """Latent tastes float64 [users, DIM]: near one or two categories' centres, turning slowly and steadily."""
+    """Latent tastes float64 [users, DIM]: near one or two categories' centres, turning slowly and steadily.
+
+    `activity`: float64 [users], shares of the sessions, summed up; `bot`: bool [users].
+    """
 
     def __init__(self, settings: SimulatorSettings) -> None:
         rng = np.random.default_rng([settings.seed, _USERS])
@@ -45,6 +50,7 @@ class Users:
         self.activity = np.cumsum(activity / activity.sum())
         # The part of `_then` that `_now` has not: so that a turn keeps the length.
         self._then = unit(self._then - (self._then * self._now).sum(1, keepdims=True) * self._now)
+        self.bot = np.random.default_rng([settings.seed, _BOTS]).random(n) < settings.bots
 
     def taste(self, user: int, seconds: float) -> np.ndarray:
         """float64 [DIM], of length 1, `seconds` after the start."""
@@ -55,40 +61,103 @@ class Users:
 class Items:
     """The shelf: a fixed number of places; when an item's life ends, a new one takes its place.
 
-    Arrays are by place: `vector` [items, DIM], `category`, `quality`, `price`, `length_ms` (of its video), `born` and
-    `dies` (seconds since the start; born may be negative), `number` (of the item: its id is "i<number>").
+    Arrays are by place: `vector` [items, DIM], `category`, `quality`, `price` (what is asked now), `reduced`, `stock`,
+    `length_ms` (of its video), `born` and `dies` (seconds since the start; born may be negative), `back` (when what is
+    sold out comes back, else -1), `number` (of the item: its id is "i<number>").
     """
 
     def __init__(self, settings: SimulatorSettings, centres: np.ndarray, start_ms: int) -> None:
         n = settings.items
         self._settings, self._centres, self._start_ms = settings, centres, start_ms
         self.vector = np.zeros((n, DIM))
-        self.category = np.zeros(n, np.int64)
+        self.category, self.number, self.stock = (np.zeros(n, np.int64) for _ in range(3))
         self.quality, self.price, self.born, self.dies, self.length_ms = (np.zeros(n) for _ in range(5))
-        self.number = np.zeros(n, np.int64)
+        self.reduced, self.back = np.zeros(n, bool), np.full(n, -1.0)
         self.records: list[Item] = []
         self.place: dict[str | int, int] = {}
-        self._next = 0
+        self._full_price = np.zeros(n)
+        self._next = self._window = 0
         self._deaths: list[tuple[float, int]] = []
+        self._returns: list[tuple[float, int, str | int]] = []
         for place in range(n):
             self.records.append(self._make(place, 0.0, aged=True))
+        self._promote(0)
 
-    def advance(self, seconds: float) -> list[tuple[int, Item, Item]]:
-        """Ends the lives that are over at `seconds`: (place, the old item with stock 0, the new one) each, by time."""
-        changes = []
-        while self._deaths[0][0] <= seconds:
-            at, place = heapq.heappop(self._deaths)
-            gone = self.records[place]
-            del self.place[gone.item]
-            sold_out = Item(item=gone.item, title=gone.title, lang=gone.lang, category=gone.category, price=gone.price,
-                            stock=0, seller=gone.seller, created=gone.created)  # fmt: skip
-            self.records[place] = self._make(place, at)
-            changes.append((place, sold_out, self.records[place]))
-        return changes
+    def on_offer(self) -> list[Item]:
+        """The records of what can be had now."""
+        if self._returns:
+            return [record for record in self.records if record.stock]
+        return list(self.records)
+
+    def available(self, item: str | int) -> int | None:
+        """The place of an item that is on offer and in stock, else None."""
+        place = self.place.get(item)
+        return place if place is not None and self.stock[place] > 0 else None
+
+    def advance(self, seconds: float) -> list[Item]:
+        """Ends the lives that are over at `seconds`, brings back what was sold out, reduces and restores prices:
+        the records that have changed, by time; of a life that ended the old item with stock 0 and the new one."""
+        changes: list[Item] = []
+        length = self._settings.item_life_s / PROMOTIONS_A_LIFE
+        while True:
+            death, back = self._deaths[0][0], self._returns[0][0] if self._returns else np.inf
+            window = (self._window + 1) * length
+            if min(death, back, window) > seconds:
+                return changes
+            if death <= min(back, window):
+                at, place = heapq.heappop(self._deaths)
+                gone = self.records[place]
+                del self.place[gone.item]
+                self.records[place] = self._make(place, at)
+                self._price(place)
+                changes += (msgspec.structs.replace(gone, stock=0), self.records[place])
+            elif back <= window:
+                _, place, item = heapq.heappop(self._returns)
+                if self.place.get(item) == place:  # it has not ended its life meanwhile
+                    self.back[place] = -1.0
+                    changes.append(self._restock(place, 100))
+            else:
+                changes += self._promote(self._window + 1)
+
+    def take(self, item: str | int, quantity: int, seconds: float) -> Item | None:
+        """Sells `quantity` of an item: its record after that, or None if there are not so many or it is gone."""
+        place = self.place.get(item)
+        if place is None or self.stock[place] < quantity:
+            return None
+        left = int(self.stock[place]) - quantity
+        if not left:
+            self.back[place] = seconds + self._settings.restock_s
+            heapq.heappush(self._returns, (float(self.back[place]), place, item))
+        return self._restock(place, left)
+
+    def give_back(self, item: str | int, quantity: int) -> list[Item]:
+        """What was refunded is in stock again, unless the item is gone or waits to be restocked: what has changed."""
+        place = self.place.get(item)
+        if place is None or not self.stock[place]:
+            return []
+        return [self._restock(place, int(self.stock[place]) + quantity)]
 
     def fade(self, places: np.ndarray, seconds: float) -> np.ndarray:
         """How far items are through their lives, 0 to 1 (float64, as `places`)."""
         return np.clip((seconds - self.born[places]) / (self.dies[places] - self.born[places]), 0.0, 1.0)
+
+    def _restock(self, place: int, stock: int) -> Item:
+        self.stock[place] = stock
+        self.records[place] = msgspec.structs.replace(self.records[place], stock=stock)
+        return self.records[place]
+
+    def _promote(self, window: int) -> list[Item]:
+        """Decides what is reduced in a window of time: the records whose price has changed."""
+        self._window = window
+        rng = np.random.default_rng([self._settings.seed, _PROMOTION, window])
+        before, self.reduced = self.reduced, rng.random(len(self.reduced)) < self._settings.promotions
+        return [self._price(place) for place in np.flatnonzero(before != self.reduced).tolist()]
+
+    def _price(self, place: int) -> Item:
+        self.price[place] = round(float(self._full_price[place]) * (REDUCED if self.reduced[place] else 1.0), 2)
+        if self.records[place].price != self.price[place]:
+            self.records[place] = msgspec.structs.replace(self.records[place], price=float(self.price[place]))
+        return self.records[place]
 
     def _make(self, place: int, at: float, aged: bool = False) -> Item:
         number = self._next
@@ -100,7 +169,7 @@ class Items:
         self.category[place], self.number[place] = category, number
         self.vector[place] = unit(self._centres[category] + rng.normal(size=DIM) * 0.35 / np.sqrt(DIM) * 2)
         self.quality[place] = rng.normal() * 0.7
-        self.price[place] = round(float(rng.lognormal(3.0, 0.7)), 2)
+        self.price[place] = self._full_price[place] = round(float(rng.lognormal(3.0, 0.7)), 2)
         self.length_ms[place] = round(float(np.clip(rng.lognormal(9.1, 0.6), 3000, 60_000)))
         self.born[place], self.dies[place] = born, born + life
         heapq.heappush(self._deaths, (born + life, place))
@@ -112,37 +181,5 @@ class Items:
             created=max(0, self._start_ms + int(born * 1000)),
         )  # fmt: skip
         self.place[item.item] = place
+        self.stock[place], self.back[place] = item.stock or 0, -1.0
         return item
-
-
-@dataclass
-class Arrivals:
-    """Requests of one second: float64 seconds since the start, ascending; user; uniform numbers for the rest."""
-
-    at: np.ndarray  # float64 [n]
-    user: np.ndarray  # int64 [n]
-    coin: np.ndarray  # float64 [n, 2] which scenario, which query
-
-
-class Requests:
-    """Poisson arrivals; most come from somebody who was here in the last seconds (a session), the rest by activity."""
-
-    STAYS = 0.75  # chance that a request belongs to a session that is going on
-    MEMORY = 4  # seconds in which a session goes on
-
-    def __init__(self, settings: SimulatorSettings, users: Users) -> None:
-        self._settings, self._users = settings, users
-        self._recent: list[np.ndarray] = []
-
-    def second(self, second: int) -> Arrivals:
-        """The arrivals in [second, second + 1). To be asked for in order, from 0 on."""
-        rng = np.random.default_rng([self._settings.seed, _SECOND, second])
-        n = int(rng.poisson(self._settings.requests_per_s))
-        at = second + np.sort(rng.random(n))
-        user = np.minimum(np.searchsorted(self._users.activity, rng.random(n)), self._settings.users - 1)
-        stays, which = rng.random(n) < self.STAYS, rng.random(n)
-        recent = np.concatenate(self._recent) if self._recent else user[:0]
-        if len(recent):
-            user = np.where(stays, recent[(which * len(recent)).astype(np.int64)], user)
-        self._recent = [*self._recent[1 - self.MEMORY :], user]
-        return Arrivals(at, user, rng.random((n, 2)))

@@ -13,10 +13,12 @@ from replay.player import Played, PlaySettings, play
 from replay.readers.base import Record
 from replay.simulator.marketplace import Marketplace, Request
 from replay.simulator.settings import SimulatorSettings
+from replay.simulator.truth import TruthFile
 from replay.sinks import Sink
 from streams.events import Event, units
 
 START_MS = 1_767_225_600_000  # 2026-01-01: a fixed start, so that the same settings give the same file
+QUIET_MS = 3_600_000  # time in which nothing happens is skipped, in steps of at most so much
 STEP_MS = 100  # no reaction comes sooner after its impression, so the records of a step are all there at its end
 
 Policy: TypeAlias = Callable[[Marketplace, Request], tuple[list[str | int], list[float] | None]]
@@ -57,10 +59,14 @@ class Simulation:
         events: int | None = None,
         policy: Policy = random_policy,
         start_ms: int = START_MS,
+        world: Marketplace | None = None,
+        truth: TruthFile | None = None,
     ) -> None:
-        """Ends after `seconds` of event time or about `events` events (k for an impression of k items), what comes
+        """`world`: another than a plain Marketplace of `settings`; with `truth` it must have been told to keep it.
+        Ends after `seconds` of event time or about `events` events (k for an impression of k items), what comes
         first; with neither, never."""
-        self.world, self.policy = Marketplace(settings), policy
+        self.world = world or Marketplace(settings, keep_truth=truth is not None)
+        self.policy, self._truth = policy, truth
         self._start_ms, self._events = start_ms, events
         self._end_ms = None if seconds is None else start_ms + int(seconds * 1000)
         self.shown, self.expected_clicks = 0, 0.0
@@ -75,17 +81,24 @@ class Simulation:
         world.start(now)
         yield from world.catalogue()
         while (self._end_ms is None or now < self._end_ms) and (self._events is None or count < self._events):
-            now = now + STEP_MS if self._end_ms is None else min(now + STEP_MS, self._end_ms)
+            now = max(now + STEP_MS, world.next_ms(now + QUIET_MS))
+            now = now if self._end_ms is None else min(now, self._end_ms)
             step = world.advance(now)
             yield from step.items
             shown = [self._show(request) for request in step.requests]
             for event in heapq.merge(step.events, shown, key=lambda event: event.ts):
                 count += units(event)
                 yield event
+            self._note(world)
+
+    def _note(self, world: Marketplace) -> None:
+        if self._truth is not None and world.truth:
+            self._truth.write(world.truth)
+            world.truth.clear()
 
     def _show(self, request: Request) -> Event:
         items, propensities = self.policy(self.world, request)
-        chance = self.world.click_probabilities(request.user, items, request.ts, request.scenario, request.query)
+        chance = self.world.page_truth(request, items)
         self.shown += len(items)
         self.expected_clicks += float(chance.sum())
         return self.world.show(request, items, ts=request.ts, propensities=propensities)
@@ -112,6 +125,8 @@ def simulate_to(
     events: int | None = None,
     policy: Policy = random_policy,
     start_ms: int = START_MS,
+    world: Marketplace | None = None,
+    truth: TruthFile | None = None,
     pace: PlaySettings | None = None,
     progress: Callable[[Played], None] | None = None,
 ) -> Simulated:
@@ -119,6 +134,8 @@ def simulate_to(
 
     Onto a live Kafka choose `start_ms` so that the run does not end in the future: the joiner refuses such events.
     """
-    run = Simulation(settings, seconds=seconds, events=events, policy=policy, start_ms=start_ms)
+    run = Simulation(
+        settings, seconds=seconds, events=events, policy=policy, start_ms=start_ms, world=world, truth=truth
+    )
     played = play(run, sink, pace, progress)
     return Simulated(played, settings.seed, run.true_ctr)

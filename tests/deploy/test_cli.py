@@ -34,7 +34,8 @@ def headrace(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedPro
 
 COMMANDS = [
     "doctor", "broker", "broker start", "broker stop", "broker status", "broker fetch", "topics", "topics create",
-    "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build", "dashboards push",
+    "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
+    "dashboards push", "log", "log inspect", "log validate", "log sort", "init",
 ]  # fmt: skip
 
 
@@ -49,12 +50,12 @@ def test_every_command_has_help_with_an_example_and_quickly(tmp_path: Path) -> N
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     *helps, imported = ran.stdout.split("##")
-    groups = {"broker", "topics", "dashboards"}
+    groups = {"broker", "topics", "dashboards", "log"}
     assert len(helps) == len(COMMANDS)
     for command, text in zip(COMMANDS, helps, strict=True):
         assert f"Usage: headrace {command}" in text
         assert command in groups or "Example: headrace" in text
-    assert imported.split() == ["dashboards", "push", "0"]  # nothing slow was imported
+    assert imported.split() == ["init", "0"]  # nothing slow was imported
 
 
 @pytest.mark.parametrize(

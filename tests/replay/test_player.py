@@ -1,28 +1,24 @@
-"""The player: every record once, in order, where all producers put it; and time carried to every partition."""
+"""The player: every record once, in order and at its pace; time carried to every partition; pauses and progress."""
 
 from __future__ import annotations
 
-import gzip
-import socket
+import signal
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from copy import copy
+from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Self
 
 import pytest
-from kafka.partitioner import DefaultPartitioner
 
-from deploy.broker import Broker
-from deploy.processes import free_port
-from embedding_store.errors import BrokerError, LogError
-from replay.player import Played, PlaySettings, play
-from replay.readers import Record, in_time_order, open_log
-from replay.sinks import JsonlSink, KafkaSink
-from streams.events import Click, Event, Impression, Item, Tick, decode, decode_item, encode
-from streams.topics import TopicSettings, create_topics
-from tests.replay.conftest import TAOBAO_BY_TIME
-
-Topic = list[tuple[int, bytes | None, bytes]]
+from replay.faults import Garbage
+from replay.player import Played, Player, PlaySettings, WallClock, in_window, play
+from replay.readers import Record, open_log
+from replay.readers.taobao import Taobao
+from streams.events import Click, Event, Id, Impression, Item, Tick
 
 
 class ListSink:
@@ -30,11 +26,14 @@ class ListSink:
 
     def __init__(self, partitions: int = 4) -> None:
         self.partitions = partitions
-        self.sent: list[Record | int] = []
+        self.sent: list[Record | Garbage | int] = []
         self.flushed = 0
 
     def send(self, record: Event | Item) -> None:
         self.sent.append(record)
+
+    def send_raw(self, value: bytes, user: Id) -> None:
+        self.sent.append(Garbage(value, user))
 
     def tick(self, ts: int) -> int:
         self.sent.append(ts)
@@ -48,7 +47,7 @@ class ListSink:
 
 
 class FakeClock:
-    """A clock that only sleeping moves."""
+    """A clock that only waiting moves."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -56,17 +55,20 @@ class FakeClock:
     def now(self) -> float:
         return self.seconds
 
-    def sleep(self, seconds: float) -> None:
+    def wait(self, calls: SimpleQueue[bool], seconds: float) -> bool | None:
         assert seconds > 0
-        self.seconds += seconds
+        if calls.empty():
+            self.seconds += seconds
+            return None
+        return calls.get()
 
 
 def click(ts: int, user: int = 1) -> Click:
     return Click(event_id=f"e{ts}", ts=ts, user=user, item=7)
 
 
-def times(sent: Iterable[Record | int]) -> list[tuple[str, int]]:
-    return [("tick", r) if isinstance(r, int) else ("event", r.ts) for r in sent if not isinstance(r, Item)]
+def times(sent: Iterable[Record | Garbage | int]) -> list[tuple[str, int]]:
+    return [("tick", r) if isinstance(r, int) else ("event", r.ts) for r in sent if not isinstance(r, Item | Garbage)]
 
 
 # --- without Kafka
@@ -142,150 +144,275 @@ def test_progress_is_told_while_it_goes_on() -> None:
     assert 5 < len(told) < 13
 
 
-def test_a_file_takes_the_records_and_is_the_same_each_time(tmp_path: Path) -> None:
-    records: list[Record] = [Item(item=7, category="c"), click(1), click(2)]
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.gz"):
-        with JsonlSink(tmp_path / name) as sink:
-            play(records, sink)
-    plain = (tmp_path / "a.jsonl").read_bytes()
-    assert plain.splitlines() == [encode(record) for record in records]
-    packed = (tmp_path / "b.jsonl.gz").read_bytes()
-    assert gzip.decompress(packed) == plain
-    assert packed == (tmp_path / "c.jsonl.gz").read_bytes()
-    with pytest.raises(LogError, match=r"choose a place that can be written"):
-        JsonlSink(tmp_path / "nowhere" / "x.jsonl")
+# --- a window of the log
 
 
-# --- on Kafka
+def item(name: str, title: str = "") -> Item:
+    return Item(item=name, title=title)
 
 
-def test_on_kafka_every_record_is_there_once_where_its_key_belongs(
-    broker: str, topics: TopicSettings, read_topic: Callable[[str], Topic], public_log: Callable[[str], Path]
-) -> None:
-    log = open_log("taobao", public_log(TAOBAO_BY_TIME))
-    with KafkaSink(broker, topics.events, topics.items) as sink:
-        played = play(log, sink)
-    assert (played.events, played.items, played.rejected) == (96_168, 75_384, {})
-
-    expected = [record for record in in_time_order(log) if not isinstance(record, Item)]
-    place = {event.event_id: number for number, event in enumerate(expected)}
-    last_of_partition: dict[int, int] = defaultdict(lambda: -1)
-    ticks: dict[int, list[int]] = defaultdict(list)
-    seen = 0
-    for partition, key, value in read_topic(topics.events):
-        event = decode(value)
-        if isinstance(event, Tick):
-            assert key is None
-            ticks[partition].append(event.ts)
-            continue
-        assert expected[place[event.event_id]] == event
-        assert place[event.event_id] > last_of_partition[partition], "out of order, or twice"
-        last_of_partition[partition] = place[event.event_id]
-        if seen < 2000:
-            assert key == str(event.user).encode()
-            assert partition == DefaultPartitioner().partition("t", None, key, None, value, _Cluster())
-        seen += 1
-    assert seen == len(expected)
-    assert set(ticks) == {0, 1, 2, 3}
-    assert sum(map(len, ticks.values())) == played.ticks
-    for partition in ticks:
-        assert ticks[partition] == ticks[0]
-    assert played.to_ms is not None
-    assert ticks[0][-1] == played.to_ms + PlaySettings().closing_ms
-
-    items = [(key, decode_item(value)) for _, key, value in read_topic(topics.items)]
-    assert len(items) == played.items
-    assert all(key == str(item.item).encode() for key, item in items)
+def test_only_the_window_is_played_but_all_of_the_catalogue_that_it_may_name() -> None:
+    log: list[Record] = [
+        item("a"), click(1000), item("a", "new"), click(1500), click(2000), item("b"), click(2999),
+        item("c"), click(3000), item("d"),
+    ]  # fmt: skip
+    sink = ListSink()
+    played = play(log, sink, PlaySettings(from_ms=2000, until_ms=3000, closing_ms=500))
+    assert sink.sent == [item("a"), item("a", "new"), click(2000), item("b"), click(2999), 3499]
+    assert (played.records, played.items, played.from_ms, played.to_ms) == (2, 3, 2000, 2999)
+    for settings, expected in ((PlaySettings(from_ms=2999), [2999, 3000]), (PlaySettings(until_ms=1500), [1000])):
+        sink = ListSink()
+        play(log, sink, settings)
+        assert [ts for what, ts in times(sink.sent) if what == "event"] == expected
 
 
-class _Cluster:
-    """What kafka-python's default partitioner asks of a cluster."""
-
-    def topics(self) -> set[str]:
-        return {"t"}
-
-    def partitions_for_topic(self, topic: str) -> set[int]:
-        return {0, 1, 2, 3}
-
-    available_partitions_for_topic = partitions_for_topic
+def test_out_of_order_events_of_the_window_are_played_too() -> None:
+    sink = ListSink()
+    play([click(1000), click(3000), item("a"), click(2000), click(900)], sink, PlaySettings(from_ms=950, until_ms=2500))
+    assert sink.sent[:3] == [click(1000), item("a"), click(2000)]
+    assert len(sink.sent) == 4
 
 
-def test_a_record_of_the_largest_size_passes_and_one_past_it_is_an_error(broker: str, topics: TopicSettings) -> None:
-    def big(size: int) -> Item:
-        return Item(item=1, title="x" * size)
+def test_of_a_log_nothing_is_read_past_the_window() -> None:
+    read: list[int] = []
 
-    with KafkaSink(broker, topics.events, topics.items) as sink:
-        sink.send(big(999_900))
-        sink.send(big(10))
-    sink = KafkaSink(broker, topics.events, topics.items)
-    sink.send(big(1_100_000))
-    with pytest.raises(BrokerError):
-        sink.close()
+    def log() -> Iterator[Record]:
+        for ts in range(10):
+            read.append(ts)
+            yield click(ts)
 
-
-def test_what_is_outstanding_is_bounded(
-    broker: str, topics: TopicSettings, monkeypatch: pytest.MonkeyPatch, read_topic: Callable[[str], Topic]
-) -> None:
-    monkeypatch.setattr("replay.sinks.OUTSTANDING", 100)
-    with KafkaSink(broker, topics.events, topics.items) as sink:
-        for ts in range(2000):
-            sink.send(click(ts, user=ts))
-            assert sink._sent - sink._kept <= 100
-    assert len(read_topic(topics.events)) == 2000
+    assert [r.ts for r in in_window(log(), 2, 5) if isinstance(r, Click)] == [2, 3, 4]
+    assert read == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_missing_topic_and_a_missing_broker_are_one_line(broker: str) -> None:
-    with pytest.raises(BrokerError, match=r"has no topic nowhere") as caught:
-        KafkaSink(broker, "nowhere", "nothing")
-    assert "\n" not in str(caught.value)
-    start = time.monotonic()
-    with pytest.raises(BrokerError, match=r"headrace broker start"):
-        KafkaSink(f"127.0.0.1:{free_port()}")
-    assert time.monotonic() - start < 10
+def test_a_window_without_time_in_it_is_refused_and_one_without_events_tells_no_time() -> None:
+    with pytest.raises(ValueError, match=r"`until_ms` \(5\) must be after `from_ms` \(5\)"):
+        PlaySettings(from_ms=5, until_ms=5)
+    sink = ListSink()
+    played = play([item("a"), click(1000)], sink, PlaySettings(from_ms=2000))
+    assert (sink.sent, played.records, played.from_ms) == ([item("a")], 0, None)
 
 
-def test_something_that_is_not_kafka_is_one_line() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        import threading
-
-        def hang_up() -> None:
-            try:
-                while True:
-                    server.accept()[0].close()
-            except OSError:
-                pass
-
-        threading.Thread(target=hang_up, daemon=True).start()
-        with pytest.raises(BrokerError, match=r"takes no records") as caught:
-            KafkaSink(f"127.0.0.1:{server.getsockname()[1]}")
-        assert "\n" not in str(caught.value)
+# --- pauses
 
 
-def test_a_broker_that_goes_away_is_one_line_and_soon(
-    tmp_path: Path, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("replay.sinks.DELIVERY_S", 3.0)
-    topics = TopicSettings(topic_prefix, partitions=2)
-    with Broker.start(tmp_path) as own:
-        create_topics(own.bootstrap, topics)
-        sink = KafkaSink(own.bootstrap, topics.events, topics.items)
-        sink.send(click(0))
-        sink.flush()
-    start = time.monotonic()
-    with pytest.raises(BrokerError, match=r"takes no records") as caught:
-        play((click(ts) for ts in range(1_000_000_000)), sink)
-    sink.abort()
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 60
+class Paused:
+    """A play in a thread of its own that pauses itself before it takes in the record `at`; for `with`."""
+
+    def __init__(self, records: list[Record], at: int, settings: PlaySettings, clock: FakeClock) -> None:
+        self.clock, self.sink, self.arrived = clock, ListSink(), list[float]()
+        self.stands, self.told = threading.Event(), list[Played]()
+        self.player = Player(self.sink, settings, clock, self.progress)
+
+        def pausing() -> Iterator[Record]:
+            for number, record in enumerate(records):
+                if number == at:
+                    self.player.pause()
+                yield record
+
+        send = self.sink.send
+        self.sink.send = lambda record: (self.arrived.append(clock.now()), send(record))[1]  # type: ignore[method-assign]
+        self._thread = threading.Thread(target=lambda: self.player.play(pausing()), daemon=True)
+
+    def progress(self, played: Played) -> None:
+        self.told.append(copy(played))
+        if played.paused:
+            self.stands.set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self.stands.wait(20)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.player.resume()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
 
 
-def test_an_error_in_the_log_leaves_what_was_sent_and_comes_through(
-    broker: str, topics: TopicSettings, tmp_path: Path
-) -> None:
-    path = tmp_path / "log.csv.gz"
-    path.write_bytes(gzip.compress(b"1,10,100,pv,1511658000\n" * 50_000)[:-20])
-    with pytest.raises(LogError, match=r"cut short"), KafkaSink(broker, topics.events, topics.items) as sink:
-        play(open_log("taobao", path), sink)
+@pytest.mark.parametrize("speed", [0.0, 1.0])
+def test_while_it_is_paused_nothing_is_sent_and_afterwards_nothing_rushes(speed: float) -> None:
+    records: list[Record] = [click(ts) for ts in range(0, 10_000, 500)]
+    clock = FakeClock()
+    with Paused(records, 8, PlaySettings(speed=speed), clock) as play:
+        before = list(play.sink.sent)
+        assert before[-1] == click(3500)
+        clock.seconds += 3600.0  # the event time of an hour of ticks
+        assert play.sink.sent == before
+        play.stands.clear()
+    assert play.sink.sent[: len(before)] == before
+    events = [r for r in play.sink.sent if isinstance(r, Click)]
+    assert events == records
+    expected = [100.0 + n * 0.5 * speed + (3600.0 if n >= 8 else 0.0) for n in range(20)]
+    assert play.arrived == pytest.approx(expected, abs=0.002)
+    ticks = [r for r in play.sink.sent if isinstance(r, int)][:-1]
+    assert ticks == ([1000, 2000, 3000, 4000, 5000, 6000, 7000, 8000, 9000] if speed else [])
+    assert play.player.played.seconds == pytest.approx(9.5 * speed, abs=0.002), "a pause is not time of playing"
+    assert [played.paused for played in play.told].count(True) == 1
+    assert not play.told[-1].paused
+
+
+def test_a_pause_may_come_before_the_play_and_twice() -> None:
+    stands, sent = threading.Event(), threading.Event()
+    sink = ListSink()
+    sink.send = lambda record: (sent.set(), sink.sent.append(record))[1]  # type: ignore[method-assign]
+    player = Player(sink, PlaySettings(speed=1.0), WallClock(), lambda played: played.paused and stands.set())
+    player.pause()
+    player.pause()
+    thread = threading.Thread(target=player.play, args=[[click(0), click(100), click(150)]], daemon=True)
+    thread.start()
+    assert stands.wait(20)
+    assert not sent.wait(0.2)
+    player.resume()
+    player.resume()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [r for r in sink.sent if isinstance(r, Click)] == [click(0), click(100), click(150)]
+
+
+class WakingClock(FakeClock):
+    """Its first wait takes as long as nobody calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    def wait(self, calls: SimpleQueue[bool], seconds: float) -> bool | None:
+        if self.waits.is_set():
+            return super().wait(calls, seconds)
+        self.waits.set()
+        return calls.get(timeout=20)
+
+
+def test_a_pause_is_at_once_also_while_the_next_record_is_far() -> None:
+    clock, stands = WakingClock(), threading.Event()
+    player = Player(ListSink(), PlaySettings(speed=1.0), clock, lambda played: played.paused and stands.set())
+    thread = threading.Thread(target=player.play, args=[[click(0), click(90)]], daemon=True)
+    thread.start()
+    assert clock.waits.wait(10)
+    player.pause()
+    assert stands.wait(10)
+    player.resume()
+    thread.join(20)
+    assert not thread.is_alive()
+    calls = SimpleQueue[bool]()
+    calls.put(True)
+    started = time.monotonic()
+    assert WallClock().wait(calls, 100.0)
+    assert time.monotonic() - started < 50
+    assert WallClock().wait(calls, 0.001) is None
+
+
+def test_signal_handlers_of_the_playing_thread_may_pause_and_resume_it() -> None:
+    sink, told = ListSink(), list[int]()
+
+    def progress(played: Played) -> None:
+        if played.paused:
+            told.append(played.records)
+            for number in (signal.SIGUSR1, signal.SIGUSR2):  # once more, which changes nothing
+                signal.raise_signal(number)
+
+    player = Player(sink, PlaySettings(), FakeClock(), progress)
+
+    def log() -> Iterator[Record]:
+        for ts in range(10):
+            if ts in (3, 7):
+                signal.raise_signal(signal.SIGUSR1)
+            yield click(ts)
+
+    before = [
+        signal.signal(signal.SIGUSR1, lambda number, frame: player.pause()),
+        signal.signal(signal.SIGUSR2, lambda number, frame: player.resume()),
+    ]
+    try:
+        player.play(log())
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGUSR2, before[1])
+    assert told == [3, 7]
+    assert [r for r in sink.sent if isinstance(r, Click)] == [click(ts) for ts in range(10)]
+
+
+@pytest.mark.parametrize("during", ["the sleep", "a send"])
+def test_what_a_stopped_process_missed_is_not_caught_up(during: str) -> None:
+    """Ctrl-Z for an hour: the clock goes on, the schedule does not. Half a second is caught up."""
+    clock, sink = FakeClock(), ListSink()
+    arrived: list[float] = []
+    stop, naps, wait = {"short": 0.5, "long": 3600.0}, iter(range(1_000)), clock.wait
+
+    def send(record: Event | Item) -> None:
+        arrived.append(clock.now())
+        if during == "a send" and len(arrived) in (5, 10):
+            clock.seconds += stop["short" if len(arrived) == 5 else "long"]
+        sink.sent.append(record)
+
+    def napping(calls: SimpleQueue[bool], seconds: float) -> None:
+        wait(calls, seconds)
+        if during == "the sleep" and (nap := next(naps)) in (40, 90):
+            clock.seconds += stop["short" if nap == 40 else "long"]
+
+    sink.send, clock.wait = send, napping  # type: ignore[method-assign]
+    played = play([click(ts) for ts in range(0, 20_000, 1000)], sink, PlaySettings(speed=1.0), clock=clock)
+    gaps = [b - a for a, b in pairwise(arrived)]
+    assert max(gaps) == pytest.approx(3601.0, abs=0.2)
+    after = gaps[gaps.index(max(gaps)) + 1 :]
+    assert after == pytest.approx([1.0] * len(after), abs=0.2)
+    assert len(after) > 5
+    assert arrived[-1] == pytest.approx(100.0 + 19.0 + 3600.0, abs=0.2), "the half second was caught up"
+    ticks = [r for r in sink.sent if isinstance(r, int)][:-1]
+    assert max(b - a for a, b in pairwise(ticks)) <= 2000
+    assert played.seconds == pytest.approx(19.0, abs=0.2)
+
+
+# --- progress
+
+
+def test_a_window_of_known_length_has_a_fraction_and_an_end() -> None:
+    clock, told = FakeClock(), list[Played]()
+    settings = PlaySettings(speed=2.0, from_ms=0, until_ms=20_000)
+    play((click(ts) for ts in range(0, 30_000, 100)), ListSink(), settings, lambda p: told.append(copy(p)), clock)
+    for played in told[:-1]:
+        assert played.fraction == pytest.approx(played.seconds / 10, abs=0.02)
+        assert played.eta_s is None or played.eta_s == pytest.approx(10 - played.seconds, abs=0.3)
+    assert sum(played.eta_s is not None for played in told) > 40
+    assert (told[-1].fraction, told[-1].eta_s) == (1.0, 0.0)
+    clock, told = FakeClock(), []
+    play([click(0), click(5000)], ListSink(), PlaySettings(speed=1.0), lambda p: told.append(copy(p)), clock)
+    assert len(told) > 5
+    assert {(p.fraction, p.eta_s) for p in told[:-1]} == {(None, None)}, "of no known length: no promises"
+
+
+class MeasuredLog(Taobao):
+    """A log that says how far it is read; each row takes a clock so long, to be read and to be sent."""
+
+    def progress(self) -> float | None:
+        return self.rows / 1000
+
+
+def test_a_log_that_is_measured_has_a_fraction_of_its_reading_then_of_its_playing(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("".join(f"1,{n % 9},100,pv,{n // 2}\n" for n in range(1000)))
+    clock, sink, told = FakeClock(), ListSink(), list[Played]()
+
+    def send(record: Event | Item) -> None:
+        sink.sent.append(record)
+        clock.seconds += 0.01
+
+    sink.send = send  # type: ignore[method-assign]
+    play(MeasuredLog.open(path), sink, PlaySettings(from_ms=100_000), lambda p: told.append(copy(p)), clock)
+    assert len(told) > 2
+    for played in told[:-1]:
+        assert played.fraction == pytest.approx((200 + played.records) / 1000, abs=0.01)
+        assert played.eta_s == pytest.approx((800 - played.records) * 0.01, rel=0.1, abs=0.2)
+    assert (told[-1].fraction, told[-1].eta_s) == (1.0, 0.0)
+
+
+def test_progress_is_told_whatever_the_number_of_partitions() -> None:
+    clock, told = FakeClock(), []
+    sink = ListSink(partitions=1)
+    sink.send = lambda record: setattr(clock, "seconds", clock.seconds + 0.01)  # type: ignore[method-assign]
+    play([click(ts * 500) for ts in range(3000)], sink, PlaySettings(), lambda p: told.append(p.records), clock)
+    assert len(told) == 3000 // 256 + 1
 
 
 def test_played_rates() -> None:
