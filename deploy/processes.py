@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import random
 import signal
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import psutil
+
+from embedding_store.errors import HeadraceError, UsageError
 
 # Below Linux's ephemeral range (32768 and up): a port kept for the next start is then never in use as the near end
 # of somebody's outgoing connection.
@@ -87,3 +91,26 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str, remedy: str) -> Iterator[None]:
+    """One `what` at a time on the directory of `lock`. The kernel frees it with its process, however that ends.
+
+    Raises UsageError with the `remedy` where it is held, HeadraceError where the directory cannot be used.
+    """
+    home = lock.parent
+    held = filelock.FileLock(lock)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(
+            f"a {what} runs on {home} already: {remedy}, or give this one another place with --data-dir"
+        ) from None
+    except OSError as error:
+        raise HeadraceError(f"{home} cannot be used: {error.strerror}; choose another --data-dir") from None
+    try:
+        yield
+    finally:
+        held.release()

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from filelock import FileLock, Timeout
 from kafka import KafkaConsumer, TopicPartition
 
 from deploy.demo.figures import Model, balance
-from deploy.processes import write_atomically
+from deploy.processes import alone, write_atomically
 from deploy.settings import Settings
 from embedding_store.delta import Assembler
 from embedding_store.errors import CorruptRecord, HeadraceError, UsageError
@@ -54,14 +52,15 @@ def replay_directly(
     records = with_faults(in_window(ordered, play.from_ms, play.until_ms), play.faults, counts)
 
     home = settings.data_dir / "replay"
-    with _alone(home):
+    with alone(settings.data_dir / "replay.lock", "replay", "wait for it"):
         join = settings.join.join
         join = msgspec.structs.replace(join, implicit=join.implicit or not log.has_impressions)
         direct = DirectSettings(
             home / "train", join, settings.model, settings.topics.partitions, settings.train.threads, deterministic,
             play.faults.lag_ms,
         )  # fmt: skip
-        about = {"log": [log.name, str(log.path)], "determinism": deterministic, "window or faults": play}
+        size = Path(log.path).stat().st_size if "://" not in log.path else None  # a log that has grown is another one
+        about = {"log": [log.name, log.path, size], "determinism": deterministic, "window or faults": play}
         about["settings"] = (join, settings.model, direct.partitions)
         _begin(home, resume, msgspec.to_builtins(about))
         result = DirectReplay(direct, progress).run(records)
@@ -84,27 +83,12 @@ def _begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
             )
         return
     try:
-        shutil.rmtree(home, ignore_errors=False) if home.exists() else None
+        if home.exists():
+            shutil.rmtree(home)
         home.mkdir(parents=True)
         write_atomically(home / ABOUT, json.dumps(about))
     except OSError as error:
         raise HeadraceError(f"{home} cannot be used: {error.strerror}; choose another --data-dir") from None
-
-
-@contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(home.parent / "replay.lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"a replay runs on {home.parent} already: wait for it, or give another --data-dir") from None
-    except OSError as error:
-        raise HeadraceError(f"{home.parent} cannot be used: {error.strerror}; choose another --data-dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Followed:

@@ -16,11 +16,8 @@ import shutil
 import signal
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from deploy import broker
 from deploy.demo.figures import Model, balance
@@ -29,11 +26,11 @@ from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
 from deploy.demo.workers import Worker
 from deploy.page import LivePage
-from deploy.processes import free_port, write_atomically
+from deploy.processes import alone, free_port, write_atomically
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.errors import HeadraceError, UsageError
+from embedding_store.errors import HeadraceError
 from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import READERS, open_log
@@ -56,7 +53,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     if settings.bootstrap:
         wait_for_broker(settings.bootstrap)
     home = settings.data_dir / "demo"
-    with _alone(home), contextlib.ExitStack() as stack:
+    with alone(home.parent / "demo.lock", "demo", "stop it (Ctrl-C)"), contextlib.ExitStack() as stack:
         if not options.keep and home.exists():
             _clear(home)
         home.mkdir(parents=True, exist_ok=True)
@@ -243,25 +240,6 @@ def _kept(home: Path) -> dict[str, Any]:
     """Where the run before left off: its topics."""
     before = tomllib.loads((home / "headrace.toml").read_text("utf-8"))
     return {"topics.prefix": before["topics"]["prefix"]}
-
-
-@contextlib.contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """One demo on a data directory at a time. The kernel frees the lock with its process, however that ends."""
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(home.parent / "demo.lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"a demo runs on {home.parent} already: stop it (Ctrl-C), or give this one another place with --data-dir"
-        ) from None
-    except OSError as error:
-        raise HeadraceError(f"{home.parent} cannot be used: {error.strerror}; choose another --data-dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _clear(home: Path) -> None:
