@@ -202,7 +202,7 @@ def test_topics_replay_and_join_on_a_real_kafka(tmp_path: Path, broker: str, top
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        played = headrace("replay", "taobao", "log.csv", "--max-speed", "--json", cwd=tmp_path)
+        played = headrace("replay", "taobao", "log.csv", "--max-speed", "--no-wait", "--json", cwd=tmp_path)
         assert played.returncode == 0, played.stderr
         result = json.loads(played.stdout)
         assert (result["events_in"], result["events_rejected"]) == (195, 0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
@@ -28,12 +27,8 @@ def log() -> Iterator[Record]:
     return iter(Simulation(SimulatorSettings(users=300, items=200, item_life_s=30, requests_per_s=40), events=15_000))
 
 
-def _say(line: object) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
+def main(store: Path, says: Connection) -> None:
+    """Replays, and sends each slice that it has learned, and at the end the figures."""
     direct.SLICE, direct.COMMIT_SECONDS, direct.COMMIT_SHARE = 60, 0.0, 1.0
-    run = direct.DirectReplay(settings(Path(sys.argv[1])), lambda so_far: _say(so_far.slices))
-    _say(json.dumps(run.run(log())))
+    run = direct.DirectReplay(settings(store), lambda so_far: says.send(so_far.slices))
+    says.send(run.run(log()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +21,7 @@ from streams.joiner import JoinSettings
 from streams.topics import TopicSettings, create_topics
 from tests.replay import replay_child
 from tests.replay.conftest import KUAIRAND, TAOBAO_BY_USER
+from tests.streams.children import processes
 
 KILLS = 10
 
@@ -44,26 +45,43 @@ def test_one_log_and_one_seed_give_one_checkpoint(tmp_path: Path, monkeypatch: p
     assert again["prequential"] == one["prequential"]
 
 
+@contextmanager
+def _replaying(store: Path) -> Iterator[Iterator[Any]]:
+    """What a replay in a process of its own says, slice after slice; at the end it is killed, if it is not over."""
+    ours, theirs = processes.Pipe(duplex=False)
+    child = processes.Process(target=replay_child.main, args=(store, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield iter(ours.recv, None)
+    finally:
+        child.kill()
+        child.join()
+        ours.close()
+
+
+def _to_its_end(store: Path) -> tuple[int, dict]:
+    """The number of its slices, its figures."""
+    with _replaying(store) as said:
+        for slices in itertools.count():
+            if isinstance(line := next(said), dict):
+                return slices, line
+    raise AssertionError("not reached")
+
+
 def test_a_replay_that_was_killed_and_resumed_gives_the_same_checkpoint(tmp_path: Path) -> None:
-    dice, command = random.Random(12), [sys.executable, "-m", "tests.replay.replay_child"]
-    whole = subprocess.run([*command, tmp_path / "whole"], capture_output=True, text=True, check=True)
-    *slices, result = whole.stdout.splitlines()
-    expected = json.loads(result)
-    moments = sorted(dice.sample(range(1, len(slices)), KILLS))
-    store, reached = tmp_path / "killed", []
+    dice = random.Random(12)
+    slices, expected = _to_its_end(tmp_path / "whole")
+    moments = sorted(dice.sample(range(1, slices), KILLS))
     for moment in moments:
-        with subprocess.Popen([*command, store], stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            while int(child.stdout.readline()) < moment:
+        with _replaying(tmp_path / "killed") as said:
+            while next(said) < moment:
                 pass
             time.sleep(dice.uniform(0, 0.03))  # anywhere in the next slice or two
-            child.kill()
-        reached.append(moment)
-    last = subprocess.run([*command, store], capture_output=True, text=True, check=True)
-    resumed = json.loads(last.stdout.splitlines()[-1])
+    _, resumed = _to_its_end(tmp_path / "killed")
     assert resumed["resumed_at"] >= moments[-1] - 1, "it went on, and did not begin anew"
     for name in ("checkpoint_digest", "examples_digest", "prequential", "balance", "lost", "duplicated"):
-        assert resumed[name] == expected[name], f"after kills at {reached}"
+        assert resumed[name] == expected[name], f"after kills at {moments}"
 
 
 def test_without_determinism_nothing_is_lost_either(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 # Torch takes seconds to import, and these workers are started often: they are forked from a process that has it.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["tests.streams.children_preload"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.streams.children_preload"])
 
 
 class Child:
@@ -30,7 +30,7 @@ class Child:
 
     def start(self) -> None:
         self._log_from = len(self.said)
-        self.process = _processes.Process(target=_run, args=self._arguments, daemon=True)
+        self.process = processes.Process(target=_run, args=self._arguments, daemon=True)
         self.process.start()
 
     def kill(self) -> None:
