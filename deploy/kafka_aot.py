@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import KafkaError
 
 from deploy.broker import Broker
 from deploy.kafka_jars import aot_cache
@@ -29,7 +30,7 @@ def make_cache() -> bool:
             with Broker.start(Path(home), java_flags=[f"-XX:AOTCacheOutput={partial}"]) as broker:
                 _exercise(broker.bootstrap)
             partial.replace(file)
-    except (BrokerError, OSError):
+    except (BrokerError, KafkaError, OSError):
         return False
     return True
 

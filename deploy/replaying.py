@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -22,6 +23,8 @@ from replay.faults import FaultCounts, with_faults
 from replay.oracle import Rules, compare, expect, read_topic
 from replay.player import PlaySettings, in_window
 from replay.readers import LogReader, in_time_order
+from replay.readers.files import identity
+from streams.events import Item
 from streams.topics import end_offsets
 
 if TYPE_CHECKING:
@@ -48,9 +51,8 @@ def replay_directly(
     from replay.direct import DirectReplay, DirectSettings
 
     counts = FaultCounts()
-    ordered = in_time_order(log, directory=settings.data_dir)
-    records = with_faults(in_window(ordered, play.from_ms, play.until_ms), play.faults, counts)
-
+    chosen = in_window(in_time_order(log, directory=settings.data_dir), play.from_ms, play.until_ms)
+    records = iter(with_faults(chosen, play.faults, counts))
     home = settings.data_dir / "replay"
     with alone(settings.data_dir / "replay.lock", "replay", "wait for it"):
         join = settings.join.join
@@ -59,11 +61,22 @@ def replay_directly(
             home / "train", join, settings.model, settings.topics.partitions, settings.train.threads, deterministic,
             play.faults.lag_ms,
         )  # fmt: skip
-        size = Path(log.path).stat().st_size if "://" not in log.path else None  # a log that has grown is another one
-        about = {"log": [log.name, log.path, size], "determinism": deterministic, "window or faults": play}
+        about = {
+            "log": [log.name, *identity(log.path)],
+            "reading of it": (settings.log.columns, settings.log.max_rejected_share),
+            "determinism": deterministic,
+            "window or faults": play,
+        }
         about["settings"] = (join, settings.model, direct.partitions)
+        head = []
+        for record in records:  # the catalogue comes first: without an event there is nothing to replay
+            head.append(record)
+            if not isinstance(record, Item):
+                break
+        else:
+            raise UsageError(f"{log.path}: there is no event between --from and --until")
         _begin(home, resume, msgspec.to_builtins(about))
-        result = DirectReplay(direct, progress).run(records)
+        result = DirectReplay(direct, progress).run(itertools.chain(head, records))
     result["events_rejected"] += log.rejected.total()
     return result | {"faults": vars(counts)}
 

@@ -121,6 +121,18 @@ class Intake:
         self._book(rows, np.concatenate([p.number for p in parts]))
         return rows
 
+    def users_finished_by(self, rows: int) -> int:
+        """How many users at most have new histories in the blocks that the next `rows` rows can finish."""
+        users = 0
+        for queue in self._pending.values():
+            left = rows
+            for pending in queue:
+                left -= pending.left
+                if left < 0:
+                    break
+                users += len(pending.block.users)
+        return users
+
     def finished(self) -> list[Block]:
         """The blocks that are wholly learned since the last call, in order; the positions move past them."""
         out = []

@@ -123,8 +123,13 @@ class Trainer:
         An id that gets no row is learned by nobody, and counted in `no_room`.
         """
         most = self.settings.batch_size
-        rows = {USER: most, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
+        users = most + self._intake.users_finished_by(most)
+        rows = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
         return self._changed and any(self.tables.room(table) < n for table, n in rows.items())
+
+    def short_of(self, rows: int) -> bool:
+        """Whether so many new ids may find a table full of rows that only a commit lets go of."""
+        return self._changed and any(self.tables.room(table) < rows for table in (USER, ITEM, CATEGORY))
 
     def offer(self, block: Block, source_offset: int) -> bool:
         """Takes a block, which lies at `source_offset` in its partition of `examples`. False: it was seen before.

@@ -32,7 +32,6 @@ from online_model.settings import TrainerSettings
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from replay.faults import Garbage
 from replay.oracle import PartitionOracle, Rules, compare
-from replay.player import PlaySettings
 from replay.readers import Record
 from streams.catalogue import catalogue_item
 from streams.events import Event, Item, Tick, encode, units
@@ -110,7 +109,7 @@ class DirectReplay:
                 self._slice(part)
                 self.replayed.seconds = time.monotonic() - started
                 self.progress(self.replayed)
-            self._tick(self.replayed.to_ms + PlaySettings().closing_ms)
+            self._tick(self.replayed.to_ms + self.settings.join.closing_ms)
             self._offer()
             self._learn(drain=True)
             self._commit()
@@ -137,6 +136,7 @@ class DirectReplay:
             else:
                 self._put(record)
         if items and not learned:
+            self._make_room(len(items))
             self._trainer.catalogue(items)
         self._tick(max(0, self.replayed.to_ms - self.settings.lag_ms))
         self._offer()
@@ -169,9 +169,16 @@ class DirectReplay:
             for record in records:
                 lane.oracle.feed(record.value, None)
             block = lane.joiner.process(records).block
+            self._make_room(len(block.users))
             self.digest.add(block.examples)
             self._trainer.offer(block, lane.blocks)
             lane.blocks += 1
+
+    def _make_room(self, rows: int) -> None:
+        """Commits where so many new ids may find a table full of what is not committed: whether an id gets a row must
+        hang on the log, and not on when the last commit happened to be."""
+        if self._trainer.short_of(rows):
+            self._commit()
 
     def _learn(self, drain: bool) -> None:
         while True:
@@ -214,6 +221,7 @@ class DirectReplay:
             "checkpoint_digest": trainer.digest(),
             "events_per_s": round(self.replayed.events_per_s, 1),
             "seconds": round(self.replayed.seconds, 3),
+            "no_room": trainer.info()["no_room"],
             "resumed_at": self.replayed.resumed_at,
             "slices": self.replayed.slices,
         }

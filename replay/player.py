@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Annotated, Protocol
 
@@ -143,8 +144,15 @@ class Player:
     """One play of one log; `played` can be read while it goes on."""
 
     def __init__(
-        self, sink: Sink, settings: PlaySettings, clock: Clock, progress: Callable[[Played], None] | None
+        self,
+        sink: Sink,
+        settings: PlaySettings,
+        clock: Clock,
+        progress: Callable[[Played], None] | None,
+        directory: Path | None = None,
     ) -> None:
+        """`directory`: where a log is sorted that is too long for the memory; else where temporary files go."""
+        self._directory = directory
         self.sink, self.settings, self.clock, self.progress = sink, settings, clock, progress
         self.played = Played()
         # True: pause, False: resume. Unlike an Event's or a Condition's, its `put` may interrupt a `get` of its own
@@ -180,7 +188,7 @@ class Player:
         if isinstance(records, LogReader):
             played.rejected = records.rejected  # the log's own counter: up to date while it is read
             self._log = records
-            records = in_time_order(records, progress=self._report)
+            records = in_time_order(records, directory=self._directory, progress=self._report)
         chosen: Iterable[Record] = self._passing(records)
         if settings.from_ms is not None or settings.until_ms is not None:
             chosen = in_window(chosen, settings.from_ms, settings.until_ms, ordered)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import threading
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self, TypeAlias, TypeVar
@@ -305,19 +306,25 @@ class JsonlSink(_Closing):
         self._write(value)
 
     def _write(self, line: bytes) -> None:
-        try:
+        with self._explained():
             self._file.write(line + b"\n")
-        except OSError as error:
-            raise LogError(f"{self.path}: {error.strerror}; make room or choose another place") from None
 
     def tick(self, ts: int) -> int:
         return 0
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._explained():
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._raw.close()
+        with self._explained(), self._raw:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LogError(f"{self.path}: {error.strerror}; make room or choose another place") from None
 
     abort = close

@@ -57,6 +57,11 @@ class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     implicit: bool = False  # the log has no impressions: a click is an example
     future_ms: _Ms = 60_000  # an event further ahead of Kafka's clock is refused
 
+    @property
+    def closing_ms(self) -> int:
+        """A tick so much past the last event closes all that is open (but the purchase windows)."""
+        return self.open_ms + self.watch_wait_ms + self.disorder_ms + 300_000
+
     def __post_init__(self) -> None:
         if self.wait_ms > self.open_ms:
             raise ValueError(f"`wait_ms` ({self.wait_ms}) must not be longer than `open_ms` ({self.open_ms})")

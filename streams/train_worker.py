@@ -53,6 +53,7 @@ TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
+SILENCE_SECONDS = 30.0  # so long the broker may not answer
 LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
@@ -119,7 +120,7 @@ class TrainWorker:
         while (items := await self._catalogue.read_to_end()) is not None:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
-        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots())
+        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(self._trainer.sequence))
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
@@ -277,14 +278,15 @@ class TrainWorker:
             await self._outlet.send([Message(topic, part, partition=0) for part in parts])
         self._published = sequence  # the next turn acknowledges it
 
-    async def _snapshots(self) -> None:
+    async def _snapshots(self, before: int) -> None:
         """A snapshot as soon as there is something for a replica to start from, then one every interval.
 
-        Also as soon as an epoch begins: replicas may be past where it goes on from.
+        Also as soon as an epoch begins, of its first version (they come after sequence `before`): replicas may be past
+        where it goes on from.
         """
         newest = latest_snapshot(self._snapshot_folder)
         if newest is None or place_of(newest)[0] != self._trainer.epoch:
-            while not self._published:
+            while self._published <= (0 if newest is None else before):
                 await asyncio.sleep(0.2)
             await self._snapshot()
         while True:
@@ -325,12 +327,17 @@ async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
         consumer.assign([partition])
         first = (await consumer.beginning_offsets([partition]))[partition]
         end = (await consumer.end_offsets([partition]))[partition]
-        start, newest = end, None
+        start, newest, moved = end, None, time.monotonic()
         while newest is None and start > first:
             start = max(first, end - max(LOOK_BACK, 2 * (end - start)))  # markers of transactions are offsets too
             consumer.seek(partition, start)
             while await consumer.position(partition) < end:
-                for record in (await consumer.getmany(timeout_ms=1_000)).get(partition, ()):
+                records = (await consumer.getmany(timeout_ms=1_000)).get(partition, ())
+                if records:
+                    moved = time.monotonic()
+                elif time.monotonic() - moved > SILENCE_SECONDS:
+                    raise BrokerError(f"cannot read {topic}, no answer: is the broker up? `headrace broker status`")
+                for record in records:
                     with contextlib.suppress(CorruptRecord):
                         newest = place_of_part(record.value)
         return newest

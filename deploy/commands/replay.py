@@ -91,7 +91,8 @@ def replay(
         "seed": fault_seed, "duplicates": duplicates, "shuffle_ms": shuffle_ms, "delay": delay, "delay_ms": delay_ms,
         "drop": drop, "garbage": garbage,
     }  # fmt: skip
-    play = _play_settings(0.0 if max_speed or direct else speed or 1.0, from_time, until_time, faults)
+    pace = {"speed": 0.0 if max_speed or direct else speed or 1.0, "closing_ms": settings.join.join.closing_ms}
+    play = _play_settings(pace, from_time, until_time, faults)
     with Output(json) as output:
         if direct:
             result = _directly(settings, log, play, deterministic, resume)
@@ -100,14 +101,16 @@ def replay(
         output.result(result, _text(result))
 
 
-def _play_settings(speed: float, from_time: str | None, until_time: str | None, faults: dict[str, Any]) -> PlaySettings:
+def _play_settings(
+    pace: dict[str, Any], from_time: str | None, until_time: str | None, faults: dict[str, Any]
+) -> PlaySettings:
     import msgspec
 
     from replay.player import PlaySettings
 
     window = {"from_ms": _millis("--from", from_time), "until_ms": _millis("--until", until_time)}
     try:
-        return msgspec.convert({"speed": speed, **window, "faults": faults}, PlaySettings)
+        return msgspec.convert({**pace, **window, "faults": faults}, PlaySettings)
     except msgspec.ValidationError as error:
         raise UsageError(str(error).replace("`", "")) from None
 
@@ -148,7 +151,8 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
     followed = Followed(settings) if wait else None
     with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
-            player = Player(sink, play, WallClock(), lambda so_far: show_played(bar, task, so_far))
+            directory = settings.data_dir if settings.data_dir.is_dir() else None
+            player = Player(sink, play, WallClock(), lambda so_far: show_played(bar, task, so_far), directory)
             signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())
             signal.signal(signal.SIGUSR2, lambda number, frame: player.resume())
             played = player.play(log)

@@ -33,7 +33,7 @@ from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError
 from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
-from replay.readers import READERS, open_log
+from replay.readers import open_log
 from replay.sinks import KafkaSink
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
@@ -155,7 +155,9 @@ class _Demo:
         """A log, to its end, or until Ctrl-C."""
         assert self.options.log is not None
         assert self.options.path is not None
-        play = LogPlay(self.options.log, self.options.path, sink, self.home)
+        play = LogPlay(
+            self.options.log, self.options.path, sink, self.home, self.settings.join.join.closing_ms
+        )
         await live.ready(stop, with_items=False)
         live.traffic = play
         started = time.monotonic()
@@ -229,7 +231,7 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
-        implicit = settings.join.join.implicit or not READERS[options.log].has_impressions
+        implicit = settings.join.join.implicit or not open_log(options.log, options.path or "").has_impressions
         flags |= {"join.implicit": implicit, "join.ticks": "log"}
     if options.keep and (home / "headrace.toml").exists():
         flags |= _kept(home)

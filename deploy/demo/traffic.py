@@ -111,11 +111,12 @@ class _Stopped(Exception):
 
 
 class LogPlay:
-    """A historical log, played at full speed. One asyncio task: `run`. `directory`: for what is sorted on disk."""
+    """A historical log, played at full speed. One asyncio task: `run`. `directory`: for what is sorted on disk;
+    `closing_ms`: of the joiner."""
 
-    def __init__(self, name: str, path: str, sink: KafkaSink, directory: Path) -> None:
+    def __init__(self, name: str, path: str, sink: KafkaSink, directory: Path, closing_ms: int) -> None:
         self.log, self._directory = open_log(name, path), directory
-        self.player = Player(sink, PlaySettings(), WallClock(), None)
+        self.player = Player(sink, PlaySettings(closing_ms=closing_ms), WallClock(), None)
 
     @property
     def sent(self) -> Sent:

@@ -168,7 +168,10 @@ class Layout:
 
     def split(self, line: str, delimiter: str) -> list[str]:
         line = line.rstrip("\r\n")
-        return next(csv.reader([line], delimiter=delimiter), []) if self.quoted else line.split(delimiter)
+        try:
+            return next(csv.reader([line], delimiter=delimiter), []) if self.quoted else line.split(delimiter)
+        except csv.Error:  # a field of more than 131,072 characters
+            return []
 
 
 class TableReader(LogReader):

@@ -81,6 +81,16 @@ def _remote(path: str) -> tuple[Any, str]:
         raise LogError(f"{path}: {error}; check the address of the log") from None
 
 
+def identity(path: str) -> list[Any]:
+    """What tells this file from another one, or from itself when it was changed: path, size, and time or tag."""
+    if "://" not in path:
+        about = Path(path).stat()
+        return [str(Path(path).absolute()), about.st_size, about.st_mtime_ns]
+    system, inner = _remote(path)
+    info = system.info(inner)
+    return [path, info.get("size"), str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")]
+
+
 def _is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 

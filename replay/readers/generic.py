@@ -43,6 +43,7 @@ DELIMITERS = ("\t", ",", ";", "|")
 MAX_POSITION = 32_767
 MAX_RATING = 1e6
 SIMPLE: dict[str, type[Click | Cart | Favourite]] = {"click": Click, "cart": Cart, "favourite": Favourite}
+MAX_KEY = 254  # of the 256 that an id may have: some events add two
 
 
 class Generic(TableReader):
@@ -83,6 +84,8 @@ class Generic(TableReader):
         user, item = name(cells["user"]), name(cells["item"])
         ts = iso_millis(cells["time"]) if mapping.time_unit == "iso" else millis(cells["time"], mapping.time_unit)
         key = name(cells["event_id"], "event_id") if mapping.event_id else self.row_key((*row, str(number_)))
+        if len(key) > MAX_KEY:
+            raise BadRow("event_id", f"{key[:40]!r}… is longer than {MAX_KEY} characters")
         request = name(cells["request"], "request") if cells["request"] else None
         price = number(cells["price"], "price") if cells["price"] else None
         category = name(cells["category"], "category") if cells["category"] else None

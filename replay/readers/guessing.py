@@ -98,7 +98,10 @@ def table_names(path: str) -> list[str]:
         except orjson.JSONDecodeError:
             return []
     delimiter = next((d for d in DELIMITERS if d in line), ",")
-    return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:  # a field of more than 131,072 characters
+        return []
 
 
 def guess_columns(path: str) -> ColumnMapping:

@@ -5,6 +5,7 @@ Every line is a record of the topic `events` or of `items` (kind item), and is h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from replay.readers import files
@@ -13,12 +14,24 @@ from replay.readers.values import BadRow
 from streams.events import Rejected, decode, decode_item
 
 ITEM = b'"item"'
+IMPRESSION, LOOK_AHEAD = '"impression"', 10_000
 
 
 class Events(LogReader):
     name = "events"
     about = "Headrace's own records as JSON lines, as `headrace simulate --out` writes them"
-    has_impressions = True
+
+    def __init__(self, path: str, max_rejected_share: float = 0.01) -> None:
+        super().__init__(path, max_rejected_share)
+        self._impressions: bool | None = None
+
+    @property
+    def has_impressions(self) -> bool:  # type: ignore[override]
+        """Whether there is an impression among its first 10,000 lines."""
+        if self._impressions is None:
+            first = itertools.islice(self._explained(self.source()), LOOK_AHEAD)
+            self._impressions = any(IMPRESSION in line for _, line in first)
+        return self._impressions
 
     def source(self) -> Iterator[tuple[int, str]]:
         with files.open_bytes(self.path) as file, files.open_text(file, self.path) as text:

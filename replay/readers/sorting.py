@@ -71,6 +71,8 @@ def _in_time_order(
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             yield from _merged(file, _write_runs(file, itertools.chain(_drained(held), timed), hold))
+    except msgspec.ValidationError as error:
+        raise LogError(f"{log.path}: a record that no topic would take ({error}): mend or leave out its row") from None
     except OSError as error:
         place = directory or tempfile.gettempdir()
         raise LogError(

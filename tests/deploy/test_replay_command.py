@@ -50,6 +50,7 @@ def _line(capfd: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> 
         (("tabao", "log.jsonl", "--direct"), "no reader is named 'tabao'"),
         (("events", "log.jsonl", "--direct", "--resume"), "there is no replay to resume"),
         (("events", "log.jsonl", "--direct", "--from", "yesterday"), "not a time"),
+        (("events", "log.jsonl", "--direct", "--from", "2031-01-02"), "there is no event between"),
         (("events", "log.jsonl", "--direct", "--from", "2026-01-02", "--until", "2026-01-01"), "must be after"),
     ],
 )
@@ -87,6 +88,10 @@ def test_stopped_by_ctrl_c_it_is_resumed_and_ends_the_same(capfd: pytest.Capture
     assert (stopped.returncode, stopped.stderr) == (130, "headrace: stopped\n")
     Path("headrace.toml").write_text(MODEL + "join.wait_ms = 4000\n")
     assert "of another settings" in _line(
+        capfd, "events", log, "--direct", "--deterministic", "--resume", "--data-dir", "stopped"
+    )
+    Path("headrace.toml").write_text(MODEL + "log.max_rejected_share = 0.5\n")
+    assert "of another reading of it" in _line(
         capfd, "events", log, "--direct", "--deterministic", "--resume", "--data-dir", "stopped"
     )
     Path("headrace.toml").write_text(MODEL)

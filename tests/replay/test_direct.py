@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from online_model.settings import TrainerSettings
+from online_model.settings import FeatureSettings, TrainerSettings
 from replay import direct
 from replay.direct import DirectReplay, DirectSettings, partition_of
 from replay.readers import in_time_order, open_log
 from replay.sinks import KafkaSink
+from streams.events import Item
 from streams.joiner import JoinSettings
 from streams.topics import TopicSettings, create_topics
 from tests.replay import replay_child
@@ -82,6 +83,34 @@ def test_a_replay_that_was_killed_and_resumed_gives_the_same_checkpoint(tmp_path
     assert resumed["resumed_at"] >= moments[-1] - 1, "it went on, and did not begin anew"
     for name in ("checkpoint_digest", "examples_digest", "prequential", "balance", "lost", "duplicated"):
         assert resumed[name] == expected[name], f"after kills at {moments}"
+
+
+def test_a_full_table_is_full_at_the_same_place_whenever_commits_happen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are not committed cannot make room for others: who gets one must not hang on the clock."""
+    monkeypatch.setattr(direct, "COMMIT_SHARE", 1.0)
+    records = [Item(item=f"new{n}") for n in range(9_000)]
+    for n, record in enumerate(replay_child.log()):
+        records.insert(2 * n, record)
+    results = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(direct, "COMMIT_SECONDS", seconds)
+        features = FeatureSettings(dim=8, users=600, items=2_600, categories=100)
+        model = TrainerSettings(batch_size=16, features=features)
+        settings = DirectSettings(tmp_path / str(seconds), replay_child.JOIN, model, deterministic=True)
+        results.append(DirectReplay(settings).run(records))
+    one, two = results
+    assert one["checkpoint_digest"] == two["checkpoint_digest"]
+    assert one["no_room"] == two["no_room"]
+
+
+def test_windows_longer_than_half_an_hour_are_closed_at_the_end(tmp_path: Path) -> None:
+    join = JoinSettings(wait_ms=3_600_000, open_ms=7_200_000, disorder_ms=600_000)
+    settings = DirectSettings(tmp_path, join, replay_child.settings(tmp_path).model, deterministic=True)
+    figures = DirectReplay(settings).run(replay_child.log())
+    assert figures["balance"]["open"] == 0
+    assert figures["examples"] > 10_000
 
 
 def test_without_determinism_nothing_is_lost_either(tmp_path: Path) -> None:

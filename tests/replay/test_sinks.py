@@ -273,3 +273,9 @@ def test_a_process_that_was_stopped_goes_on(
             sink.send(click(ts, user=ts))
     assert next(stops, None) is None
     assert len(read_topic(topics.events)) == 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line() -> None:
+    with pytest.raises(LogError, match="make room"), JsonlSink("/dev/full") as sink:
+        sink.send(click(1))

@@ -139,6 +139,8 @@ def test_versions_that_the_store_forgot_are_superseded(
     (tmp_path / "old").rename(store)
     with running("train", tmp_path / "log", **settings) as child:
         _wait_for_all_of(lambda: _in_epoch(broker, topics, 2), {0: blocks}, child)
+        snapshots = tmp_path / "data" / "snapshots"
+        wait_for(lambda: place_of(latest_snapshot(snapshots) or Path("0-0"))[0] == 2, child=child)  # not at its end
         assert child.stop() == 0, child.said
     first, *_, last = _in_epoch(broker, topics, 2)
     assert forgotten.sequence > known.sequence
