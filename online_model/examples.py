@@ -1,6 +1,6 @@
 """What the joiner makes and the trainer learns from: columns of rows, in a block named by its offset range.
 
-An example is (request_id, item). Feedback comes at different times, so an example reaches the trainer in up to four
+An example is (request_id, item). Feedback comes at different times, so an example reaches the trainer in several
 parts, each a row with an id of its own and with the features of the moment of the impression (Part).
 """
 
@@ -24,6 +24,8 @@ class Part(IntEnum):
     LATE_CLICK = 1  # clicked after it was learned as not clicked
     WATCH = 2  # the longest play
     PURCHASE = 3  # bought after the click
+    NOT_BOUGHT = 4  # not bought within `purchase_wait_ms` of the click
+    FORGET = 5  # no example: from here on nothing may be known of the user
 
 
 class Source(IntEnum):
@@ -63,6 +65,7 @@ class Examples:
     scenario: np.ndarray  # uint8 [n] index in SCENARIOS
     position: np.ndarray  # int16 [n] place on the page, -1 unknown
     propensity: np.ndarray  # float32 [n] probability of having been shown, nan unknown
+    rate: np.ndarray  # float32 [n] share of the rows of its kind that are kept: it stands for 1 / rate, a whole number
     click: np.ndarray  # int8 [n] 1, 0, -1 not said by this row
     purchase: np.ndarray  # int8 [n] 1, 0 (so far: the window is still open), -1 not said by this row
     play_ms: np.ndarray  # int64 [n] -1 not said by this row
@@ -94,6 +97,7 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "row_id": (np.int64, ()), "example_id": (np.int64, ()), "part": (np.uint8, ()), "source": (np.uint8, ()),
     "ts": (np.int64, ()), "closed": (np.int64, ()), "user": (np.int64, ()), "item": (np.int64, ()),
     "scenario": (np.uint8, ()), "position": (np.int16, ()), "propensity": (np.float32, ()),
+    "rate": (np.float32, ()),
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
     "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
 }  # fmt: skip

@@ -41,7 +41,7 @@ DEAD_VALUE_BYTES = 1_000  # of a refused record, kept in its dead letter
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
 _FOREVER = 1 << 62
-SHOWN, LATE_CLICK, WATCH, PURCHASE = map(int, Part)  # members of an enum are slow to hash and to pack
+SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = map(int, Part)  # an enum is slow to hash and to pack
 IMPRESSION, IMPLICIT = map(int, Source)
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
 
@@ -453,7 +453,7 @@ class Joiner:
         self._rows.append((
             row_id(key, part), hash_text(key), part, IMPRESSION, shown.ts, closed, shown.user, shown.ids[place],
             shown.scenario, shown.positions[place] if shown.positions else -1,
-            shown.propensities[place] if shown.propensities else math.nan,
+            shown.propensities[place] if shown.propensities else math.nan, 1.0,
             click, purchase, play, duration, shown.history, _raw(item),
         ))  # fmt: skip
 
@@ -466,7 +466,7 @@ class Joiner:
         self._rows.append((
             id_, window.example_id, part, window.source, window.ts, closed, user, feature_id("item", event.item),
             window.scenario, window.position, math.nan if window.propensity is None else window.propensity,
-            click, purchase, -1, -1, window.history, _raw(event.item),
+            1.0, click, purchase, -1, -1, window.history, _raw(event.item),
         ))  # fmt: skip
 
 

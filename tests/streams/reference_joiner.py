@@ -177,6 +177,6 @@ class ReferenceJoiner:
         self.rows.append((
             hash_text(f"{x['key']}\0{part}"), hash_text(x["key"]), part, x["source"], x["ts"], closed,
             feature_id("user", x["user"]), feature_id("item", x["item"]), x["scenario"], x["position"],
-            x["propensity"], click, purchase, play_ms, duration_ms, tuple(x["history"]),
+            x["propensity"], 1.0, click, purchase, play_ms, duration_ms, tuple(x["history"]),
             json.dumps(x["item"], ensure_ascii=False),
         ))  # fmt: skip

@@ -34,7 +34,7 @@ def rows_of(examples: Examples) -> Counter:
     rows = [list(row) for row in zip(*columns, strict=True)]
     for row in rows:
         row[10] = None if math.isnan(row[10]) else row[10]
-        row[15] = tuple(row[15])
+        row[16] = tuple(row[16])
     return Counter(map(tuple, rows))
 
 
