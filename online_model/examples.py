@@ -45,6 +45,11 @@ def implicit_key(event_id: str | int, item: str | int) -> str:
     return f"event:{event_id}\x00{item}"
 
 
+def forget_key(event_id: str | int, user: str | int) -> str:
+    """The name under which a user's erasure is counted."""
+    return f"forget:{event_id}\x00{user}"
+
+
 def row_id(key: str, part: int) -> int:
     """The signed 64-bit id of one part of the example `key`: what the balance counts and sums."""
     return hash_text(f"{key}\x00{part}")
@@ -70,6 +75,7 @@ class Examples:
     purchase: np.ndarray  # int8 [n] 1, 0 (so far: the window is still open), -1 not said by this row
     play_ms: np.ndarray  # int64 [n] -1 not said by this row
     duration_ms: np.ndarray  # int64 [n] 0 unknown, -1 not said by this row
+    delay_ms: np.ndarray  # int64 [n] of a purchase: from the first click on the example; -1 not said by this row
     history: np.ndarray  # int64 [n, HISTORY] item ids as of ts, newest first, 0 = none
     item_raw: np.ndarray  # object [n] the item's id as it came, as JSON text
 
@@ -99,6 +105,7 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "scenario": (np.uint8, ()), "position": (np.int16, ()), "propensity": (np.float32, ()),
     "rate": (np.float32, ()),
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
+    "delay_ms": (np.int64, ()),
     "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
 }  # fmt: skip
 

@@ -17,21 +17,25 @@ import xxhash
 from kafka import KafkaConsumer, TopicPartition
 
 SCENARIOS = {"live", "video", "search", "shelf"}
-KINDS = {"impression", "click", "cart", "favourite", "watch", "purchase", "refund", "tick"}
+KINDS = {"impression", "click", "cart", "favourite", "watch", "purchase", "refund", "forget", "tick"}
 MAX_BYTES, MAX_TIME, MAX_DURATION, MAX_COUNT = 1_000_000, 1 << 43, 1 << 40, 1 << 31
-SHOWN, LATE_CLICK, WATCH, PURCHASE = 0, 1, 2, 3
+SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = range(6)
 WRAP = 1 << 64
+TIMERS = ("wait", "watch", "purchase wait", "end")  # in this order at one time
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The settings that the join semantics hang on, in milliseconds."""
+    """The settings that the join semantics hang on; times in milliseconds."""
 
     disorder_ms: int
     wait_ms: int
+    click_window_ms: int
     open_ms: int
     watch_wait_ms: int
     purchase_window_ms: int
+    purchase_wait_ms: int
+    unclicked_of: int
     future_ms: int
     implicit: bool
 
@@ -109,6 +113,8 @@ def _is_user_event(event: dict) -> bool:
         return False
     if kind == "impression":
         return request is not None and _is_impression(event)
+    if kind == "forget":
+        return True
     if not is_id(event.get("item")):
         return False
     if kind == "watch":
@@ -148,12 +154,13 @@ class PartitionOracle:
         self.rules, self.expected = rules, Expected()
         self.watermark: int | None = None
         self.held: list[tuple[int, str, int, dict]] = []  # (ts, event_id, order of arrival, event)
-        self.timers: list[tuple[int, int, str, dict]] = []  # (time, arrival, "wait" | "watch" | "end", example)
+        self.timers: list[tuple[int, int, int, dict]] = []  # (time, which of TIMERS, arrival, example or window)
         self.arrivals = 0
         self.seen: dict[str, int] = {}  # event_id → ts of its first record
         self.open: dict[tuple, dict] = {}  # (user, request, item) → the example
         self.by_item: dict[tuple, list[dict]] = {}  # (user, item) → its open examples
         self.clicks: dict[tuple, dict] = {}  # (user, item) → the last click's window
+        self.forgotten: dict[str, int] = {}  # user → when
 
     def feed(self, value: bytes | None, stamped_ms: int | None) -> None:
         """Take the next record: its value and the time Kafka stamped on it, if known."""
@@ -176,7 +183,7 @@ class PartitionOracle:
         if now is not None and event["ts"] < now:
             balance["late"] += units
             if event["kind"] != "impression":
-                self._act(event, late=True)
+                self._handle(event, late=True)
             return
         balance["open"] += units
         self.arrivals += 1
@@ -196,25 +203,33 @@ class PartitionOracle:
                 self._show(event)
             else:
                 self.expected.balance["open"] -= 1
-                self._act(event, late=False)
+                self._handle(event, late=False)
         self._fire(mark)
 
     def _fire(self, before: int) -> None:
         while self.timers and self.timers[0][0] < before:
-            _, _, what, entry = heapq.heappop(self.timers)
-            if what == "watch":
+            _, which, _, entry = heapq.heappop(self.timers)
+            what = TIMERS[which]
+            if what == "watch" and not entry["gone"]:
                 self._emit(entry["key"], WATCH)
-            elif what == "wait" and not entry["shown"]:
-                self._close(entry)
-            elif what == "end":
-                del self.open[entry["place"]]
-                self.by_item[entry["pair"]].remove(entry)
-                if not self.by_item[entry["pair"]]:
-                    del self.by_item[entry["pair"]]
+            elif what == "wait" and not (entry["shown"] or entry["gone"]):
+                self._close(entry, clicked=False)
+            elif what == "purchase wait":
+                if entry["due"]:
+                    self._not_bought(entry)
+            elif what == "end" and not entry["gone"]:
+                self._remove(entry)
+
+    def _remove(self, entry: dict) -> None:
+        entry["gone"] = True
+        del self.open[entry["place"]]
+        self.by_item[entry["pair"]].remove(entry)
+        if not self.by_item[entry["pair"]]:
+            del self.by_item[entry["pair"]]
 
     def _timer(self, time: int, what: str, entry: dict) -> None:
         self.arrivals += 1
-        heapq.heappush(self.timers, (time, self.arrivals, what, entry))
+        heapq.heappush(self.timers, (time, TIMERS.index(what), self.arrivals, entry))
 
     def _show(self, event: dict) -> None:
         user, request, ts = str(event["user"]), str(event["request_id"]), event["ts"]
@@ -226,26 +241,52 @@ class PartitionOracle:
                 self.expected.balance["open"] -= 1
                 continue
             entry = {"key": f"{request}\x00{item}", "place": place, "pair": pair, "ts": ts}
-            entry |= {"event_id": str(event["event_id"]), "shown": False, "clicked": False, "watched": False}
+            entry |= {"event_id": str(event["event_id"]), "shown": False, "clicked": False, "watched": False, "gone": False}
             self.open[place] = entry
             self.by_item.setdefault(pair, []).append(entry)
             self._timer(ts + self.rules.wait_ms, "wait", entry)
             self._timer(ts + self.rules.open_ms, "end", entry)
 
-    def _close(self, entry: dict) -> None:
+    def _close(self, entry: dict, clicked: bool) -> None:
         entry["shown"] = True
         self.expected.balance["open"] -= 1
         self.expected.balance["joined"] += 1
-        self._emit(entry["key"], SHOWN)
+        self._emit(entry["key"], SHOWN, one_of=1 if clicked else self.rules.unclicked_of)
 
-    def _find(self, event: dict) -> dict | None:
+    def _handle(self, event: dict, late: bool) -> None:
+        user = str(event["user"])
+        if event["kind"] == "forget":
+            self._forget(event, user, late)
+        elif not (late and event["ts"] <= self.forgotten.get(user, -1)):
+            self._act(event, late)
+
+    def _forget(self, event: dict, user: str, late: bool) -> None:
+        for entry in [entry for place, entry in self.open.items() if place[0] == user]:
+            if not entry["shown"]:
+                self.expected.balance["open"] -= 1
+                self.expected.balance["history_only"] += 1
+            self._remove(entry)
+        for pair in [pair for pair in self.clicks if pair[0] == user]:
+            self.clicks.pop(pair)["due"] = None
+        self.forgotten[user] = self._now(event, late)
+        if not late:
+            self.expected.balance["joined"] += 1
+        self._emit(f"forget:{event['event_id']}\x00{event['user']}", FORGET)
+
+    def _now(self, event: dict, late: bool) -> int:
+        if late:
+            assert self.watermark is not None
+            return self.watermark
+        return event["ts"]
+
+    def _find(self, event: dict, within_ms: int) -> dict | None:
         user, item, ts = str(event["user"]), str(event["item"]), event["ts"]
         if event.get("request_id") is not None:
             entry = self.open.get((user, str(event["request_id"]), item))
-            if entry is not None and entry["ts"] <= ts <= entry["ts"] + self.rules.open_ms:
+            if entry is not None and entry["ts"] <= ts <= entry["ts"] + within_ms:
                 return entry
         shown = self.by_item.get((user, item), ())
-        fits = [e for e in shown if e["ts"] <= ts <= e["ts"] + self.rules.open_ms]
+        fits = [e for e in shown if e["ts"] <= ts <= e["ts"] + within_ms]
         return max(fits, key=lambda e: (e["ts"], e["event_id"]), default=None)
 
     def _act(self, event: dict, late: bool) -> None:
@@ -263,38 +304,55 @@ class PartitionOracle:
             self.expected.balance["joined" if found else "history_only"] += 1
 
     def _click(self, event: dict, late: bool) -> bool:
-        entry = self._find(event)
+        entry, first = self._find(event, self.rules.click_window_ms), False
         if entry is None:
             if late or not self.rules.implicit:
                 return False
-            key = f"event:{event['event_id']}\x00{event['item']}"
+            key, first = f"event:{event['event_id']}\x00{event['item']}", True
             self._emit(key, SHOWN)
         else:
-            key = entry["key"]
+            key, first = entry["key"], not entry["clicked"]
             if not entry["shown"]:
-                self._close(entry)
-            elif not entry["clicked"]:
+                self._close(entry, clicked=True)
+            elif first:
                 self._emit(key, LATE_CLICK)
             entry["clicked"] = True
-        self._hold_click(event, key, late)
+        self._hold_click(event, key, late, first)
         return True
 
     def _held_click(self, event: dict, late: bool) -> dict | None:
         """The click window of (user, item), unless its end has passed."""
         held = self.clicks.get((str(event["user"]), str(event["item"])))
-        now = self.watermark if late else event["ts"]
+        now = self._now(event, late)
         return held if held is not None and now <= held["ts"] + self.rules.purchase_window_ms else None
 
-    def _hold_click(self, event: dict, key: str, late: bool) -> None:
+    def _hold_click(self, event: dict, key: str, late: bool, first: bool) -> None:
+        """`first`: on its example, which then waits for a purchase, where that is set."""
         pair, ts = (str(event["user"]), str(event["item"])), event["ts"]
         held = self._held_click(event, late)
         if held is not None and held["key"] == key:
             held["ts"] = max(held["ts"], ts)
-        elif held is None or ts >= held["ts"]:
-            self.clicks[pair] = {"key": key, "ts": ts, "bought": False}
+            return
+        waits = first and self.rules.purchase_wait_ms > 0
+        window = {"key": key, "ts": ts, "bought": False, "due": ts + self.rules.purchase_wait_ms if waits else None}
+        loser = window if held is not None and ts < held["ts"] else held
+        if loser is not None and loser["due"]:
+            self._not_bought(loser)
+        if loser is window:
+            return
+        self.clicks[pair] = window
+        if window["due"] is not None:
+            if window["due"] < self._now(event, late):
+                self._not_bought(window)
+            else:
+                self._timer(window["due"], "purchase wait", window)
+
+    def _not_bought(self, window: dict) -> None:
+        window["due"] = None
+        self._emit(window["key"], NOT_BOUGHT)
 
     def _watch(self, event: dict) -> bool:
-        entry = self._find(event)
+        entry = self._find(event, self.rules.open_ms)
         if entry is None:
             return False
         if not entry["watched"]:
@@ -308,12 +366,14 @@ class PartitionOracle:
         if held is None or event["ts"] < held["ts"]:
             return False
         if not held["bought"]:
-            held["bought"] = True
+            held["bought"], held["due"] = True, None
             self._emit(held["key"], PURCHASE)
         return True
 
-    def _emit(self, key: str, part: int) -> None:
+    def _emit(self, key: str, part: int, one_of: int = 1) -> None:
         row = xxhash.xxh3_64_intdigest(f"{key}\x00{part}".encode("utf-8", "surrogatepass")) or 1
+        if row % one_of:
+            return
         self.expected.rows += 1
         self.expected.sum = (self.expected.sum + row) % WRAP
 

@@ -97,6 +97,10 @@ class Refund(_Action, kw_only=True, frozen=True, gc=False, tag="refund"):
     quantity: Quantity = 1
 
 
+class Forget(_UserEvent, kw_only=True, frozen=True, gc=False, tag="forget"):
+    """From here on nothing may be known of the user: state, history and rows are erased, here and downstream."""
+
+
 class Tick(_Event, kw_only=True, frozen=True, gc=False, tag="tick"):
     """Carries time in an idle partition, and nothing else; never counted as an event."""
 
@@ -115,7 +119,7 @@ class Item(Struct, kw_only=True, frozen=True, tag_field="kind", tag="item", gc=F
 
 
 Action: TypeAlias = Click | Cart | Favourite | Watch | Purchase | Refund
-Event: TypeAlias = Impression | Action | Tick
+Event: TypeAlias = Impression | Action | Forget | Tick
 
 
 def decode(raw: bytes | None) -> Event:

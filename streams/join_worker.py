@@ -214,6 +214,7 @@ class Lane:
         metrics = self._worker.metrics
         with metrics.commit.time():
             self._store.commit(joined, outbox)
+        self._joiner.trim(self._settings.open_in_memory)
         if outbox:
             with metrics.publish.time():
                 await self._publish(outbox, joined.block.to_offset)

@@ -7,25 +7,24 @@ tests/streams/reference_joiner.py is the same in plain dictionaries.
 from __future__ import annotations
 
 import base64
-import math
-from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import orjson
 from msgspec import Meta, Struct
 
 from embedding_store.errors import PositionError
-from embedding_store.ids import feature_id, hash_text
-from online_model.examples import COLUMNS, Block, Examples, Part, Source, example_key, implicit_key, row_id
+from embedding_store.ids import feature_id
+from online_model.examples import Block, implicit_key, row_id
 from online_model.history import EMPTY, UserHistory, as_array, history_hash
 from streams.events import (
     SCENARIOS,
     Action,
     Click,
+    Forget,
     Id,
     Impression,
     Purchase,
@@ -35,14 +34,23 @@ from streams.events import (
     Watch,
     decode,
 )
+from streams.join_rows import (
+    LATE_CLICK,
+    NOT_BOUGHT,
+    PURCHASE,
+    SHOWN,
+    WATCH,
+    Rows,
+    item_of,
+    window_of_click,
+    window_of_impression,
+)
 from streams.join_state import NEVER, Changes, JoinState, Pair, Shown, Window
+from streams.open_impressions import OpenImpressions
 
 DEAD_VALUE_BYTES = 1_000  # of a refused record, kept in its dead letter
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
-_FOREVER = 1 << 62
-SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = map(int, Part)  # an enum is slow to hash and to pack
-IMPRESSION, IMPLICIT = map(int, Source)
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
 
 
@@ -51,9 +59,12 @@ class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     disorder_ms: _Ms = 250  # events may come this much out of order and lose nothing
     wait_ms: _Ms = 5_000  # not clicked for so long: learned as not clicked, until a click corrects it
-    open_ms: _Ms = 1_800_000  # an impression can be acted on for so long
+    open_ms: _Ms = 1_800_000  # an impression can be acted on for so long …
+    click_window_ms: _Ms = 600_000  # … and clicked for so long
     watch_wait_ms: _Ms = 10_000  # from the first watch of an example to its row
     purchase_window_ms: _Ms = 259_200_000  # from the last click
+    purchase_wait_ms: _Ms = 0  # from the first click to the row that says it was not bought; 0: the click's own says so
+    unclicked_of: Annotated[int, Meta(ge=1, le=1 << 16)] = 1  # of so many rows without a click one is kept
     implicit: bool = False  # the log has no impressions: a click is an example
     future_ms: _Ms = 60_000  # an event further ahead of Kafka's clock is refused
 
@@ -63,8 +74,10 @@ class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         return self.open_ms + self.watch_wait_ms + self.disorder_ms + 300_000
 
     def __post_init__(self) -> None:
-        if self.wait_ms > self.open_ms:
-            raise ValueError(f"`wait_ms` ({self.wait_ms}) must not be longer than `open_ms` ({self.open_ms})")
+        for shorter, longer in (("wait_ms", "open_ms"), ("purchase_wait_ms", "purchase_window_ms")):
+            low, high = getattr(self, shorter), getattr(self, longer)
+            if low > high:
+                raise ValueError(f"`{shorter}` ({low}) must not be longer than `{longer}` ({high})")
 
 
 class Record(NamedTuple):
@@ -99,22 +112,13 @@ class Joiner:
         state = state or JoinState()
         self.watermark = state.watermark
         self.counts = state.counts
-        self.number = state.number  # of the next impression
-        self._histories = state.histories
-        self._windows = state.windows
-        self._seen = state.seen
+        self.open = OpenImpressions(state.numbers, state.aside)
+        self._histories, self._windows, self._seen = state.histories, state.windows, state.seen
+        self._plays, self._unbought = state.plays, state.unbought
+        self._forgotten = state.forgotten
         self._held = state.held
         heapify(self._held)
-        self._open: dict[int, Shown] = {}  # by number
-        # One impression mostly, so that is what is there; where it is several: by item, and in order.
-        self._requests: dict[tuple[int, str], Shown | dict[int, Shown]] = {}  # by (user, request)
-        self._newest: dict[tuple[int, int], Shown | deque[Shown]] = {}  # by (user, item)
-        self._waits: deque[Shown] = deque()  # opened in order of ts, so their timers fire in order
-        self._ends: deque[Shown] = deque()
-        self._plays: list[tuple[int, int, int]] = []  # heap of (due, number, place)
-        self._due = _FOREVER  # no timer fires before it
-        for shown in state.shown:
-            self._restore(shown)
+        self._due = NEVER  # no timer fires before it
         self._begin()
 
     def process(self, records: Iterable[Record], to_offset: int | None = None) -> Joined:
@@ -125,10 +129,10 @@ class Joiner:
         """
         self._begin()
         start = end = self.next_offset
-        for record in records:
-            if record.offset >= end:
-                end = record.offset + 1
-                self._take(record)
+        new = [record for record in records if record.offset >= start]
+        if new:
+            end = new[-1].offset + 1
+            self._take_all(new)
         if to_offset is None:
             to_offset = end
         elif to_offset < end:
@@ -136,7 +140,7 @@ class Joiner:
             raise PositionError(f"{text}: pass the offset to go on from")
         self._release()
         self.next_offset = to_offset
-        self._forget()
+        self._forget_what_ended()
         users = sorted(self._pushed)
         block = Block(
             partition=self.partition,
@@ -145,42 +149,68 @@ class Joiner:
             handled=min((held[2] for held in self._held), default=to_offset),
             watermark=self.watermark,
             counts=replace(self.counts),
-            examples=_columns(self._rows),
+            examples=self._rows.columns(),
             users=np.array(users, np.int64),
             histories=as_array([self._pushed[user].latest() for user in users]),
         )
         return Joined(block, self._dead, self._changes)
 
-    # --- a record -----------------------------------------------------------------------------------------------
+    def trim(self, examples: int) -> None:
+        """Puts open examples aside until at most so many are in memory: what `process` changed last is in the store."""
+        self.open.put_aside(examples)
+
+    # --- records ------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._rows: list[tuple] = []
+        self._rows = Rows(self.counts, self.settings.unclicked_of)
         self._dead: list[bytes] = []
         self._pushed: dict[int, UserHistory] = {}
-        self._changes = Changes(self.next_offset, self.number)
+        self._changes = Changes(self.next_offset, replace(self.open.numbers), self.open.numbers, self._forgotten)
 
-    def _take(self, record: Record) -> None:
-        offset, stamp, raw = record
-        counts = self.counts
-        try:
-            event = decode(raw)
-            if stamp is not None and event.ts > stamp + self.settings.future_ms:
-                ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
-                raise Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
-        except Rejected as error:  # 1
-            counts.events_in += 1
-            counts.rejected += 1
-            self._dead.append(_dead_letter(error, self.partition, record))
-            return
-        ts = event.ts
-        watermark = self.watermark
+    def _take_all(self, records: list[Record]) -> None:
+        """Rules 1 to 5 for each record."""
+        events: list[tuple[Record, Impression | Action | Forget | Tick, str, int] | None] = []
+        for record in records:
+            try:
+                event = self._decode(record)
+            except Rejected as error:  # 1
+                self._dead.append(_dead_letter(error, self.partition, record))
+                events.append(None)
+                continue
+            if isinstance(event, Tick):
+                events.append((record, event, "", 0))
+            else:
+                events.append((record, event, str(event.event_id), feature_id("user", event.user)))
+        # What the store must be asked for, it is asked for at once.
+        named = [event for event in events if event is not None and event[2]]
+        found = self._seen.find([name for _, _, name, _ in named], self.watermark)
+        self._histories.fetch({user for *_, user in named})
+        for taken in events:
+            if taken is None:
+                self.counts.events_in += 1
+                self.counts.rejected += 1
+            else:
+                self._take(*taken, found)
+
+    def _decode(self, record: Record) -> Impression | Action | Forget | Tick:
+        event = decode(record.value)
+        stamp = record.timestamp_ms
+        if stamp is not None and event.ts > stamp + self.settings.future_ms:
+            ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
+            raise Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
+        return event
+
+    def _take(
+        self, record: Record, event: Impression | Action | Forget | Tick, event_id: str, user: int,
+        found: dict[str, int],
+    ) -> None:  # fmt: skip
+        counts, ts, watermark = self.counts, event.ts, self.watermark
         if not isinstance(event, Tick):
             units = len(event.items) if isinstance(event, Impression) else 1
             counts.events_in += units  # 2
-            event_id = str(event.event_id)
             first = self._changes.seen.get(event_id)
             if first is None:
-                first = self._seen.first.get(event_id)
+                first = found.get(event_id)
             if first is not None and watermark - first <= self.settings.open_ms:  # 3
                 counts.duplicates += units
                 return
@@ -189,10 +219,10 @@ class Joiner:
                 counts.late += units
                 if not isinstance(event, Impression):
                     self._release()
-                    self._act(event, event_id, watermark, late=True)
+                    self._handle(event, event_id, user, watermark, late=True)
                 return
             counts.open += units
-            heappush(self._held, (ts, event_id, offset, event, raw))  # type: ignore[misc]
+            heappush(self._held, (ts, event_id, record.offset, event, record.value, user))  # type: ignore[misc]
         if ts - self.settings.disorder_ms > watermark:
             self.watermark = ts - self.settings.disorder_ms
 
@@ -201,32 +231,39 @@ class Joiner:
         what came later and was not late has a larger ts than what an earlier watermark let go."""
         held, watermark, stored_below = self._held, self.watermark, self._changes.from_offset
         while held and held[0][0] < watermark:
-            ts, event_id, offset, event, _ = heappop(held)
+            ts, event_id, offset, event, _, user = heappop(held)
             if offset < stored_below:
                 self._changes.released.append(offset)
             if self._due < ts:
                 self._fire(ts)
             if isinstance(event, Impression):
-                self._show(event)
+                self._show(event, user)
             else:
-                self._act(event, event_id, ts, late=False)
+                self._handle(event, event_id, user, ts, late=False)
         if self._due < watermark:
             self._fire(watermark)
 
-    def _forget(self) -> None:
+    def _handle(self, event: Action | Forget, event_id: str, user: int, now: int, late: bool) -> None:
+        if isinstance(event, Forget):
+            self._erase(event, event_id, user, now, late)
+        elif not late or user not in self._forgotten or event.ts > self._forgotten[user]:
+            self._act(event, event_id, user, now, late)
+
+    def _forget_what_ended(self) -> None:
         """What can no longer matter. When that happens changes nothing: it is looked at with the times in it."""
-        self._changes.next_number = self.number
         self._changes.held = [held for held in self._held if held[2] >= self._changes.from_offset]
+        before = self.watermark - self.settings.open_ms
         self._seen.add(self._changes.seen)
-        self._changes.chunks_dropped = self._seen.forget(self.watermark - self.settings.open_ms)
+        self._seen.forget(before)
         self._windows.forget(self.watermark - self.settings.purchase_window_ms)
+        for user in [user for user, ts in self._forgotten.items() if ts < before]:
+            del self._forgotten[user]
 
     # --- impressions and timers ---------------------------------------------------------------------------------
 
-    def _show(self, event: Impression) -> None:
+    def _show(self, event: Impression, user: int) -> None:
         """6. Opens the examples of an impression."""
         ts, request = event.ts, str(event.request_id)
-        user = feature_id("user", event.user)
         known = self._histories.get(user)
         history = known.as_of(ts) if known else EMPTY
         if event.feature_hash is not None:
@@ -234,7 +271,8 @@ class Joiner:
             self.counts.skew_differs += event.feature_hash != history_hash(history)
         items, positions, propensities = event.items, event.positions, event.propensities
         ids = [feature_id("item", item) for item in items]
-        same = self._requests.get((user, request))
+        self.open.need(user)
+        same = self.open.of_request(user, request)
         if same is not None or len(set(ids)) < len(ids):
             new = _distinct(ids, () if same is None else same if isinstance(same, dict) else same.ids)
             self.counts.duplicates += len(ids) - len(new)
@@ -245,101 +283,75 @@ class Joiner:
             positions = positions and [positions[i] for i in new]
             propensities = propensities and [propensities[i] for i in new]
         shown = Shown(
-            self.number, user, request, ts, _SCENARIO[event.scenario], history, tuple(items), tuple(ids),
+            self.open.numbers.next, user, request, ts, _SCENARIO[event.scenario], history, tuple(items), tuple(ids),
             None if positions is None else tuple([min(max(place, -1), 32_767) for place in positions]),  # int16
             None if propensities is None else tuple(propensities),
         )  # fmt: skip
-        self.number += 1
-        self._changes.shown[shown.number] = shown
-        self._index(shown)
-        self._waits.append(shown)
+        self.open.add(shown, self._changes)
         self._due = min(self._due, ts + self.settings.wait_ms)
 
-    def _index(self, shown: Shown) -> None:
-        self._open[shown.number] = shown
-        self._ends.append(shown)
-        request = (shown.user, shown.request)
-        same = self._requests.setdefault(request, shown)
-        if same is not shown:
-            if not isinstance(same, dict):
-                self._requests[request] = same = dict.fromkeys(same.ids, same)
-            same.update(dict.fromkeys(shown.ids, shown))
-        newest = self._newest
-        for item in shown.ids:
-            others = newest.setdefault((shown.user, item), shown)
-            if others is not shown:
-                if not isinstance(others, deque):
-                    newest[shown.user, item] = others = deque([others])
-                others.append(shown)
-
-    def _restore(self, shown: Shown) -> None:
-        """An open impression again. Of its timers those not below the watermark are still to fire."""
-        self._index(shown)
-        if shown.ts + self.settings.wait_ms >= self.watermark:
-            self._waits.append(shown)
-        for place, (_, _, due) in (shown.plays or {}).items():
-            if due >= self.watermark:
-                heappush(self._plays, (due, shown.number, place))
-        self._due = NEVER
-
     def _fire(self, limit: int) -> None:
-        """Fires all timers before `limit`, in order; at the same time waits first, then watches, then ends."""
-        waits, plays, ends = self._waits, self._plays, self._ends
-        wait_ms, open_ms = self.settings.wait_ms, self.settings.open_ms
+        """Fires all timers before `limit`, in order; at one time waits first, then watches, purchase waits, ends."""
+        settings, impressions = self.settings, self.open
         while True:
-            wait = waits[0].ts + wait_ms if waits else _FOREVER
-            play = plays[0][0] if plays else _FOREVER
-            end = ends[0].ts + open_ms if ends else _FOREVER
-            self._due = due = min(wait, play, end)
+            wait = impressions.next_wait() + settings.wait_ms
+            play = self._plays.peek(limit)
+            unbought = self._unbought.peek(limit)
+            end = impressions.next_end() + settings.open_ms
+            due = min(wait, play, unbought, end)
             if due >= limit:
+                self._due = min(wait, end, self._plays.earliest, self._unbought.earliest)
                 return
             if wait == due:
-                self._end_wait(waits.popleft(), due)
+                self._end_wait(due)
             elif play == due:
-                _, number, place = heappop(plays)
-                shown = self._open[number]
-                play_ms, duration_ms, _ = (shown.plays or {})[place]
-                self._emit(shown, place, WATCH, due, play=play_ms, duration=duration_ms)
+                self._end_play(due)
+            elif unbought == due:
+                (_, user, item, _), raw_item = self._unbought.pop()
+                window = self._windows.get((user, item))
+                assert window is not None, "a window outlives its timer"
+                self._say_not_bought(window, (user, item), raw_item.decode("utf-8", "surrogatepass"), due)
+                self._windows.put((user, item), window)
             else:
-                self._close(ends.popleft())
+                impressions.close(self._changes)
 
-    def _end_wait(self, shown: Shown, due: int) -> None:
-        for place in range(len(shown.ids)):
-            if not shown.clicked >> place & 1:
-                self._emit(shown, place, SHOWN, due, click=0)
+    def _end_wait(self, due: int) -> None:
+        shown = self.open.end_wait()
+        if shown is not None:
+            for place in range(len(shown.ids)):
+                if not shown.clicked >> place & 1:
+                    self._settle(shown, place, due, click=0)
 
-    def _close(self, shown: Shown) -> None:
-        """Forgets an impression: the oldest there is."""
-        del self._open[shown.number]
-        request = (shown.user, shown.request)
-        same = self._requests[request]
-        if isinstance(same, dict) and len(same) > len(shown.ids):
-            for item in shown.ids:
-                del same[item]
-        else:
-            del self._requests[request]
-        for item in shown.ids:
-            others = self._newest[shown.user, item]
-            if isinstance(others, deque) and len(others) > 1:
-                others.popleft()
-            else:
-                del self._newest[shown.user, item]
-        self._changes.shown.pop(shown.number, None)
-        if shown.number < self._changes.first_number:
-            self._changes.closed.append(shown.number)
+    def _end_play(self, due: int) -> None:
+        (_, user, number, place), _ = self._plays.pop()
+        shown = self.open.get(number, user)
+        if shown is not None:
+            play_ms, duration_ms, _ = (shown.plays or {})[place]
+            self._rows.example(shown, place, WATCH, due, play=play_ms, duration=duration_ms)
+
+    def _settle(self, shown: Shown, place: int, closed: int, click: int) -> None:
+        """The example's row SHOWN: it is open no more, it is joined."""
+        self.counts.open -= 1
+        self.counts.joined += 1
+        self._rows.example(shown, place, SHOWN, closed, click=click, purchase=self._not_so_far if click else -1)
+
+    @property
+    def _not_so_far(self) -> int:
+        """What a click's row says of the purchase."""
+        return -1 if self.settings.purchase_wait_ms else 0
 
     # --- actions ------------------------------------------------------------------------------------------------
 
-    def _act(self, event: Action, event_id: str, now: int, late: bool) -> None:
+    def _act(self, event: Action, event_id: str, user: int, now: int, late: bool) -> None:
         """7 and 8. `now`: ts, or where it is late the watermark; all timers before it have fired."""
-        user, item = feature_id("user", event.user), feature_id("item", event.item)
+        item, raw_item = item_of(event)
         match event:
             case Click():
-                joined = self._click(event, event_id, user, item, now, late)
+                joined = self._click(event, event_id, (user, item), raw_item, now, late)
             case Watch():
                 joined = self._watch(event, user, item, now)
             case Purchase():
-                joined = self._purchase(event, user, item, now)
+                joined = self._purchase(event, (user, item), raw_item, now)
             case _:
                 joined = False
         if not late:
@@ -352,45 +364,39 @@ class Joiner:
                 self._histories.put(user, history)
                 self._pushed[user] = history
 
-    def _find(self, user: int, item: int, request: Id | None, ts: int) -> Shown | None:
-        """The impression that an action at `ts` is on. What is open has not ended before now, so not before `ts`."""
-        if request is not None:
-            same = self._requests.get((user, str(request)))
-            shown = same.get(item) if isinstance(same, dict) else same
-            if shown is not None and shown.ts <= ts and item in shown.ids:
-                return shown
-        others = self._newest.get((user, item), ())
-        newest_first = (others,) if isinstance(others, Shown) else reversed(others)
-        return next((shown for shown in newest_first if shown.ts <= ts), None)
+    def _find(self, user: int, item: int, request: Id | None, ts: int, window_ms: int) -> Shown | None:
+        self.open.need(user)
+        return self.open.find(user, item, None if request is None else str(request), ts, ts - window_ms)
 
-    def _click(self, event: Click, event_id: str, user: int, item: int, now: int, late: bool) -> bool:
+    def _click(self, event: Click, event_id: str, pair: Pair, raw_item: str, now: int, late: bool) -> bool:
+        user, item = pair
         ts = event.ts
-        shown = self._find(user, item, event.request_id, ts)
+        shown = self._find(user, item, event.request_id, ts, self.settings.click_window_ms)
+        first = False  # click on its example
         if shown is not None:
             place = shown.ids.index(item)
             if not shown.clicked >> place & 1:
+                first = True
                 shown.clicked |= 1 << place
                 self._changes.shown[shown.number] = shown
-                waited = shown.ts + self.settings.wait_ms < now
-                self._emit(shown, place, LATE_CLICK if waited else SHOWN, now, click=1, purchase=0)
-            key = example_key(shown.request, shown.items[place])
-            window = Window(
-                ts, row_id(key, PURCHASE), hash_text(key), IMPRESSION, shown.ts, shown.scenario,
-                shown.positions[place] if shown.positions else -1,
-                shown.propensities[place] if shown.propensities else None, shown.history,
-            )  # fmt: skip
+                if shown.ts + self.settings.wait_ms < now:
+                    self._rows.example(shown, place, LATE_CLICK, now, click=1, purchase=self._not_so_far)
+                else:
+                    self._settle(shown, place, now, click=1)
+            window = window_of_impression(event, shown, place)
         elif self.settings.implicit and not late:
+            first = True
             known = self._histories.get(user)
-            history = known.as_of(ts) if known else EMPTY
             key = implicit_key(event_id, event.item)
-            window = Window(
-                ts, row_id(key, PURCHASE), hash_text(key), IMPLICIT, ts, _SCENARIO[event.scenario],
-                -1, None, history,
-            )  # fmt: skip
-            self._emit_window(window, user, event, SHOWN, row_id(key, SHOWN), now, click=1, purchase=0)
+            window = window_of_click(event, key, _SCENARIO[event.scenario], known.as_of(ts) if known else EMPTY)
+            self._rows.window(
+                window, SHOWN, now, user, item, raw_item, row_id(key, SHOWN), click=1, purchase=self._not_so_far
+            )
         else:
             return False
-        self._hold((user, item), window, now)
+        if first and self.settings.purchase_wait_ms:
+            window.due = ts + self.settings.purchase_wait_ms
+        self._hold(pair, window, raw_item, now)
         return True
 
     def _window(self, pair: Pair, now: int) -> Window | None:
@@ -398,17 +404,35 @@ class Joiner:
         window = self._windows.get(pair)
         return window if window is not None and now <= window.clicked + self.settings.purchase_window_ms else None
 
-    def _hold(self, pair: Pair, window: Window, now: int) -> None:
-        """The last click in event time holds the window; a further one on the same example renews it."""
+    def _hold(self, pair: Pair, window: Window, raw_item: str, now: int) -> None:
+        """The last click in event time holds the window; a further one on the same example renews it. An example that
+        loses the window, or does not get it, cannot be bought any more."""
         held = self._window(pair, now)
         if held is not None and held.example_id == window.example_id:
             held.clicked = max(held.clicked, window.clicked)
             self._windows.put(pair, held)
-        elif held is None or window.clicked >= held.clicked:
-            self._windows.put(pair, window)
+            return
+        if held is not None and window.clicked < held.clicked:
+            self._say_not_bought(window, pair, raw_item, now)
+            return
+        if held is not None and held.due:
+            self._unbought.remove((held.due, *pair, 0))
+            self._say_not_bought(held, pair, raw_item, now)
+        if window.due < now:
+            self._say_not_bought(window, pair, raw_item, now)
+        elif window.due:
+            self._unbought.put((window.due, *pair, 0), raw_item.encode("utf-8", "surrogatepass"))
+            self._due = min(self._due, window.due)
+        self._windows.put(pair, window)
+
+    def _say_not_bought(self, window: Window, pair: Pair, raw_item: str, now: int) -> None:
+        """The row NOT_BOUGHT, unless that was not waited for, or is said."""
+        if window.due:
+            window.due = 0
+            self._rows.window(window, NOT_BOUGHT, now, *pair, raw_item, window.unbought_id, purchase=0)
 
     def _watch(self, event: Watch, user: int, item: int, now: int) -> bool:
-        shown = self._find(user, item, event.request_id, event.ts)
+        shown = self._find(user, item, event.request_id, event.ts, self.settings.open_ms)
         if shown is None:
             return False
         place = shown.ids.index(item)
@@ -416,7 +440,7 @@ class Joiner:
         if place not in plays:
             due = min(event.ts + self.settings.watch_wait_ms, shown.ts + self.settings.open_ms)
             due = max(due, now)  # of a late watch: the timers before now have fired
-            heappush(self._plays, (due, shown.number, place))
+            self._plays.put((due, user, shown.number, place))
             self._due = min(self._due, due)
         else:
             play, _, due = plays[place]
@@ -426,48 +450,40 @@ class Joiner:
         self._changes.shown[shown.number] = shown
         return True
 
-    def _purchase(self, event: Purchase, user: int, item: int, now: int) -> bool:
-        window = self._window((user, item), now)
+    def _purchase(self, event: Purchase, pair: Pair, raw_item: str, now: int) -> bool:
+        window = self._window(pair, now)
         if window is None or event.ts < window.clicked:
             return False
         if not window.bought:
             window.bought = True
-            self._windows.put((user, item), window)
-            self._emit_window(window, user, event, PURCHASE, window.row_id, now, click=-1, purchase=1)
+            if window.due:
+                self._unbought.remove((window.due, *pair, 0))
+                window.due = 0
+            self._windows.put(pair, window)
+            delay = event.ts - window.first
+            self._rows.window(window, PURCHASE, now, *pair, raw_item, window.row_id, purchase=1, delay=delay)
         return True
 
-    # --- rows ---------------------------------------------------------------------------------------------------
-
-    def _emit(
-        self, shown: Shown, place: int, part: int, closed: int,
-        click: int = -1, purchase: int = -1, play: int = -1, duration: int = -1,
-    ) -> None:  # fmt: skip
-        """A row of an impression's example."""
+    def _erase(self, event: Forget, event_id: str, user: int, now: int, late: bool) -> None:
+        """9. From here on nothing is known of the user."""
         counts = self.counts
-        counts.rows += 1
-        if part == SHOWN:
+        for shown in self.open.forget(user, self._changes):
+            if shown.number >= self.open.numbers.waiting:
+                unsaid = len(shown.ids) - shown.clicked.bit_count()
+                counts.open -= unsaid
+                counts.history_only += unsaid
+        for pair, window in self._windows.of_user(user):
+            if window.due:
+                self._unbought.remove((window.due, *pair, 0))
+            self._windows.remove(pair)
+        self._histories.remove(user)
+        self._pushed.pop(user, None)
+        self._forgotten[user] = now
+        self._changes.erased = True
+        if not late:
             counts.open -= 1
             counts.joined += 1
-        item = shown.items[place]
-        key = example_key(shown.request, item)
-        self._rows.append((
-            row_id(key, part), hash_text(key), part, IMPRESSION, shown.ts, closed, shown.user, shown.ids[place],
-            shown.scenario, shown.positions[place] if shown.positions else -1,
-            shown.propensities[place] if shown.propensities else math.nan, 1.0,
-            click, purchase, play, duration, shown.history, _raw(item),
-        ))  # fmt: skip
-
-    def _emit_window(
-        self, window: Window, user: int, event: Click | Purchase, part: int, id_: int, closed: int,
-        click: int, purchase: int,
-    ) -> None:  # fmt: skip
-        """A row of an example that is not, or no longer, open."""
-        self.counts.rows += 1
-        self._rows.append((
-            id_, window.example_id, part, window.source, window.ts, closed, user, feature_id("item", event.item),
-            window.scenario, window.position, math.nan if window.propensity is None else window.propensity,
-            1.0, click, purchase, -1, -1, window.history, _raw(event.item),
-        ))  # fmt: skip
+        self._rows.forget(event, event_id, user, now)
 
 
 def _distinct(ids: list[int], taken: Container[int]) -> list[int]:
@@ -477,20 +493,6 @@ def _distinct(ids: list[int], taken: Container[int]) -> list[int]:
         if id_ not in taken:
             first.setdefault(id_, place)
     return list(first.values())
-
-
-def _raw(item: str | int) -> str:
-    return orjson.dumps(item).decode()
-
-
-def _columns(rows: list[tuple]) -> Examples:
-    """Rows, each a tuple in the order of COLUMNS, as columns."""
-    if not rows:
-        return Examples.empty()
-    columns: list[Any] = list(zip(*rows, strict=True))
-    for i, (name, (dtype, _)) in enumerate(COLUMNS.items()):
-        columns[i] = as_array(columns[i]) if name == "history" else np.array(columns[i], dtype)
-    return Examples(*columns)
 
 
 def _dead_letter(error: Rejected, partition: int, record: Record) -> bytes:

@@ -34,7 +34,7 @@ def make_rows(
         scenario=rng.integers(4, size=n).astype(np.uint8), position=(np.arange(n) % 4).astype(np.int16),
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32), click=click,
         purchase=np.where(click == 1, 0, -1).astype(np.int8),
-        play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64),
+        play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),
         history=history.astype(np.int64), item_raw=np.array([str(i) for i in item], object),
     )  # fmt: skip
 

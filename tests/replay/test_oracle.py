@@ -11,8 +11,10 @@ from replay import oracle
 from replay.oracle import Expected, PartitionOracle, Rules, compare
 from streams.events import Rejected, decode
 
-RULES = Rules(disorder_ms=250, wait_ms=2_000, open_ms=60_000, watch_wait_ms=3_000, purchase_window_ms=600_000,
-              future_ms=3_600_000, implicit=False)  # fmt: skip
+RULES = Rules(
+    disorder_ms=250, wait_ms=2_000, click_window_ms=60_000, open_ms=60_000, watch_wait_ms=3_000,
+    purchase_window_ms=600_000, purchase_wait_ms=0, unclicked_of=1, future_ms=3_600_000, implicit=False,
+)  # fmt: skip
 LAST_TICK = {"kind": "tick", "event_id": "end", "ts": 10_000_000}
 
 ids = st.one_of(st.integers(-(1 << 64), 1 << 65), st.text(max_size=4), st.booleans(), st.none(), st.floats())
@@ -25,6 +27,7 @@ GOOD = [
     *(SHARED | {"kind": kind, "item": 7} for kind in ("click", "cart", "favourite", "refund")),
     SHARED | {"kind": "watch", "item": 7, "play_ms": 3, "duration_ms": 0},
     SHARED | {"kind": "purchase", "item": 7, "quantity": 2, "price": 3, "currency": "EUR"},
+    SHARED | {"kind": "forget"},
     {"kind": "tick", "event_id": 3, "ts": 9},
 ]
 NAMES = sorted({name for event in GOOD for name in event} | {"model_version", "feature_hash", "more"})

@@ -11,15 +11,18 @@ from streams.joiner import JoinSettings, Record
 SETTINGS = st.builds(
     JoinSettings,
     disorder_ms=st.sampled_from([0, 5]),
-    wait_ms=st.sampled_from([0, 4, 20]),
+    wait_ms=st.sampled_from([0, 4, 10]),
+    click_window_ms=st.sampled_from([10, 20]),
     open_ms=st.sampled_from([20, 40]),
     watch_wait_ms=st.sampled_from([0, 6, 60]),
-    purchase_window_ms=st.sampled_from([0, 8, 15, 100]),
+    purchase_window_ms=st.sampled_from([6, 8, 15, 100]),
+    purchase_wait_ms=st.sampled_from([0, 0, 3, 6]),
+    unclicked_of=st.sampled_from([1, 1, 2, 3]),
     implicit=st.booleans(),
     future_ms=st.sampled_from([30, 200]),
 )
 _IDS = st.sampled_from(["a", "a", "a", 1, "1", "ü\x00"])
-_KINDS = [*["impression", "click", "click", "purchase", "watch"] * 3, "cart", "refund", "tick"]
+_KINDS = [*["impression", "click", "click", "purchase", "watch"] * 3, "cart", "refund", "tick", "forget"]
 _GARBAGE = st.sampled_from([
     None, b"", b"[]", b"{}", b"\xff", b'{"kind":"like","event_id":1,"ts":1}', b'{"kind":["click"],"event_id":1,"ts":1}',
     b'{"kind":"click","event_id":1,"ts":1.5,"user":1,"item":1}',
@@ -41,7 +44,7 @@ def _events(draw, now: int, number: int) -> dict:
             event["positions"] = [draw(st.sampled_from([0, 3, -7, 99_999])) for _ in items]
             event["propensities"] = [draw(st.sampled_from([0.5, 1])) for _ in items]
             event["feature_hash"] = draw(st.sampled_from([0, 123]))
-    elif kind != "tick":
+    elif kind not in ("tick", "forget"):
         event["item"] = draw(_IDS)
     if kind == "watch":
         event |= {"play_ms": draw(st.integers(0, 9)), "duration_ms": draw(st.sampled_from([0, 9]))}

@@ -13,7 +13,7 @@ import numpy as np
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import HISTORY, Counts
 from online_model.history import history_hash
-from streams.events import SCENARIOS, Click, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
+from streams.events import SCENARIOS, Click, Forget, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
 
 
 class ReferenceJoiner:
@@ -21,6 +21,7 @@ class ReferenceJoiner:
         self.s, self.counts, self.rows, self.dead = settings, Counts(), [], []
         self.top = -math.inf  # largest ts; the watermark is L below it
         self.seen, self.held, self.timers, self.windows, self.log = {}, [], [], {}, {}
+        self.forgotten = {}
         self.examples = []  # the open ones, in the order of their opening
 
     @property
@@ -48,7 +49,7 @@ class ReferenceJoiner:
             if event.ts < before:  # rules 4 and 8
                 c.late += k
                 if not isinstance(event, Impression):
-                    self.act(event, before, late=True)
+                    self.handle(event, before, late=True)
                 return
             c.open += k
             self.held.append((event.ts, name, record.offset, event))
@@ -66,7 +67,7 @@ class ReferenceJoiner:
                 self.show(events[offset])
             else:
                 self.counts.open -= 1
-                self.act(events[offset], ts, late=False)
+                self.handle(events[offset], ts, late=False)
         self.fire(self.watermark)
 
     def fire(self, limit) -> None:
@@ -79,8 +80,34 @@ class ReferenceJoiner:
             elif what == "2 watch":
                 self.row(x, 2, time, play_ms=x["play"][0], duration_ms=x["play"][1])
                 x["watched"] = True
-            elif what == "3 end":
+            elif what == "3 purchase wait":
+                if x["due"] == time:
+                    self.not_bought(x, x["item"], time)
+            elif what == "4 end" and x in self.examples:
                 self.examples.remove(x)
+
+    def handle(self, event, now, late) -> None:
+        user = str(event.user)
+        if isinstance(event, Forget):  # rule 9
+            self.forget(event, user, now, late)
+        elif not late or event.ts > self.forgotten.get(user, -1):
+            self.act(event, now, late)
+
+    def forget(self, event, user, now, late) -> None:
+        gone = [x for x in self.examples if x["place"][0] == user]
+        unsaid = sum(not x["shown"] for x in gone)
+        self.counts.open, self.counts.history_only = self.counts.open - unsaid, self.counts.history_only + unsaid
+        self.examples = [x for x in self.examples if x not in gone]
+        windows = [w for pair, w in self.windows.items() if pair[0] == user]
+        self.windows = {pair: w for pair, w in self.windows.items() if pair[0] != user}
+        mine = [id(x) for x in (*gone, *windows)]
+        self.timers = [t for t in self.timers if id(t[2]) not in mine]
+        self.log.pop(user, None)
+        self.forgotten[user] = now
+        self.counts.joined += not late
+        key = f"forget:{event.event_id}\0{event.user}"
+        x = self.example(event, key, 0, [0] * HISTORY, 0) | {"scenario": 0}
+        self.row(x, 5, now)
 
     def show(self, event) -> None:  # rule 6
         history = self.history(event.user, event.ts)
@@ -98,10 +125,10 @@ class ReferenceJoiner:
             x["propensity"] = None if event.propensities is None else event.propensities[i]
             self.examples.append(x)
             self.timers.append((event.ts + self.s.wait_ms, "1 wait", x))
-            self.timers.append((event.ts + self.s.open_ms, "3 end", x))
+            self.timers.append((event.ts + self.s.open_ms, "4 end", x))
 
     def act(self, event, now, late) -> None:  # rule 7
-        x = self.find(event)
+        x = self.find(event, self.s.click_window_ms if isinstance(event, Click) else self.s.open_ms)
         pair = (str(event.user), str(event.item))
         window = self.windows.get(pair)
         if window is not None and now > window["ts"] + self.s.purchase_window_ms:
@@ -115,8 +142,8 @@ class ReferenceJoiner:
             case Purchase() if window is not None and window["ts"] <= event.ts:
                 joined = True
                 if not window["bought"]:
-                    window["bought"] = True
-                    self.row(window["x"] | {"item": event.item}, 3, now, purchase=1)
+                    window["bought"], window["due"] = True, None
+                    self.row(window["x"] | {"item": event.item}, 3, now, purchase=1, delay=event.ts - window["first"])
             case _:
                 joined = False
         if not late:
@@ -128,9 +155,9 @@ class ReferenceJoiner:
             if not log or log[-1][0] != item:
                 log.append((item, event.ts))
 
-    def find(self, event) -> dict | None:
+    def find(self, event, within) -> dict | None:
         user, item, request = str(event.user), str(event.item), event.request_id
-        near = [x for x in self.examples if x["ts"] <= event.ts <= x["ts"] + self.s.open_ms]
+        near = [x for x in self.examples if x["ts"] <= event.ts <= x["ts"] + within]
         near = [x for x in near if x["place"][0] == user and x["place"][2] == item]
         named = [x for x in near if request is not None and x["place"][1] == str(request)]
         return max(named or near, key=lambda x: (x["ts"], x["event_id"]), default=None)
@@ -141,14 +168,31 @@ class ReferenceJoiner:
                 return False
             history = self.history(event.user, event.ts)
             x = self.example(event, f"event:{event.event_id}\0{event.item}", event.item, history, 1)
+        wait = self.s.purchase_wait_ms
+        new = {"ts": event.ts, "first": event.ts, "bought": False, "x": x, "item": event.item, "due": None}
         if not x["clicked"]:
             x["clicked"] = True
-            self.row(x, 1 if x["shown"] else 0, now, click=1, purchase=0)
+            self.row(x, 1 if x["shown"] else 0, now, click=1, purchase=-1 if wait else 0)
+            new["due"] = event.ts + wait if wait else None
         if window is not None and window["x"]["key"] == x["key"]:
             window["ts"] = max(window["ts"], event.ts)
-        elif window is None or event.ts >= window["ts"]:
-            self.windows[pair] = {"ts": event.ts, "bought": False, "x": x}
+            return True
+        if window is None or event.ts >= window["ts"]:
+            self.windows[pair] = new
+            if window is not None:
+                self.not_bought(window, event.item, now)
+            if new["due"] is not None and new["due"] < now:
+                self.not_bought(new, event.item, now)
+            elif new["due"] is not None:
+                self.timers.append((new["due"], "3 purchase wait", new))
+        else:
+            self.not_bought(new, event.item, now)
         return True
+
+    def not_bought(self, window, item, now) -> None:
+        if window["due"] is not None:
+            window["due"] = None
+            self.row(window["x"] | {"item": item}, 4, now, purchase=0)
 
     def watch(self, event, x, now) -> None:
         if "play" not in x:
@@ -168,15 +212,19 @@ class ReferenceJoiner:
             "scenario": SCENARIOS.index(event.scenario), "clicked": False, "shown": False,
         }  # fmt: skip
 
-    def row(self, x, part, closed, click=-1, purchase=-1, play_ms=-1, duration_ms=-1) -> None:
-        self.counts.rows += 1
+    def row(self, x, part, closed, click=-1, purchase=-1, play_ms=-1, duration_ms=-1, delay=-1) -> None:
         if part == 0:
             x["shown"] = True
             if x["source"] == 0:
                 self.counts.open, self.counts.joined = self.counts.open - 1, self.counts.joined + 1
+        id_ = hash_text(f"{x['key']}\0{part}")
+        if click == 0 and id_ % 2**64 % self.s.unclicked_of:
+            return
+        self.counts.rows += 1
+        forget = part == 5
         self.rows.append((
-            hash_text(f"{x['key']}\0{part}"), hash_text(x["key"]), part, x["source"], x["ts"], closed,
-            feature_id("user", x["user"]), feature_id("item", x["item"]), x["scenario"], x["position"],
-            x["propensity"], 1.0, click, purchase, play_ms, duration_ms, tuple(x["history"]),
-            json.dumps(x["item"], ensure_ascii=False),
+            id_, hash_text(x["key"]), part, x["source"], x["ts"], closed,
+            feature_id("user", x["user"]), 0 if forget else feature_id("item", x["item"]), x["scenario"], x["position"],
+            x["propensity"], float(np.float32(1 / self.s.unclicked_of)) if click == 0 else 1.0,
+            click, purchase, play_ms, duration_ms, delay, tuple(x["history"]), "null" if forget else json.dumps(x["item"], ensure_ascii=False),
         ))  # fmt: skip

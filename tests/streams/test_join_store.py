@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from embedding_store.errors import DiskFull, PositionError, StoreLocked, UsageError
 from embedding_store.rocks import Db
 from online_model.examples import Examples
-from streams import join_store
+from streams import join_caches, join_store, open_impressions
 from streams.blocks import decode_block, encode_block
 from streams.events import Click, Impression, Tick, Watch, encode
 from streams.join_store import JoinStore
@@ -32,14 +32,15 @@ from tests.streams.test_joiner import batches, check_chain, rows_of
 S = JoinSettings(disorder_ms=5, wait_ms=20, open_ms=100, watch_wait_ms=10, purchase_window_ms=50)
 
 
-def opened(path: Path, join: JoinSettings = S) -> tuple[JoinStore, Joiner]:
-    store = JoinStore(path, join)
+def opened(path: Path, join: JoinSettings = S, cached: int = join_store.CACHED) -> tuple[JoinStore, Joiner]:
+    store = JoinStore(path, join, cached=cached)
     return store, Joiner(join, 0, store.next_offset or 0, store.state())
 
 
-def step(store: JoinStore, joiner: Joiner, records: list[Record]) -> Joined:
+def step(store: JoinStore, joiner: Joiner, records: list[Record], memory: int = 1_000_000) -> Joined:
     joined = joiner.process(records)
     store.commit(joined, [encode_block(joined.block), *joined.dead])
+    joiner.trim(memory)
     return joined
 
 
@@ -52,21 +53,26 @@ def click(number: int, ts: int, user: int | str = "u") -> Click:
 
 
 @settings(max_examples=40, deadline=None)
-@given(SETTINGS, logs(60), st.lists(st.integers(0, 1000), max_size=8), st.lists(st.booleans(), min_size=9, max_size=9))
-def test_restarts_change_nothing(join, log, cuts, restarts):
+@given(
+    SETTINGS, logs(60), st.lists(st.integers(0, 1000), max_size=8), st.lists(st.booleans(), min_size=9, max_size=9),
+    st.sampled_from([0, 0, 3, 1_000]),
+)  # fmt: skip
+def test_neither_restarts_nor_what_is_put_aside_change_anything(join, log, cuts, restarts, memory):
     reference = ReferenceJoiner(join)
     for record in log:
         reference.feed(record)
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(join_store, "CACHED", 1)
-        store, joiner = opened(Path(path), join)
+        patch.setattr(join_caches, "LOOK_AHEAD_MS", 2)
+        patch.setattr(open_impressions, "PAGE", 4)
+        store, joiner = opened(Path(path), join, 1)
         blocks = []
         for batch, restart in zip(batches(log, cuts), restarts, strict=False):
-            joined = step(store, joiner, batch)
+            joined = step(store, joiner, batch, memory)
             blocks.append(joined.block)
+            assert joiner.open.examples <= memory
             if restart:
                 store.close()
-                store, joiner = opened(Path(path), join)
+                store, joiner = opened(Path(path), join, 1)
                 assert store.outbox() == [encode_block(joined.block), *joined.dead]
         store.close()
     check_chain(blocks)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
-from online_model.examples import Block, Examples, example_key, implicit_key, row_id
+from online_model.examples import Block, Examples, Part, example_key, implicit_key, row_id
 from online_model.history import UserHistory, history_hash
+from replay.oracle import PartitionOracle, Rules
 from streams.join_state import NEVER
 from streams.joiner import Joiner, JoinSettings, Record
 from tests.streams.logs import SETTINGS, logs
@@ -34,7 +35,7 @@ def rows_of(examples: Examples) -> Counter:
     rows = [list(row) for row in zip(*columns, strict=True)]
     for row in rows:
         row[10] = None if math.isnan(row[10]) else row[10]
-        row[16] = tuple(row[16])
+        row[17] = tuple(row[17])
     return Counter(map(tuple, rows))
 
 
@@ -72,7 +73,16 @@ def test_joiner_equals_the_reference_however_records_are_batched(join, log, cuts
     assert [(d["offset"], d["reason"]) for d in dead] == reference.dead
     assert blocks[-1].watermark == (NEVER if reference.watermark == -math.inf else reference.watermark)
     assert blocks[-1].handled == min([h[2] for h in reference.held], default=blocks[-1].to_offset)
-    latest = {user: h.tolist() for b in blocks for user, h in zip(b.users.tolist(), b.histories, strict=True)}
+    oracle = PartitionOracle(Rules.of(join))
+    for record in log:
+        oracle.feed(record.value, record.timestamp_ms)
+    rows = [row for row, times in rows_of(Examples.concat([b.examples for b in blocks])).items() for _ in range(times)]
+    assert (oracle.expected.rows, oracle.expected.sum) == (len(rows), sum(row[0] for row in rows) % 2**64)
+    latest: dict[int, list[int]] = {}
+    for b in blocks:
+        for user in b.examples.user[b.examples.part == Part.FORGET].tolist():
+            latest.pop(user, None)
+        latest |= {user: h.tolist() for user, h in zip(b.users.tolist(), b.histories, strict=True)}
     assert latest == {feature_id("user", user): reference.history(user) for user in reference.log}
 
 
@@ -155,8 +165,9 @@ def test_after_the_end_nothing_is_found():
     log.to(2_500)
     assert log.rows().part.tolist() == [0, 1]
     assert log.counts.history_only == 1
-    joiner = log.joiner
-    assert not any((joiner._open, joiner._newest, joiner._requests, joiner._ends))
+    impressions = log.joiner.open
+    assert not any((impressions._shown, impressions._users, impressions._newest, impressions._requests))
+    assert impressions.examples == 0
 
 
 def test_an_action_without_request_finds_the_newest_impression_before_it():
@@ -367,8 +378,10 @@ def test_memory_is_bounded_by_the_windows():
         log.add("click", n * 10 + 1, item="i")
     joiner = log.joiner
     assert len(joiner._seen.first) < 500
-    assert len(joiner._open) == len(joiner._ends) == len(joiner._requests) < 120
-    assert len(joiner._newest) < 121
+    assert joiner.open.numbers.next - joiner.open.numbers.first == len(joiner.open._shown) < 120
+    assert len(joiner.open._requests) == len(joiner.open._shown)
+    assert len(joiner.open._newest) < 121
+    assert len(joiner.open._pages) == 1
     assert len(joiner._windows) < 600
 
 

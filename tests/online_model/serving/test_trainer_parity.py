@@ -38,7 +38,8 @@ def block(number: int, n: int = 300) -> Block:
         scenario=rng.integers(0, 4, n).astype(np.uint8), position=rng.integers(0, 9, n).astype(np.int16),
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32),
         click=((user + item) % 2).astype(np.int8),
-        purchase=np.full(n, -1, np.int8), play_ms=np.full(n, -1), duration_ms=np.full(n, -1), history=history,
+        purchase=np.full(n, -1, np.int8), play_ms=np.full(n, -1), duration_ms=np.full(n, -1),
+        delay_ms=np.full(n, -1), history=history,
         item_raw=np.array([str(int(i)) for i in item], object),
     )  # fmt: skip
     latest = np.zeros((20, HISTORY), np.int64)

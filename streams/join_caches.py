@@ -1,0 +1,327 @@
+"""A joiner's state over RocksDB: in memory what was used last or is due next, the rest on disk.
+
+Each piece takes part in a commit in the same way: `write` puts what changed since the last `saved` into a batch, and
+`saved` says that the batch is in the database.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import xxhash
+
+from embedding_store.rocks import Batch, Cursor, Db
+from streams.join_state import FOREVER, NEVER, Due, MemorySeen, MemoryTimers, Pair, Shown, Window
+
+LOOK_AHEAD_MS = 5_000  # of event time: timers due so soon are in memory
+CHUNKS_A_COMMIT = 4  # of ended purchase windows that a commit deletes; one commit adds at most one
+
+V = TypeVar("V")
+_UNREAD: Any = object()
+_BIAS = 1 << 63  # of signed keys, so that they sort as the numbers do
+_ONE, _TWO = struct.Struct(">Q").pack, struct.Struct(">QQ").pack
+_encode = msgspec.msgpack.encode
+_decode = msgspec.msgpack.decode
+
+
+def key_of(number: int, *more: int) -> bytes:
+    """Sorts as the signed 64-bit numbers do, one after the other."""
+    if not more:
+        return _ONE(number + _BIAS)
+    if len(more) == 1:
+        return _TWO(number + _BIAS, more[0] + _BIAS)
+    return struct.pack(f">{1 + len(more)}Q", number + _BIAS, *[n + _BIAS for n in more])
+
+
+def numbers_of(key: bytes) -> tuple[int, ...]:
+    """What `key_of` was given."""
+    return tuple([number - _BIAS for number in struct.unpack(f">{len(key) // 8}Q", key)])
+
+
+class Cache(Generic[V]):
+    """A family as a map of integers, or pairs of them, to objects. What was put stays in memory until `saved`."""
+
+    def __init__(
+        self, db: Db, family: str, pack: Callable[[V], bytes], unpack: Callable[[bytes], V], size: int
+    ) -> None:
+        self._db, self._family, self._pack, self._unpack, self._size = db, family, pack, unpack, size
+        self._kept: dict[Any, V | None] = {}  # None: not there either. The last one used is at the end
+        self._dirty: dict[Any, V] = {}
+        self._removed: set[Any] = set()
+
+    def get(self, key: int | Pair, /) -> V | None:
+        kept = self._kept
+        value = kept.pop(key, _UNREAD)
+        if value is _UNREAD:
+            raw = self._db.get(self._family, _pack_key(key))
+            value = None if raw is None else self._unpack(raw)
+        kept[key] = value
+        return value
+
+    def put(self, key: int | Pair, value: V, /) -> None:
+        self._kept.pop(key, None)
+        self._removed.discard(key)
+        self._kept[key] = self._dirty[key] = value
+
+    def remove(self, key: int | Pair, /) -> None:
+        self._kept.pop(key, None)
+        self._kept[key] = None
+        self._dirty.pop(key, None)
+        self._removed.add(key)
+
+    def fetch(self, keys: Iterable[int | Pair], /) -> None:
+        missing = {_pack_key(key): key for key in keys if key not in self._kept}
+        if missing:
+            order = sorted(missing)
+            for packed, raw in zip(order, self._db.get_many(self._family, order), strict=True):
+                self._kept[missing[packed]] = None if raw is None else self._unpack(raw)
+
+    def changed(self) -> list[int | Pair]:
+        """The keys that were put and are to be written."""
+        return list(self._dirty)
+
+    def write(self, batch: Batch) -> None:
+        rows = sorted((_pack_key(key), self._pack(value)) for key, value in self._dirty.items())
+        batch.put_all(self._family, [key for key, _ in rows], [value for _, value in rows])
+        delete = batch.into(self._family)
+        for key in sorted(map(_pack_key, self._removed)):
+            del delete[key]
+
+    def saved(self) -> None:
+        self._dirty.clear()
+        self._removed.clear()
+        if len(self._kept) > self._size:
+            for key in list(islice(self._kept, len(self._kept) - self._size * 3 // 4)):
+                del self._kept[key]
+
+
+class WindowCache(Cache[Window]):
+    """The purchase windows. Each commit notes the windows that it put in a chunk; ended ones go with their chunk."""
+
+    before = 0  # ms; older clicks may go
+
+    def __init__(self, db: Db, family: str, chunks: str, size: int) -> None:
+        super().__init__(db, family, _encode, msgspec.msgpack.Decoder(Window).decode, size)
+        self._chunks = chunks
+
+    def forget(self, before: int) -> None:
+        self.before = max(self.before, before)
+
+    def of_user(self, user: int) -> list[tuple[Pair, Window]]:
+        stored = self._db.cursor(self._family).beginning_with(key_of(user))
+        found: dict[Any, Window] = {numbers_of(key): self._unpack(raw) for key, raw in stored}
+        found = {pair: window for pair, window in found.items() if pair not in self._removed}
+        found |= {pair: window for pair, window in self._kept.items() if window is not None and pair[0] == user}
+        return list(found.items())
+
+    def write_chunked(self, batch: Batch, chunks: tuple[int, int]) -> tuple[int, int]:
+        """`write`, and the end of the oldest chunks. `chunks`: [first, next) of them, before and (returned) after."""
+        first, end = chunks
+        gone: list[int] = []
+        while first + len(gone) < end and len(gone) < CHUNKS_A_COMMIT:
+            raw = self._db.get(self._chunks, key_of(first + len(gone)))
+            latest, keys = _decode(raw, type=tuple[int, list[Pair]]) if raw else (NEVER, [])
+            if latest >= self.before:
+                break
+            self._end(keys)
+            gone.append(first + len(gone))
+        changed = self.changed()
+        new = batch.into(self._chunks)
+        if changed:
+            latest = max(window.clicked for window in self._dirty.values())
+            new[key_of(end)] = _encode((latest, changed))
+            end += 1
+        for number in gone:
+            del new[key_of(number)]
+        self.write(batch)
+        return first + len(gone), end
+
+    def _end(self, keys: Iterable[Pair]) -> None:
+        """Removes those of `keys` whose windows have ended."""
+        for key in keys:
+            window = self._dirty.get(key) or self.get(key)
+            if window is not None and window.clicked < self.before:
+                self.remove(key)
+
+
+class SeenCache(MemorySeen):
+    """The event ids: the newest chunks in memory (and on disk as they are), of older ones only the keys on disk.
+
+    On disk an id is 16 bytes of its hash (two ids meet with a chance of 1e-26 for a trillion pairs), in generations of
+    `open_ms` by its ts, which are dropped whole.
+    """
+
+    def __init__(self, db: Db, chunks: str, keys: str, open_ms: int, size: int) -> None:
+        super().__init__()
+        self._db, self._chunk_family, self._key_family, self._size = db, chunks, keys, size
+        self._length = max(1, open_ms)
+        self._new: list[dict[str, int]] = []  # chunks since `saved`
+        self._dropped: list[dict[str, int]] = []  # those that left memory since then, for the disk
+        self._gone = 0  # chunks that left memory since then
+        self._before = NEVER
+        self.chunk_numbers = (0, 0)  # [first, next) of the chunks on disk
+        self.generations: list[int] = []  # that have keys on disk
+
+    def restore(self, chunks: tuple[int, int], generations: list[int]) -> None:
+        """Goes on from what is on disk."""
+        unpack = msgspec.msgpack.Decoder(dict[str, int]).decode
+        for _, raw in self._db.items(self._chunk_family):
+            super().add(unpack(raw))
+        self.chunk_numbers, self.generations = chunks, list(generations)
+
+    def find(self, ids: list[str], now: int) -> dict[str, int]:
+        found = super().find(ids, now)
+        if self.generations and len(found) < len(ids):
+            names = {_hash(event_id): event_id for event_id in ids if event_id not in found}
+            for generation in self.generations:
+                keys = sorted(key_of(generation) + name for name in names)
+                for key, raw in zip(keys, self._db.get_many(self._key_family, keys), strict=True):
+                    if raw is not None:
+                        event_id = names[key[8:]]
+                        found[event_id] = max(numbers_of(raw)[0], found.get(event_id, NEVER))
+        return found
+
+    def add(self, chunk: dict[str, int]) -> None:
+        super().add(chunk)
+        if chunk:
+            self._new.append(chunk)
+        while len(self.first) > self._size and len(self.chunks) > 1:
+            self._dropped.append(self._drop_oldest())
+
+    def forget(self, before: int) -> None:
+        self._before = before
+        while self.chunks and self.chunks[0][0] < before:
+            self._drop_oldest(before)
+
+    def write(self, batch: Batch) -> None:
+        first, end = self.chunk_numbers
+        chunks = batch.into(self._chunk_family)
+        for chunk in self._new:
+            chunks[key_of(end)] = _encode(chunk)
+            end += 1
+        for number in range(first, first + self._gone):
+            del chunks[key_of(number)]
+        keys = {}
+        for dropped in self._dropped:
+            for event_id, ts in dropped.items():
+                if ts >= self._before:
+                    keys[key_of(ts // self._length) + _hash(event_id)] = key_of(ts)
+        order = sorted(keys)
+        batch.put_all(self._key_family, order, [keys[key] for key in order])
+        generations = {*self.generations, *(numbers_of(key[:8])[0] for key in order)}
+        for generation in [g for g in generations if (g + 1) * self._length <= self._before]:
+            generations.remove(generation)
+            batch.delete_range(self._key_family, key_of(generation), key_of(generation + 1))
+        self._written = (first + self._gone, end), sorted(generations)
+
+    def saved(self) -> None:
+        self.chunk_numbers, self.generations = self._written
+        self._new, self._dropped, self._gone = [], [], 0
+
+    @property
+    def written(self) -> tuple[tuple[int, int], list[int]]:
+        """(chunk numbers, generations) as they are with the batch of the last `write`."""
+        return self._written
+
+    def _drop_oldest(self, before: int = FOREVER) -> dict[str, int]:
+        self._gone += 1
+        return self.drop(before)
+
+
+class TimerCache(MemoryTimers):
+    """Timers: in memory those that are due soon, all on disk."""
+
+    def __init__(self, db: Db, family: str) -> None:
+        super().__init__()
+        self._db, self._family = db, family
+        self._near = NEVER  # all that is due before it is in memory
+        self._new: dict[Due, bytes] = {}  # since `saved`
+        self._old: set[Due] = set()  # out since then, and perhaps on disk
+
+    @property
+    def earliest(self) -> int:
+        return min(super().earliest, self._near)
+
+    def put(self, due: Due, value: bytes = b"") -> None:
+        self._new[due] = value
+        self._old.discard(due)
+        if due[0] < self._near:
+            super().put(due, value)
+
+    def remove(self, due: Due) -> None:
+        super().remove(due)
+        self._new.pop(due, None)
+        self._old.add(due)
+
+    def peek(self, limit: int) -> int:
+        if limit > self._near:
+            self._load(limit + LOOK_AHEAD_MS)
+        return super().peek(limit)
+
+    def pop(self) -> tuple[Due, bytes]:
+        due, value = super().pop()
+        self._new.pop(due, None)
+        self._old.add(due)
+        return due, value
+
+    def write(self, batch: Batch) -> None:
+        rows = sorted((key_of(*due), value) for due, value in self._new.items())
+        batch.put_all(self._family, [key for key, _ in rows], [value for _, value in rows])
+        delete = batch.into(self._family)
+        for key in sorted(key_of(*due) for due in self._old):
+            del delete[key]
+
+    def saved(self) -> None:
+        self._new.clear()
+        self._old.clear()
+
+    def _load(self, until: int) -> None:
+        near, self._near = self._near, until
+        for key, raw in self._db.items(self._family, key_of(near)):
+            due: Due = numbers_of(key)  # type: ignore[assignment]
+            if due[0] >= until:
+                break
+            if due not in self._old:
+                super().put(due, raw)
+        for due, value in self._new.items():
+            if near <= due[0] < until:
+                super().put(due, value)
+
+
+class AsideStore:
+    """The open impressions on disk, by user, and the order of all of them."""
+
+    def __init__(self, db: Db, shown: str, order: str) -> None:
+        self._db, self._shown, self._order = db, shown, order
+        self._unpack = msgspec.msgpack.Decoder(Shown).decode
+        self._cursor: Cursor | None = None  # users that are not in memory are as they were at the last commit
+
+    def load(self, user: int) -> list[Shown]:
+        if self._cursor is None:
+            self._cursor = self._db.cursor(self._shown)
+        return [self._unpack(raw) for _, raw in self._cursor.beginning_with(key_of(user))]
+
+    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
+        for key, raw in self._db.items(self._order, key_of(first)):
+            (number,) = numbers_of(key)
+            if number >= end:
+                break
+            ts, user = numbers_of(raw)
+            yield number, ts, user
+
+    def saved(self) -> None:
+        self._cursor = None
+
+
+def _hash(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
+
+
+def _pack_key(key: int | Pair) -> bytes:
+    return key_of(key) if isinstance(key, int) else key_of(*key)
+
+
