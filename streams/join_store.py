@@ -14,7 +14,7 @@ windows are read one by one through bounded caches, the rest is read when the st
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from embedding_store.errors import PositionError, StoreError, UsageError
 from embedding_store.rocks import Batch, Db, open_db
 from online_model.examples import Counts
 from online_model.history import UserHistory
+from streams.dead_letters import DeadLetter
 from streams.events import decode
 from streams.join_state import NEVER, Changes, Held, JoinState, Pair, Seen, Shown, Window
 from streams.joiner import Joined, JoinSettings
@@ -171,12 +172,12 @@ class JoinStore:
         state.held = [_held(int.from_bytes(key, "big"), raw) for key, raw in self._db.items(HELD)]
         return state
 
-    def outbox(self) -> list[bytes]:
+    def outbox(self) -> list[bytes | DeadLetter]:
         """What the last commit wanted sent, as it was given."""
         raw = self._db.get(META, b"outbox")
-        return _decode(raw, type=list[bytes]) if raw else []
+        return _decode(raw, type=list[bytes | DeadLetter]) if raw else []
 
-    def commit(self, joined: Joined, outbox: list[bytes]) -> None:
+    def commit(self, joined: Joined, outbox: Sequence[bytes | DeadLetter]) -> None:
         """One atomic write of all that `joined` changed, the next offset and the outbox.
 
         Raises PositionError if `joined` does not follow the last commit. After DiskFull or StoreError nothing of it is

@@ -6,7 +6,6 @@ tests/streams/reference_joiner.py is the same in plain dictionaries.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections import deque
 from collections.abc import Container, Iterable
@@ -22,10 +21,13 @@ from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import COLUMNS, Block, Examples, Part, Source, example_key, implicit_key, row_id
 from online_model.history import EMPTY, UserHistory, as_array, history_hash
+from streams.dead_letters import DeadLetter
 from streams.events import (
     SCENARIOS,
     Action,
     Click,
+    Event,
+    Forget,
     Id,
     Impression,
     Purchase,
@@ -33,11 +35,9 @@ from streams.events import (
     Rejected,
     Tick,
     Watch,
-    decode,
+    decode_many,
 )
 from streams.join_state import NEVER, Changes, JoinState, Pair, Shown, Window
-
-DEAD_VALUE_BYTES = 1_000  # of a refused record, kept in its dead letter
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
 _FOREVER = 1 << 62
@@ -80,7 +80,7 @@ class Joined:
     """What came of one call of `process`."""
 
     block: Block
-    dead: list[bytes]  # records for `events.dead`
+    dead: list[DeadLetter]  # for `events.dead`
     changes: Changes
 
 
@@ -125,10 +125,13 @@ class Joiner:
         """
         self._begin()
         start = end = self.next_offset
+        fresh = []
         for record in records:
             if record.offset >= end:
                 end = record.offset + 1
-                self._take(record)
+                fresh.append(record)
+        for record, event in zip(fresh, decode_many([record.value for record in fresh]), strict=True):
+            self._take(record, event)
         if to_offset is None:
             to_offset = end
         elif to_offset < end:
@@ -155,22 +158,20 @@ class Joiner:
 
     def _begin(self) -> None:
         self._rows: list[tuple] = []
-        self._dead: list[bytes] = []
+        self._dead: list[DeadLetter] = []
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, self.number)
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: Record, event: Event | Rejected) -> None:
         offset, stamp, raw = record
         counts = self.counts
-        try:
-            event = decode(raw)
-            if stamp is not None and event.ts > stamp + self.settings.future_ms:
-                ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
-                raise Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
-        except Rejected as error:  # 1
+        if not isinstance(event, Rejected) and stamp is not None and event.ts > stamp + self.settings.future_ms:
+            ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
+            event = Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
+        if isinstance(event, Rejected):  # 1
             counts.events_in += 1
             counts.rejected += 1
-            self._dead.append(_dead_letter(error, self.partition, record))
+            self._dead.append(DeadLetter(event.reason, event.detail, self.partition, offset, stamp, raw))
             return
         ts = event.ts
         watermark = self.watermark
@@ -330,8 +331,12 @@ class Joiner:
 
     # --- actions ------------------------------------------------------------------------------------------------
 
-    def _act(self, event: Action, event_id: str, now: int, late: bool) -> None:
+    def _act(self, event: Action | Forget, event_id: str, now: int, late: bool) -> None:
         """7 and 8. `now`: ts, or where it is late the watermark; all timers before it have fired."""
+        if isinstance(event, Forget):
+            self.counts.open -= not late
+            self.counts.history_only += not late
+            return
         user, item = feature_id("user", event.user), feature_id("item", event.item)
         match event:
             case Click():
@@ -491,12 +496,3 @@ def _columns(rows: list[tuple]) -> Examples:
     for i, (name, (dtype, _)) in enumerate(COLUMNS.items()):
         columns[i] = as_array(columns[i]) if name == "history" else np.array(columns[i], dtype)
     return Examples(*columns)
-
-
-def _dead_letter(error: Rejected, partition: int, record: Record) -> bytes:
-    value = record.value
-    return orjson.dumps({
-        "reason": error.reason, "detail": error.detail, "partition": partition, "offset": record.offset,
-        "timestamp_ms": record.timestamp_ms, "length": 0 if value is None else len(value),
-        "value": None if value is None else base64.b64encode(value[:DEAD_VALUE_BYTES]).decode(),
-    })  # fmt: skip
