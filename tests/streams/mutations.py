@@ -6,6 +6,10 @@ import json
 import random
 from collections.abc import Callable
 
+from streams.joiner import JoinSettings
+
+# Whatever time a mutation makes, what is accepted of it makes no good record late.
+MUTATED = JoinSettings(disorder_ms=5_000, wait_ms=2_000, open_ms=60_000, future_ms=5_000)
 HUGE = [1 << 31, 1 << 43, (1 << 43) + 1, 1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, -(1 << 63) - 1, 10**30, 1e308, -1, 0]
 HUGE_TEXT = [b"1e400", b"-1e400", b"1e-400", b"NaN", b"-Infinity", b"9" * 5_000, b"1.0", b"-0", b"01", b"0x10"]
 NOT_UTF8 = [b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"\x80"]
@@ -51,7 +55,7 @@ def put_huge_number(raw: bytes, dice: random.Random) -> bytes:
 
 def nest(raw: bytes, dice: random.Random) -> bytes:
     """In a field that is not known, in the context, or in place of what is there."""
-    depth = 20_000 if dice.random() < 0.01 else dice.choice([3, 100, 253, 254, 255, 256, 257, 900, 2_000])
+    depth = 20_000 if dice.random() < 0.01 else dice.choice([3, 100, 254, 255, 256, 257, 300, 1_100])
     opening, closing = dice.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'["]",', b"]")])
     deep = opening * depth + b"1" + closing * (depth if dice.random() < 0.9 else depth - 1)
     fields = json.loads(raw)
@@ -77,3 +81,32 @@ def mutated(good: list[bytes], number: int, seed: int) -> list[bytes]:
     """So many records, each one of `good` (JSON objects) after one mutation, each kind of it as often."""
     dice = random.Random(seed)
     return [MUTATIONS[n % len(MUTATIONS)](dice.choice(good), dice) for n in range(number)]
+
+
+def sessions(name: str, number: int, now: int) -> list[bytes]:
+    """So many good records a ms apart, with ids that begin with `name`: page views, and what was done there."""
+    dice = random.Random(11)
+    records: list[dict] = []
+    while len(records) < number:
+        n = len(records)
+        about = {"user": f"{name}-u{n % 199}", "request_id": f"{name}-r{n}"}
+        items = dice.sample(range(500), 4)
+        shown = {"kind": "impression", "items": items, "positions": [0, 1, 2, 3], "context": {"q": n}}
+        did = [{"kind": "click"}, {"kind": "watch", "play_ms": 5, "duration_ms": 9},
+               {"kind": "purchase", "price": 9.5, "currency": "EUR"}, {"kind": "favourite"}]  # fmt: skip
+        page = [shown, *[action | {"item": items[0]} for action in did]]
+        records += [about | each | {"event_id": f"{name}-e{n}.{i}", "ts": now + n + i} for i, each in enumerate(page)]
+    return [json.dumps(record).encode() for record in records[:number]]
+
+
+def bad_between_good(bad: int, now: int = 1_700_000_000_000) -> list[tuple[bool, int, bytes]]:
+    """A log of so many mutated records with a good one after every fourth: (whether it is good, time stamped, value).
+    Nothing that a mutation makes is a duplicate of a good record or makes one late; a tick ends the log."""
+    spoilt = mutated(sessions("bad", 5_000, now), bad, seed=5)
+    log = []
+    for n, good in enumerate(sessions("good", bad // 4, now)):
+        log += [(False, now + n, value) for value in spoilt[4 * n : 4 * n + 4]]
+        log.append((True, now + n, good))
+    end = now + bad // 4 + MUTATED.closing_ms
+    log.append((True, end, json.dumps({"kind": "tick", "event_id": "end", "ts": end}).encode()))
+    return log

@@ -13,7 +13,7 @@ import numpy as np
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import HISTORY, Counts
 from online_model.history import history_hash
-from streams.events import SCENARIOS, Click, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
+from streams.events import SCENARIOS, Click, Forget, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
 
 
 class ReferenceJoiner:
@@ -101,6 +101,10 @@ class ReferenceJoiner:
             self.timers.append((event.ts + self.s.open_ms, "3 end", x))
 
     def act(self, event, now, late) -> None:  # rule 7
+        if isinstance(event, Forget):
+            self.counts.open -= not late
+            self.counts.history_only += not late
+            return
         x = self.find(event)
         pair = (str(event.user), str(event.item))
         window = self.windows.get(pair)
