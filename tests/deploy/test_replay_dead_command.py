@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -75,14 +76,14 @@ def test_refused_records_go_back_edited_or_repaired_and_are_joined(
     user_partition = _partition_of(broker, topics, json.dumps(shown).encode())
     settings = {"bootstrap": broker, "data_dir": tmp_path / "data", "join": {}, "ticks": "log",
                 "topics": {"prefix": topics.prefix, "partitions": PARTITIONS}}  # fmt: skip
-    with running("join", tmp_path / "log", **settings) as child:
+    with running("join", tmp_path / "log", **settings) as child, ExitStack() as made:
 
         def joined(offset: int) -> None:
             group = f"{topics.prefix}headrace-join.store"
             wait_for(lambda: group_offsets(broker, group, topics.events, PARTITIONS)[user_partition] == offset,
                      child=child)  # fmt: skip
 
-        producer = KafkaProducer(bootstrap_servers=broker)
+        producer = made.enter_context(closing(KafkaProducer(bootstrap_servers=broker)))
         for value in [*(json.dumps(click).encode() for click in clicks), NOT_TEXT, json.dumps(later).encode()]:
             producer.send(topics.events, value, partition=user_partition)
         producer.send(topics.events, None, key=b"k", partition=user_partition)
@@ -116,7 +117,7 @@ def test_refused_records_go_back_edited_or_repaired_and_are_joined(
             "    return None if click.get('item') == 3 else json.dumps(mended).encode()\n"
         )
         told = _told(capfd, "--again", "--repair", "mend:fix")
-        assert told == nothing | {"read": 6, "sent": 3, "refused": {"missing_field": 1}, "skipped": 2}
+        assert told == nothing | {"read": 6, "sent": 3, "refused": {"out_of_range": 1}, "skipped": 2}
         joined(13)
         assert _clicked(broker, topics) == {0, 1, 2}  # 0 and 1 were sent twice: duplicates
         assert child.stop() == 0, child.said
@@ -128,10 +129,10 @@ def test_refused_records_go_back_edited_or_repaired_and_are_joined(
 def test_nothing_is_taken_as_done_when_the_repair_fails(
     broker: str, topics: TopicSettings, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    producer = KafkaProducer(bootstrap_servers=broker)
-    producer.send(topics.events_dead, b"{}", headers=[("reason", b"x"), ("detail", b""), ("partition", b"0"),
-                                                      ("offset", b"7")]).get(10)  # fmt: skip
-    producer.send(topics.events_dead, b"sent by something else").get(10)
+    headers = [("reason", b"x"), ("detail", b""), ("partition", b"0"), ("offset", b"7")]
+    with closing(KafkaProducer(bootstrap_servers=broker)) as producer:
+        producer.send(topics.events_dead, b"{}", headers=headers).get(10)
+        producer.send(topics.events_dead, b"sent by something else").get(10)
     Path("broken.py").write_text("def fix(raw): return 1 // 0\ndef text(raw): return ''\n")
     for function, said in (("fix", "ZeroDivisionError"), ("text", "must give bytes")):
         assert run(["replay", "dead", "--repair", f"broken:{function}"]) == 2
@@ -145,8 +146,8 @@ def test_nothing_is_taken_as_done_when_the_repair_fails(
 
 def _partition_of(broker: str, topics: TopicSettings, value: bytes) -> int:
     """Sends it keyed by its user, as a producer of Kafka's would."""
-    producer = KafkaProducer(bootstrap_servers=broker)
-    return producer.send(topics.events, value, key=json.loads(value)["user"].encode()).get(10).partition
+    with closing(KafkaProducer(bootstrap_servers=broker)) as producer:
+        return producer.send(topics.events, value, key=json.loads(value)["user"].encode()).get(10).partition
 
 
 def _blocks(broker: str, topics: TopicSettings) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from streams.joiner import JoinSettings
 
 # Whatever time a mutation makes, what is accepted of it makes no good record late.
-MUTATED = JoinSettings(disorder_ms=5_000, wait_ms=2_000, open_ms=60_000, future_ms=5_000)
+MUTATED = JoinSettings(disorder_ms=10_000, wait_ms=1_000, watch_wait_ms=1_000, open_ms=60_000, future_ms=3_000)
 HUGE = [1 << 31, 1 << 43, (1 << 43) + 1, 1 << 53, (1 << 63) - 1, 1 << 63, 1 << 64, -(1 << 63) - 1, 10**30, 1e308, -1, 0]
 HUGE_TEXT = [b"1e400", b"-1e400", b"1e-400", b"NaN", b"-Infinity", b"9" * 5_000, b"1.0", b"-0", b"01", b"0x10"]
 NOT_UTF8 = [b"\xff", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"\x80"]
