@@ -51,7 +51,7 @@ def _send(broker: str, topics: TopicSettings) -> set[bytes]:
     log = bad_between_good(BAD, int(time.time() * 1000) - BAD // 8)[:-1]
     with KafkaSink(broker, topics.events, topics.items) as sink:
         for n, (_, _, value) in enumerate(log):
-            sink.send_raw(value, n // 5)
+            sink.send_raw(value, n // 25)  # a page view, whole
     ahead = encode(Tick(event_id="ahead", ts=int(time.time() * 1000) + 3_600_000))
     odd = [(b"key", None), *[(None, v) for v in (ahead, b"x" * MAX_EVENT_BYTES, b"x" * (MAX_RECORD_BYTES - 100))]]
     with closing(KafkaProducer(bootstrap_servers=broker, max_request_size=2 * MAX_RECORD_BYTES)) as producer:
@@ -126,5 +126,6 @@ def _check_rows(events: dict[int, list], blocks: dict[int, list[Block]], good: s
             if r.value in good or (r.value or b"").startswith(b'{"kind":"tick","event_id":"tick-')
         )
         assert set(alone.block.examples.row_id.tolist()) <= set(rows.tolist())
-        assert alone.block.counts.joined > BAD // 4
+        assert alone.block.counts.joined > BAD // 8
+        assert alone.block.counts.joined == 7 * alone.block.counts.history_only  # but the favourites
         assert alone.block.counts.late == alone.block.counts.rejected == alone.block.counts.open == 0
