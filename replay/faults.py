@@ -17,7 +17,7 @@ import xxhash
 from msgspec import Meta, Struct
 
 from replay.readers.base import Record
-from streams.events import MAX_EVENT_BYTES, Action, Id, Impression, Item, Tick, encode
+from streams.events import MAX_EVENT_BYTES, Action, Forget, Id, Impression, Item, Tick, encode
 
 MOST_HELD = 200_000  # records, some 60 MB; past that the one that is due next goes out early
 COPY_MS = 1_000  # a duplicate comes at most so much later: far inside the join's `open_ms`, so it is recognised
@@ -66,7 +66,7 @@ class Garbage(NamedTuple):
 class _Held(NamedTuple):
     due: int  # event time at which it is sent
     number: int  # ties go by it; no two have the same
-    record: Impression | Action | Garbage
+    record: Impression | Action | Forget | Garbage
     copy: bool = False
     delayed: bool = False
 
@@ -121,8 +121,8 @@ def arrivals(
 
 
 def _dealt(
-    event: Impression | Action, now: int, settings: FaultSettings, counts: FaultCounts
-) -> Iterator[tuple[int, Impression | Action | Garbage, bool, bool]]:
+    event: Impression | Action | Forget, now: int, settings: FaultSettings, counts: FaultCounts
+) -> Iterator[tuple[int, Impression | Action | Forget | Garbage, bool, bool]]:
     """What is sent for an event: (due, record, whether it is a second copy, whether it is delayed)."""
     numbers = _Numbers(settings.seed, event)
     due = now + int(numbers.uniform(_SHUFFLE) * (settings.shuffle_ms + 1)) if settings.shuffle_ms else now
@@ -157,7 +157,7 @@ def _count(sent: _Held, newest: int, counts: FaultCounts) -> int:
 class _Numbers:
     """The random numbers of one event: by the seed, its id and what they are for."""
 
-    def __init__(self, seed: int, event: Impression | Action) -> None:
+    def __init__(self, seed: int, event: Impression | Action | Forget) -> None:
         self._seed, self._id = seed << 3, str(event.event_id).encode("utf-8", "surrogatepass")
 
     def bits(self, purpose: int) -> int:
@@ -176,7 +176,7 @@ class _Numbers:
         return number / share if number < share else None
 
 
-def _garbage(event: Impression | Action, bits: int) -> Garbage:
+def _garbage(event: Impression | Action | Forget, bits: int) -> Garbage:
     """A record that would be the event, were it not spoilt."""
     raw = encode(event)
     kind, much = bits % HUGE_EVERY, bits // HUGE_EVERY

@@ -12,7 +12,7 @@ import numpy as np
 from embedding_store.errors import LogError
 from embedding_store.ids import hash_text
 from replay.readers.base import LogReader, Record
-from streams.events import Impression, Item, Tick, units
+from streams.events import Forget, Impression, Item, Tick, units
 
 EXACT_IDS = 1 << 21  # different ids that are counted exactly; 16 bytes each
 HOUR_MS = 3_600_000
@@ -125,7 +125,7 @@ class Inspection:
             self.shown += len(record.items)
             for item in record.items:
                 self.items.add(item)
-        else:
+        elif not isinstance(record, Forget):
             self.items.add(record.item)
 
     def _see_time(self, ts: int) -> None:

@@ -13,7 +13,7 @@ windows are read one by one through bounded caches, the rest is read when the st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from embedding_store.ids import feature_id
 from embedding_store.rocks import Batch, open_db
 from online_model.examples import Counts
 from online_model.history import UserHistory
+from streams.dead_letters import DeadLetter
 from streams.events import Tick, decode
 from streams.join_caches import AsideStore, Cache, SeenCache, TimerCache, WindowCache, key_of, numbers_of
 from streams.join_state import Held, JoinState, Numbers
@@ -101,15 +102,15 @@ class JoinStore:
         self._seen.restore(head.chunks, head.generations)
         state.numbers, state.watermark = replace(head.numbers), head.watermark
         state.counts, state.forgotten = replace(head.counts), dict(head.forgotten)
-        state.held = [_held(*numbers_of(key), raw) for key, raw in self._db.items(HELD)]
+        state.held = [_held(numbers_of(key)[0], raw) for key, raw in self._db.items(HELD)]
         return state
 
-    def outbox(self) -> list[bytes]:
+    def outbox(self) -> list[bytes | DeadLetter]:
         """What the last commit wanted sent, as it was given."""
         raw = self._db.get(META, b"outbox")
-        return _decode(raw, type=list[bytes]) if raw else []
+        return _decode(raw, type=list[bytes | DeadLetter]) if raw else []
 
-    def commit(self, joined: Joined, outbox: list[bytes]) -> None:
+    def commit(self, joined: Joined, outbox: Sequence[bytes | DeadLetter]) -> None:
         """One atomic write of all that `joined` changed, the next offset and the outbox.
 
         Raises PositionError if `joined` does not follow the last commit. After DiskFull or StoreError nothing of it is

@@ -30,6 +30,7 @@ from embedding_store.errors import BrokerError, StoreError, StoreLocked
 from online_model.examples import Counts
 from streams import app, events
 from streams.blocks import encode_block
+from streams.dead_letters import DeadLetter
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
 from streams.metrics import JoinMetrics, serve_metrics
@@ -210,7 +211,7 @@ class Lane:
     async def _advance(self, records: list[ConsumerRecord]) -> None:
         joined = self._joiner.process(Record(r.offset, r.timestamp, r.value) for r in records)
         block = encode_block(joined.block)
-        outbox = [block, *joined.dead] if joined.block.to_offset > self._sent else []
+        outbox: list[bytes | DeadLetter] = [block, *joined.dead] if joined.block.to_offset > self._sent else []
         metrics = self._worker.metrics
         with metrics.commit.time():
             self._store.commit(joined, outbox)
@@ -218,6 +219,8 @@ class Lane:
         if outbox:
             with metrics.publish.time():
                 await self._publish(outbox, joined.block.to_offset)
+            for letter in joined.dead:
+                metrics.rejected.labels(letter.reason).inc()
         if joined.block.counts.events_in > self.counts.events_in:
             self._last_event = time.monotonic()
         self._held = joined.block.handled < joined.block.to_offset
@@ -228,11 +231,14 @@ class Lane:
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
 
-    async def _publish(self, outbox: list[bytes], to_offset: int) -> None:
-        block, *dead = outbox
+    async def _publish(self, outbox: list[bytes | DeadLetter], to_offset: int) -> None:
         topics = self._settings.topics
-        messages = [Message(topics.examples, block, partition=self.partition)]
-        messages += [Message(topics.events_dead, letter) for letter in dead]
+        messages = [
+            Message(topics.events_dead, sent.value, key=sent.key(), headers=sent.headers())
+            if isinstance(sent, DeadLetter)
+            else Message(topics.examples, sent, partition=self.partition)
+            for sent in outbox
+        ]
         await self._outlet.send(
             messages, {TopicPartition(topics.events, self.partition): to_offset}, self._worker.store_group
         )

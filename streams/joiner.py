@@ -6,20 +6,19 @@ tests/streams/reference_joiner.py is the same in plain dictionaries.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from typing import Annotated, NamedTuple
 
 import numpy as np
-import orjson
 from msgspec import Meta, Struct
 
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
 from online_model.examples import Block, implicit_key, row_id
 from online_model.history import EMPTY, UserHistory, as_array, history_hash
+from streams.dead_letters import DeadLetter
 from streams.events import (
     SCENARIOS,
     Action,
@@ -32,7 +31,7 @@ from streams.events import (
     Rejected,
     Tick,
     Watch,
-    decode,
+    decode_many,
 )
 from streams.join_rows import (
     LATE_CLICK,
@@ -47,8 +46,6 @@ from streams.join_rows import (
 )
 from streams.join_state import NEVER, Changes, JoinState, Pair, Shown, Window
 from streams.open_impressions import OpenImpressions
-
-DEAD_VALUE_BYTES = 1_000  # of a refused record, kept in its dead letter
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
@@ -93,7 +90,7 @@ class Joined:
     """What came of one call of `process`."""
 
     block: Block
-    dead: list[bytes]  # records for `events.dead`
+    dead: list[DeadLetter]  # for `events.dead`
     changes: Changes
 
 
@@ -163,68 +160,60 @@ class Joiner:
 
     def _begin(self) -> None:
         self._rows = Rows(self.counts, self.settings.unclicked_of)
-        self._dead: list[bytes] = []
+        self._dead: list[DeadLetter] = []
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, replace(self.open.numbers), self.open.numbers, self._forgotten)
 
     def _take_all(self, records: list[Record]) -> None:
         """Rules 1 to 5 for each record."""
-        events: list[tuple[Record, Impression | Action | Forget | Tick, str, int] | None] = []
-        for record in records:
-            try:
-                event = self._decode(record)
-            except Rejected as error:  # 1
-                self._dead.append(_dead_letter(error, self.partition, record))
-                events.append(None)
-                continue
-            if isinstance(event, Tick):
-                events.append((record, event, "", 0))
-            else:
-                events.append((record, event, str(event.event_id), feature_id("user", event.user)))
+        events = decode_many([record.value for record in records])
         # What the store must be asked for, it is asked for at once.
-        named = [event for event in events if event is not None and event[2]]
-        found = self._seen.find([name for _, _, name, _ in named], self.watermark)
-        self._histories.fetch({user for *_, user in named})
-        for taken in events:
-            if taken is None:
+        named = [event for event in events if not isinstance(event, (Rejected, Tick))]
+        found = self._seen.find([str(event.event_id) for event in named], self.watermark)
+        users = {event.user for event in named}
+        ids = {user: feature_id("user", user) for user in users}
+        self._histories.fetch(set(ids.values()))
+        for record, event in zip(records, events, strict=True):
+            stamp = record.timestamp_ms
+            if not isinstance(event, Rejected) and stamp is not None and event.ts > stamp + self.settings.future_ms:
+                ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
+                event = Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
+            if isinstance(event, Rejected):  # 1
                 self.counts.events_in += 1
                 self.counts.rejected += 1
+                self._dead.append(
+                    DeadLetter(event.reason, event.detail, self.partition, record.offset, stamp, record.value)
+                )
+            elif isinstance(event, Tick):
+                self._rise(event.ts)
             else:
-                self._take(*taken, found)
-
-    def _decode(self, record: Record) -> Impression | Action | Forget | Tick:
-        event = decode(record.value)
-        stamp = record.timestamp_ms
-        if stamp is not None and event.ts > stamp + self.settings.future_ms:
-            ahead = f"ts is {event.ts - stamp:,} ms ahead of the time Kafka stamped on the record"
-            raise Rejected("from_the_future", f"{ahead}; at most {self.settings.future_ms:,} are taken")
-        return event
+                self._take(record, event, str(event.event_id), ids[event.user], found)
 
     def _take(
-        self, record: Record, event: Impression | Action | Forget | Tick, event_id: str, user: int,
-        found: dict[str, int],
-    ) -> None:  # fmt: skip
+        self, record: Record, event: Impression | Action | Forget, event_id: str, user: int, found: dict[str, int]
+    ) -> None:
         counts, ts, watermark = self.counts, event.ts, self.watermark
-        if not isinstance(event, Tick):
-            units = len(event.items) if isinstance(event, Impression) else 1
-            counts.events_in += units  # 2
-            first = self._changes.seen.get(event_id)
-            if first is None:
-                first = found.get(event_id)
-            if first is not None and watermark - first <= self.settings.open_ms:  # 3
-                counts.duplicates += units
-                return
-            self._changes.seen[event_id] = ts
-            if ts < watermark:  # 4
-                counts.late += units
-                if not isinstance(event, Impression):
-                    self._release()
-                    self._handle(event, event_id, user, watermark, late=True)
-                return
-            counts.open += units
-            heappush(self._held, (ts, event_id, record.offset, event, record.value, user))  # type: ignore[misc]
-        if ts - self.settings.disorder_ms > watermark:
-            self.watermark = ts - self.settings.disorder_ms
+        units = len(event.items) if isinstance(event, Impression) else 1
+        counts.events_in += units  # 2
+        first = self._changes.seen.get(event_id)
+        if first is None:
+            first = found.get(event_id)
+        if first is not None and watermark - first <= self.settings.open_ms:  # 3
+            counts.duplicates += units
+            return
+        self._changes.seen[event_id] = ts
+        if ts < watermark:  # 4
+            counts.late += units
+            if not isinstance(event, Impression):
+                self._release()
+                self._handle(event, event_id, user, watermark, late=True)
+            return
+        counts.open += units
+        heappush(self._held, (ts, event_id, record.offset, event, record.value, user))  # type: ignore[misc]
+        self._rise(ts)
+
+    def _rise(self, ts: int) -> None:
+        self.watermark = max(self.watermark, ts - self.settings.disorder_ms)
 
     def _release(self) -> None:
         """5. All that is below the watermark, in order. Once for many records is the same as after each of them:
@@ -493,12 +482,3 @@ def _distinct(ids: list[int], taken: Container[int]) -> list[int]:
         if id_ not in taken:
             first.setdefault(id_, place)
     return list(first.values())
-
-
-def _dead_letter(error: Rejected, partition: int, record: Record) -> bytes:
-    value = record.value
-    return orjson.dumps({
-        "reason": error.reason, "detail": error.detail, "partition": partition, "offset": record.offset,
-        "timestamp_ms": record.timestamp_ms, "length": 0 if value is None else len(value),
-        "value": None if value is None else base64.b64encode(value[:DEAD_VALUE_BYTES]).decode(),
-    })  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from embedding_store.errors import UsageError
 from online_model.examples import Counts
+from streams.events import REASONS
 
 HOST = "127.0.0.1"
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
@@ -35,6 +36,11 @@ class JoinMetrics:
         self.age = _histogram(
             self.registry, "headrace_join_age_seconds", "From an event's time in Kafka to its block in Kafka"
         )
+        self.rejected = Counter(
+            "headrace_join_rejected", "Records refused since the start, by reason", ["reason"], registry=self.registry
+        )
+        for reason in REASONS:
+            self.rejected.labels(reason)  # 0 is told too
         self.registry.register(_Balance(counts))
 
 

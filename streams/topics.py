@@ -20,6 +20,7 @@ from kafka.errors import KafkaError, for_code
 
 from embedding_store.errors import BrokerError, UsageError
 from streams.events import MAX_EVENT_BYTES
+from streams.outlet import MAX_MESSAGE_BYTES
 
 PURCHASE_WINDOW_MS = 3 * 24 * 3_600_000
 SNAPSHOT_INTERVAL_MS = 15 * 60_000
@@ -30,6 +31,9 @@ MAX_RECORD_BYTES = (1 << 20) + 12
 assert MAX_RECORD_BYTES > MAX_EVENT_BYTES + 32_000
 # One record that moves the time can close everything that waited: such a block cannot be cut smaller.
 MAX_BLOCK_BYTES = 16 << 20
+
+# The largest that the join worker can send: whoever lets `events` take larger records still has them all here.
+MAX_DEAD_BYTES = MAX_MESSAGE_BYTES
 
 CONNECT_TIMEOUT_S = 3.0
 _REQUEST_TIMEOUT_MS = 10_000
@@ -75,7 +79,7 @@ class TopicSettings:
 
     @property
     def events_dead(self) -> str:
-        """Records of `events` that are not events, with the reason."""
+        """Records of `events` that were refused, as they were, with the reason and their place in the headers."""
         return self.prefix + "events.dead"
 
 
@@ -190,7 +194,7 @@ def _topics(settings: TopicSettings, purchase_window_ms: int, snapshot_interval_
         _Topic(settings.items, one, {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}),
         _Topic(settings.examples, many, _kept_for(window, MAX_BLOCK_BYTES)),
         _Topic(settings.parameters, one, _kept_for(3 * snapshot_interval_ms)),
-        _Topic(settings.events_dead, one, _kept_for(DEAD_RETENTION_MS)),
+        _Topic(settings.events_dead, one, _kept_for(DEAD_RETENTION_MS, MAX_DEAD_BYTES)),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,7 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def replay(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Its format, as taobao. [log.format]")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Its format, as taobao; or dead.")] = None,
     file: Annotated[str | None, typer.Argument(metavar="FILE", help="The log: a path or a URL. [log.path]")] = None,
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
@@ -65,13 +66,34 @@ def replay(
     drop: Annotated[float, typer.Option(min=0, max=1, help="A fault: share that never comes.")] = 0.0,
     garbage: Annotated[float, typer.Option(min=0, max=1, help="A fault: share with a broken record before it.")] = 0.0,
     fault_seed: Annotated[int, typer.Option(min=0, help="Same log and seed: same faults.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Of dead: write them to FILE, to be edited.")
+    ] = None,
+    repair: Annotated[
+        str | None, typer.Option("--repair", metavar="MODULE:FUNCTION", help="Of dead: bytes to bytes or None.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Of dead: those that were read before, too.")] = False,
     json: JsonOption = False,
 ) -> None:
     """A historical log through the system.
 
     Onto Kafka, for the workers that run there, or --direct in this process, without Kafka. Onto Kafka SIGUSR1 pauses
     it, SIGUSR2 goes on.
+
+    `headrace replay dead` takes the refused records instead, those that are new in events.dead: as they are or through
+    --repair, what is accepted by now goes back to events; or with --out all of them go to a file, and `headrace replay
+    dead FILE` sends that back. They come late by then: they correct what is still open, and nothing else.
     """
+    if name == "dead":
+        from deploy.commands.dead import replay_dead
+
+        for_logs = (direct, deterministic, resume, speed, max_speed, no_wait, from_time, until_time, duplicates,
+                    shuffle_ms, delay, drop, garbage)  # fmt: skip
+        if any(for_logs):
+            raise UsageError("replay dead knows --out, --repair, --again and where Kafka is: leave the others out")
+        return replay_dead(settings_for(config, data_dir=data_dir, bootstrap=bootstrap), file, out, repair, again, json)
+    if out or repair or again:
+        raise UsageError("--out, --repair and --again are of `headrace replay dead`")
     if speed is not None and max_speed:
         raise UsageError("--speed and --max-speed exclude each other")
     if direct and (speed is not None or max_speed or no_wait or bootstrap):

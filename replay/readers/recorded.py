@@ -13,7 +13,6 @@ from replay.readers.base import LogReader, Record
 from replay.readers.values import BadRow
 from streams.events import Rejected, decode, decode_item
 
-ITEM = b'"item"'
 IMPRESSION, LOOK_AHEAD = '"impression"', 10_000
 
 
@@ -44,7 +43,7 @@ class Events(LogReader):
         try:
             return [decode(raw)]
         except Rejected as refused:
-            if ITEM not in raw:
+            if refused.reason != "unknown_kind":
                 raise BadRow(refused.reason, refused.detail) from None
         try:
             return [decode_item(raw)]

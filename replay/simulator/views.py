@@ -9,7 +9,7 @@ import numpy as np
 
 from embedding_store.errors import LogError
 from replay.readers.base import Record
-from streams.events import Cart, Click, Event, Favourite, Impression, Item, Purchase, Scenario, Tick, Watch
+from streams.events import Cart, Click, Event, Favourite, Forget, Impression, Item, Purchase, Scenario, Tick, Watch
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def views_of(records: Iterable[Record]) -> Views:
     newest: dict[tuple[str | int, str | int], _Row] = {}  # (user, item)
     pages = 0
     for record in records:
-        if isinstance(record, Item | Tick):
+        if isinstance(record, Item | Tick | Forget):
             continue
         if isinstance(record, Impression):
             fresh = [(n, item) for n, item in enumerate(record.items) if (record.request_id, item) not in asked]

@@ -71,7 +71,7 @@ def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None
         producer.close()
         dead = settings["topics"]["prefix"] + "events.dead"
         reasons = running.until(lambda: dead_letters(settings["bootstrap"], dead, 4 * len(garbage)))
-        assert {r["reason"] for r in reasons} == {"not_json", "invalid", "from_the_future"}
+        assert set(reasons) == {"not_json", "not_utf8", "wrong_type", "out_of_range", "from_the_future"}
         result = running.result()
     comes_out(result)
     assert result["events_rejected"] == result["balance"]["rejected"] == 4 * len(garbage)
@@ -81,8 +81,8 @@ def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None
     assert result["balance"]["joined"] > 1_000
 
 
-def dead_letters(bootstrap: str, topic: str, expected: int) -> list[dict] | None:
-    """All dead letters there are, once there are as many as expected."""
+def dead_letters(bootstrap: str, topic: str, expected: int) -> list[str] | None:
+    """The reasons of all dead letters there are, once there are as many as expected."""
     consumer = KafkaConsumer(bootstrap_servers=bootstrap, isolation_level="read_committed", enable_auto_commit=False)
     try:
         place = TopicPartition(topic, 0)
@@ -91,7 +91,7 @@ def dead_letters(bootstrap: str, topic: str, expected: int) -> list[dict] | None
         end, letters = consumer.end_offsets([place])[place], []
         while consumer.position(place) < end:
             for records in consumer.poll(timeout_ms=500).values():
-                letters += [json.loads(record.value) for record in records]
+                letters += [dict(record.headers)["reason"].decode() for record in records]
         assert len(letters) <= expected
         return letters if len(letters) == expected else None
     finally:

@@ -285,8 +285,9 @@ def test_each_kind_of_garbage_is_refused_by_the_system_and_by_the_oracle():
         found["negative"] += ">= 0" in str(caught.value)
         found["huge"] += len(piece.value) > MAX_EVENT_BYTES
         found["not text"] += piece.value.startswith(b"\xff")
+        assert (caught.value.reason == "not_utf8") == piece.value.startswith(b"\xff")
         found["cut short"] += piece.value.startswith(b"{") and not piece.value.endswith(b"}")
-    assert all(found[kind] for kind in ("not_json", "invalid", "too_large", "negative", "not text", "cut short")), found
+    assert all(found[kind] for kind in ("wrong_type", "too_large", "negative", "not text", "cut short")), found
     assert found["huge"] == found["too_large"] < 0.03 * len(pieces)
     assert {piece.user for piece in pieces} == {event.user for event in log if not isinstance(event, Tick)}
 

@@ -28,9 +28,10 @@ GOOD = [
     SHARED | {"kind": "watch", "item": 7, "play_ms": 3, "duration_ms": 0},
     SHARED | {"kind": "purchase", "item": 7, "quantity": 2, "price": 3, "currency": "EUR"},
     SHARED | {"kind": "forget"},
+    {"kind": "forget", "event_id": 4, "ts": 9, "user": "u"},
     {"kind": "tick", "event_id": 3, "ts": 9},
 ]
-NAMES = sorted({name for event in GOOD for name in event} | {"model_version", "feature_hash", "more"})
+NAMES = sorted({name for event in GOOD for name in event} | {"model_version", "feature_hash", "more", "v"})
 odd = st.one_of(values, st.lists(values, max_size=2), st.sampled_from(["live", "click", "impression", "tick"]))
 changes = st.dictionaries(st.sampled_from(NAMES), odd, max_size=2)
 fields = st.builds(lambda good, bad: good | bad, st.sampled_from(GOOD), changes)
@@ -48,6 +49,10 @@ def system_takes(raw: bytes) -> bool:
 @example(b'{"kind":"click","event_id":"\\ud800","ts":5,"user":1,"item":1}')
 @example(b'{"kind":"click","event_id":1,"ts":5,"user":1,"item":1,"x":NaN}')
 @example(b'{"kind":"click","event_id":1,"event_id":2,"ts":5,"user":1,"item":1}')
+@example(b'{"kind":"click","event_id":1,"ts":"x","ts":5,"user":1,"item":1}')
+@example(b'{"kind":"click","event_id":1,"ts":5,"user":1,"item":1,"kind":"cart"}')
+@example(b'{"kind":"click","event_id":1,"ts":5,"user":1,"item":1,"x":1e400,"y":' + b"9" * 5_000 + b"}")
+@example(b'{"kind":"purchase","event_id":1,"ts":5,"user":1,"item":1,"price":1e400}')
 @example(b'{"kind":"purchase","event_id":1,"ts":5,"user":1,"item":1,"price":-0.5}')
 def test_the_oracle_and_the_system_refuse_the_same_records(raw: bytes) -> None:
     assert (oracle.parse(raw) is not None) == system_takes(raw)

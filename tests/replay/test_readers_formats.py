@@ -302,7 +302,7 @@ def test_bad_records_are_counted_by_the_reasons_of_the_joiner(tmp_path: Path) ->
     bad = '{"kind":"click","event_id":1,"ts":-5,"user":1,"item":2}\nprose\n{"kind":"item","item":""}\n'
     log = open_log("events", write(tmp_path / "log.jsonl", good * 400 + bad))
     assert len(records_of(log)) == 400
-    assert log.rejected == {"invalid": 2, "not_json": 1}
+    assert log.rejected == {"out_of_range": 2, "not_json": 1}
 
 
 # --- any table

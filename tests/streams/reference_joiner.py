@@ -226,5 +226,6 @@ class ReferenceJoiner:
             id_, hash_text(x["key"]), part, x["source"], x["ts"], closed,
             feature_id("user", x["user"]), 0 if forget else feature_id("item", x["item"]), x["scenario"], x["position"],
             x["propensity"], float(np.float32(1 / self.s.unclicked_of)) if click == 0 else 1.0,
-            click, purchase, play_ms, duration_ms, delay, tuple(x["history"]), "null" if forget else json.dumps(x["item"], ensure_ascii=False),
+            click, purchase, play_ms, duration_ms, delay, tuple(x["history"]),
+            "null" if forget else json.dumps(x["item"], ensure_ascii=False),
         ))  # fmt: skip

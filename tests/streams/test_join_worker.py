@@ -18,6 +18,7 @@ from kafka import KafkaProducer
 
 from online_model.examples import Block, Examples
 from streams.blocks import decode_block, encode_block
+from streams.dead_letters import DeadLetter
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, JoinSettings, Record
 from streams.outlet import Outlet
@@ -151,10 +152,15 @@ def _check_against_one_joiner(broker: str, topics: TopicSettings) -> int:
         assert blocks[partition][-1].to_offset == whole.block.to_offset
         rows += len(got)
         dead += whole.dead
-    letters = [record.value for records in read_all(broker, topics.events_dead).values() for record in records]
-    assert sorted(letters) == sorted(dead)
+    sent = [record for records in read_all(broker, topics.events_dead).values() for record in records]
+    letters = [DeadLetter.of(record.headers, record.value) for record in sent]
+    assert sorted(letters, key=_place) == sorted(dead, key=_place)
     assert dead, "no poison was sent"
     return rows
+
+
+def _place(letter: DeadLetter) -> tuple[int, int]:
+    return letter.partition, letter.offset
 
 
 def test_blocks_are_those_of_one_joiner_though_the_worker_is_killed(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,10 +17,13 @@ from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
 from online_model.examples import Block, Examples, Part, example_key, implicit_key, row_id
 from online_model.history import UserHistory, history_hash
-from replay.oracle import PartitionOracle, Rules
+from replay.oracle import PartitionOracle, Rules, parse
+from streams.dead_letters import DeadLetter
+from streams.events import REASONS
 from streams.join_state import NEVER
 from streams.joiner import Joiner, JoinSettings, Record
 from tests.streams.logs import SETTINGS, logs
+from tests.streams.mutations import MUTATED, bad_between_good
 from tests.streams.reference_joiner import ReferenceJoiner
 
 S = JoinSettings(
@@ -69,8 +71,7 @@ def test_joiner_equals_the_reference_however_records_are_batched(join, log, cuts
     check_chain(blocks)
     assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)
     assert blocks[-1].counts == reference.counts
-    dead = [json.loads(letter) for j in joined for letter in j.dead]
-    assert [(d["offset"], d["reason"]) for d in dead] == reference.dead
+    assert [(letter.offset, letter.reason) for j in joined for letter in j.dead] == reference.dead
     assert blocks[-1].watermark == (NEVER if reference.watermark == -math.inf else reference.watermark)
     assert blocks[-1].handled == min([h[2] for h in reference.held], default=blocks[-1].to_offset)
     oracle = PartitionOracle(Rules.of(join))
@@ -101,7 +102,7 @@ class Log:
         joined = self.joiner.process([Record(self.offset, stamp, value)])
         self.offset += 1
         self.blocks.append(joined.block)
-        self.dead = [json.loads(letter) for letter in joined.dead]
+        self.dead = joined.dead
         return joined.block.examples
 
     def to(self, ts: int) -> Examples:
@@ -331,20 +332,154 @@ def test_a_late_event_corrects_and_is_counted_as_late_only():
     assert log.blocks[-1].counts.events_in == 5
 
 
-def test_bad_records_are_refused_and_kept():
+def test_bad_records_are_refused_and_kept_whole_with_their_place():
     log = Log()
     log.raw(b"x" * 5_000, stamp=77)
     (letter,) = log.dead
-    assert base64.b64decode(letter.pop("value")) == b"x" * 1_000
-    assert letter.pop("detail")
-    assert letter == {"reason": "not_json", "partition": 0, "offset": 0, "timestamp_ms": 77, "length": 5_000}
+    assert letter == DeadLetter("not_json", letter.detail, 0, 0, 77, b"x" * 5_000)
+    assert letter.detail
     log.raw(None)
-    assert (log.dead[0]["value"], log.dead[0]["length"]) == (None, 0)
-    log.raw(b'{"kind":"tick","event_id":1,"ts":10001}', stamp=0)
-    assert log.dead[0]["reason"] == "from_the_future"
+    assert (log.dead[0].value, log.dead[0].offset) == (None, 1)
+    ahead = b'{"kind":"tick","event_id":1,"ts":10001}'
+    log.raw(ahead, stamp=0)
+    assert (log.dead[0].reason, log.dead[0].value) == ("from_the_future", ahead)
     log.raw(b'{"kind":"tick","event_id":1,"ts":10000}', stamp=0)
     assert log.dead == []
     assert (log.counts.events_in, log.counts.rejected, log.joiner.watermark) == (3, 3, 9_990)
+
+
+def test_a_hundred_thousand_mutated_records_harm_no_other_record():
+    """Judged by the oracle's reading; those that it refuses might as well not be there, and no good one is touched."""
+    log = bad_between_good(100_000)
+    records = [Record(offset, stamp, value) for offset, (_, stamp, value) in enumerate(log)]
+    events = [(record, parse(record.value)) for record in records]
+    accepted = [r for r, event in events if event is not None and event["ts"] <= r.timestamp_ms + MUTATED.future_ms]
+    taken = {record.offset for record in accepted}
+
+    joiner, blocks, dead = Joiner(MUTATED, 0), [], []
+    for start in range(0, len(records), 2_000):
+        joined = joiner.process(records[start : start + 2_000])
+        blocks.append(joined.block)
+        dead += joined.dead
+    check_chain(blocks)
+    refused = [(r.offset, r.timestamp_ms, r.value) for r in records if r.offset not in taken]
+    assert [(letter.offset, letter.timestamp_ms, letter.value) for letter in dead] == refused
+    assert {letter.reason for letter in dead} == REASONS.keys() - {"too_large"}
+    assert len(dead) > 70_000
+
+    without = Joiner(MUTATED, 0).process(accepted).block
+    rows = rows_of(Examples.concat([block.examples for block in blocks]))
+    assert rows == rows_of(without.examples)
+    assert blocks[-1].counts == replace(
+        without.counts, events_in=without.counts.events_in + len(dead), rejected=len(dead)
+    )
+    good = Joiner(MUTATED, 0).process([record for record, (good, _, _) in zip(records, log, strict=True) if good]).block
+    assert rows_of(good.examples) <= rows
+    assert (good.counts.joined, good.counts.history_only) == (7 * 5_000, 5_000)
+
+
+def test_nothing_is_known_of_a_forgotten_user():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500))
+    log.shown(1_000, "r1", items=["i", "j"])
+    log.shown(1_000, "other", user="v", event_id="v")
+    log.add("click", 1_010, item="i")
+    log.add("watch", 1_020, item="i", play_ms=3, duration_ms=9)
+    log.add("forget", 1_050, event_id="f")
+    log.to(1_051)
+    rows = log.rows()
+    assert rows.part.tolist() == [0, 5], "the click; then the word that the user is forgotten"
+    assert rows.row_id[1] == row_id("forget:f\0u", 5)
+    assert (rows.user[1], rows.item[1], rows.closed[1]) == (feature_id("user", "u"), 0, 1_050)
+    assert log.blocks[-1].users.tolist() == []
+    log.add("cart", 1_045, item="k")  # late, from before
+    log.add("click", 1_060, item="i")
+    log.add("purchase", 1_070, item="i")
+    log.to(9_000)
+    assert log.rows().part.tolist() == [0, 5, 0], "of the other user"
+    assert (log.counts.history_only, log.counts.late, log.counts.open) == (3, 1, 0), "j, the click, the purchase"
+    log.shown(9_100, "r2")
+    later = log.to(9_300)
+    assert later.history[0, :2].tolist() == [feature_id("item", "i"), 0], "what came after it"
+
+
+def test_a_late_forget_erases_at_once():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 1_010, item="i")
+    log.to(1_200)
+    assert only(log.add("forget", 900), "part", "closed", "ts") == [5, 1_200, 900]
+    log.add("purchase", 1_150, item="i")  # late
+    assert log.to(1_300).part.tolist() == []
+    assert (log.counts.late, log.counts.joined) == (2, 2)
+
+
+def test_an_impression_can_be_clicked_for_a_shorter_time_than_it_can_be_watched():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, click_window_ms=300, open_ms=1_000, watch_wait_ms=0))
+    log.shown(1_000)
+    log.add("click", 1_300, item="i", request_id="r")
+    log.add("click", 1_301, item="i", request_id="r", user="v")
+    log.shown(2_000, "s")
+    log.add("click", 2_301, item="i", request_id="s")
+    log.add("watch", 2_302, item="i", request_id="s", play_ms=1, duration_ms=2)
+    log.to(4_000)
+    assert log.rows().part.tolist() == [0, 1, 0, 2]
+    assert log.counts.history_only == 2
+
+
+def test_not_bought_is_said_after_the_purchase_wait():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500, purchase_window_ms=5_000))
+    log.shown(1_000)
+    log.add("click", 1_050, item="i")
+    assert only(log.to(1_060), "part", "click", "purchase") == [0, 1, -1]
+    log.add("click", 1_300, item="i")
+    assert len(log.to(1_550)) == 0
+    rows = log.to(1_551)
+    assert only(rows, "row_id", "part", "closed") == [row_id(example_key("r", "i"), 4), 4, 1_550]
+    assert only(rows, "click", "purchase", "delay_ms", "item_raw") == [-1, 0, -1, '"i"']
+    log.add("purchase", 6_000, item="i")
+    assert only(log.to(6_001), "part", "purchase", "delay_ms") == [3, 1, 4_950]
+
+
+def test_bought_within_the_purchase_wait_is_said_at_once_and_alone():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500, purchase_window_ms=5_000))
+    log.shown(1_000)
+    log.add("click", 1_050, item="i")
+    log.add("purchase", 1_550, item="i")
+    log.to(7_000)
+    assert log.rows().part.tolist() == [0, 3]
+
+
+def test_an_example_that_loses_the_window_is_not_bought():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500, purchase_window_ms=5_000))
+    log.shown(1_000, "r1")
+    log.shown(1_000, "r2", event_id="x")
+    log.shown(1_000, "r3", event_id="y")
+    log.add("click", 1_050, item="i", request_id="r1")
+    log.add("click", 1_060, item="i", request_id="r2")
+    log.to(1_065)
+    rows = log.rows()
+    assert rows.part.tolist() == [0, 0, 4]
+    assert rows.row_id[2] == row_id(example_key("r1", "i"), 4)
+    rows = log.add("click", 1_055, item="i", request_id="r3")  # late: the click at 1060 holds the window
+    assert rows.part.tolist() == [0, 4]
+    assert rows.closed.tolist() == [1_065, 1_065]
+    log.add("purchase", 1_070, item="i")
+    assert log.to(9_000).row_id.tolist() == [row_id(example_key("r2", "i"), 3)]
+
+
+def test_one_in_so_many_unclicked_rows_is_kept_and_says_so():
+    log = Log(JoinSettings(disorder_ms=10, wait_ms=100, unclicked_of=4))
+    for n in range(400):
+        log.add("impression", 1_000 + n, request_id=f"r{n}", items=["a", "b"])
+    log.add("click", 1_400, item="a", request_id="r399")
+    log.to(3_000)
+    rows = log.rows()
+    unclicked = rows.take(rows.click == 0)
+    assert 150 < len(unclicked) < 250, "799 in four"
+    assert set(unclicked.rate.tolist()) == {0.25}
+    assert (unclicked.row_id.view(np.uint64) % np.uint64(4) == 0).all()
+    assert rows.rate[rows.click == 1].tolist() == [1.0]
+    assert (log.counts.joined, log.counts.rows) == (801, len(rows)), "what is not kept is joined all the same"
 
 
 def test_blocks_follow_one_another_over_holes_in_the_log():
