@@ -381,7 +381,7 @@ def test_a_hundred_thousand_mutated_records_harm_no_other_record():
 def test_nothing_is_known_of_a_forgotten_user():
     log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500))
     log.shown(1_000, "r1", items=["i", "j"])
-    log.shown(1_000, "other", user="v", event_id="v")
+    log.shown(1_001, "other", user="v")
     log.add("click", 1_010, item="i")
     log.add("watch", 1_020, item="i", play_ms=3, duration_ms=9)
     log.add("forget", 1_050, event_id="f")
@@ -452,8 +452,8 @@ def test_bought_within_the_purchase_wait_is_said_at_once_and_alone():
 def test_an_example_that_loses_the_window_is_not_bought():
     log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500, purchase_window_ms=5_000))
     log.shown(1_000, "r1")
-    log.shown(1_000, "r2", event_id="x")
-    log.shown(1_000, "r3", event_id="y")
+    log.shown(1_001, "r2")
+    log.shown(1_002, "r3")
     log.add("click", 1_050, item="i", request_id="r1")
     log.add("click", 1_060, item="i", request_id="r2")
     log.to(1_065)
