@@ -13,8 +13,9 @@ Whatever else the joiner keeps is the same in both runs, so what differs is open
 remembered as long, to know duplicates).
 
 `digest_equal`: in both runs the number of rows and the sum of their ids mod 2^64 are those of the reference under the
-same settings. `events_per_s` is of the run with the fewer open windows, `events_per_s_10x_open` of the other. Where others use the machine too the clock says little: `…_per_cpu_s`
-count the seconds of processor time (of all threads, RocksDB's too) instead.
+same settings. `events_per_s` is of the run with the fewer open windows, `events_per_s_10x_open` of the other.
+Where others use the machine too the clock says little: `…_per_cpu_s` count the seconds of processor time (of all
+threads, RocksDB's too) instead.
 """
 
 from __future__ import annotations
