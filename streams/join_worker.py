@@ -28,7 +28,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError, StoreError, StoreLocked
 from online_model.examples import Counts
-from streams import app, events
+from streams import app, batches, events
 from streams.blocks import encode_block
 from streams.dead_letters import DeadLetter
 from streams.join_store import JoinStore
@@ -58,13 +58,13 @@ async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
     worker = JoinWorker(settings)
     await worker.start()
     try:
-        intake = app.Intake(
+        intake = batches.Intake(
             bootstrap=settings.bootstrap,
             topic=settings.topics.events,
             group=worker.group,
             member=app.member_name("join", settings.data_dir / "join"),
         )
-        await app.serve_feed(intake, worker, stop)
+        await batches.serve_feed(intake, worker, stop)
     finally:
         await worker.stop()
 

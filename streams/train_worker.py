@@ -35,7 +35,7 @@ from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord, StoreError
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
-from streams import app
+from streams import app, batches
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
 from streams.metrics import TrainMetrics, serve_metrics
@@ -66,7 +66,7 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
     worker = TrainWorker(settings)
     await worker.start()
     topics = settings.topics
-    intake = app.Intake(
+    intake = batches.Intake(
         bootstrap=settings.bootstrap,
         topic=topics.examples,
         group=f"{topics.prefix}headrace-train",
@@ -76,7 +76,7 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
         wait_ms=500,
         max_records=500,
     )
-    await app.serve_feed(intake, worker, stop)
+    await batches.serve_feed(intake, worker, stop)
     await worker.stop()
 
 

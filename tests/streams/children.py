@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +165,27 @@ class FileFeed:
 
 
 def _feed(bootstrap: str, topic: str, group: str, folder: str, fail_at: int = -1, hole_at: int = -1,
-    member: str | None = None) -> None:
-    from streams import app
+    member: str | None = None, prepare: Any = None) -> None:
+    from streams import app, batches
 
     feed = FileFeed(Path(folder), fail_at, hole_at)
-    intake = app.Intake(bootstrap, topic, group, member, max_records=500)
-    app.run(lambda stop: app.serve_feed(intake, feed, stop))
+    intake = batches.Intake(bootstrap, topic, group, member, max_records=500)
+    app.run(lambda stop: batches.serve_feed(intake, feed, stop, prepare and partial(prepare, Path(folder))))
+
+
+def _ordinary_agent(folder: Path, topic: str, app: Any) -> None:
+    """An agent of Faust's ordinary path: it writes the offset of each event, one a line."""
+
+    async def take(stream: Any) -> None:
+        async for event in stream.events():
+            with (folder / f"{event.message.partition}.ordinary").open("a") as file:
+                file.write(f"{event.message.offset}\n")
+
+    app.agent(app.topic(topic, value_serializer="raw", key_serializer="raw"), name="ordinary")(take)
+
+
+def _mixed(ordinary: str, folder: str, **settings: Any) -> None:
+    _feed(folder=folder, **settings, prepare=lambda path, app: _ordinary_agent(path, ordinary, app))
 
 
 def _join(**settings: Any) -> None:
@@ -194,4 +210,4 @@ def convert(settings: dict[str, Any], type_: Any) -> Any:
     return msgspec.convert(settings, type_, dec_hook=lambda kind, value: kind(value))
 
 
-_KINDS = {"feed": _feed, "join": _join, "train": _train, "serve": _serve}
+_KINDS = {"feed": _feed, "mixed": _mixed, "join": _join, "train": _train, "serve": _serve}

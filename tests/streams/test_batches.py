@@ -9,7 +9,7 @@ import pytest
 from kafka import KafkaProducer
 
 from streams.topics import TopicSettings, create_topics
-from tests.streams.children import running, wait_for
+from tests.streams.children import group_offsets, running, wait_for
 
 pytestmark = pytest.mark.broker
 
@@ -28,10 +28,10 @@ def feed(broker: str, topic: str, tmp_path: Path) -> dict:
     return {"bootstrap": broker, "topic": topic, "group": f"{topic}-group", "folder": tmp_path}
 
 
-def _produce(broker: str, topic: str, records: int) -> None:
+def _produce(broker: str, topic: str, records: int, partitions: int = PARTITIONS) -> None:
     producer = KafkaProducer(bootstrap_servers=broker, linger_ms=20)
     for i in range(records):
-        producer.send(topic, b"%d" % i, partition=i % PARTITIONS)
+        producer.send(topic, b"%d" % i, partition=i % partitions)
     producer.close()
 
 
@@ -98,3 +98,52 @@ def test_a_feed_can_go_back(broker: str, topic: str, feed: dict, tmp_path: Path)
     _produce(broker, topic, 8_000)
     with running("feed", tmp_path / "log", **feed, hole_at=900) as child:
         wait_for(lambda: _all_once(tmp_path, 8_000), child=child)
+
+
+def test_other_topics_of_the_app_keep_the_ordinary_path(
+    broker: str, topic: str, topic_prefix: str, feed: dict, tmp_path: Path
+) -> None:
+    ordinary = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS).items  # of one partition
+    mixed = feed | {"ordinary": ordinary, "member": "a"}
+
+    def ordinary_all(records: int) -> bool:
+        """Whether the agent saw every event; at least once is Faust's promise, and no offset may be left out."""
+        seen = {p: [int(n) for n in p.read_text().split()] for p in tmp_path.glob("*.ordinary")}
+        return sum(len(set(offsets)) for offsets in seen.values()) == records
+
+    _produce(broker, topic, 8_000)
+    _produce(broker, ordinary, 800, partitions=1)
+    with running("mixed", tmp_path / "log", **mixed) as child:
+        wait_for(lambda: any(tmp_path.glob("*.ordinary")), child=child)
+        child.kill()
+        child.start()
+        wait_for(lambda: _all_once(tmp_path, 8_000) and ordinary_all(800), child=child)
+        assert child.stop() == 0, child.said
+    assert group_offsets(broker, feed["group"], ordinary, 1) == [800], "Faust committed them"
+    assert group_offsets(broker, feed["group"], topic, PARTITIONS) == [None] * PARTITIONS, "the feed's are not Faust's"
+
+
+def test_a_stop_in_the_middle_of_a_batch_finishes_it(broker: str, topic: str, feed: dict, tmp_path: Path) -> None:
+    _produce(broker, topic, 20_000)
+    with running("feed", tmp_path / "log", **feed) as child:
+        wait_for(lambda: _offsets(tmp_path), child=child)
+        assert child.stop() == 0, child.said
+        assert not _all_once(tmp_path, 20_000), "it was stopped in the middle"
+        child.start()
+        wait_for(lambda: _all_once(tmp_path, 20_000), child=child)
+    assert all(int(line.split()[1]) == 0 for line in (tmp_path / "batches").read_text().splitlines())
+
+
+def test_a_rebalance_in_the_middle_of_a_batch_loses_nothing(
+    broker: str, topic: str, feed: dict, tmp_path: Path
+) -> None:
+    _produce(broker, topic, 40_000)
+    opened = tmp_path / "opened"
+    with running("feed", tmp_path / "one.log", **feed) as one:
+        wait_for(lambda: _offsets(tmp_path), child=one)
+        with running("feed", tmp_path / "two.log", **feed) as two:
+            wait_for(lambda: opened.read_text().count(f"{two.pid} ") >= 1, child=two)
+            _produce(broker, topic, 8_000)
+            wait_for(lambda: _all_once(tmp_path, 48_000), child=one)
+            assert two.stop() == 0, two.said
+        assert one.stop() == 0, one.said

@@ -1,0 +1,75 @@
+"""What the benchmarks share: measured parts as child processes on one core, medians, and the machine they ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deploy.processes import ends_with_parent
+from embedding_store.errors import HeadraceError
+
+CHILD_SECONDS = 900.0  # a part that takes longer hangs
+
+
+class BenchError(HeadraceError):
+    """A measured part failed, or what it computed is wrong: there is no figure."""
+
+
+def run_part(module: str, part: str, **arguments: Any) -> dict[str, Any]:
+    """Run `part` of a benchmark in a process of its own, on the last core that we may use: what it returned.
+
+    Raises BenchError with the last line it said if it failed.
+    """
+    core = max(os.sched_getaffinity(0))
+    tied = ends_with_parent()
+
+    def in_child() -> None:
+        tied()
+        os.sched_setaffinity(0, {core})
+
+    command = [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=CHILD_SECONDS, preexec_fn=in_child, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BenchError(f"{part} did not end within {CHILD_SECONDS:.0f} s: try fewer --events") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BenchError(f"the benchmark's part `{part}` failed: {said[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def finish(result: dict[str, Any]) -> None:
+    """The last line of a part: its result for `run_part`."""
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+def rss_mb() -> float:
+    """Resident memory of this process, MB."""
+    return psutil.Process().memory_info().rss / 1e6
+
+
+def median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    """The median of one figure over the runs."""
+    return statistics.median(run[key] for run in runs)
+
+
+def machine() -> str:
+    """CPU model and number of cores, for the text output."""
+    model = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"

@@ -1,0 +1,46 @@
+"""Events of the standard mix: impression 80, click 15, watch 4, purchase 1 % of events; k items shown are k events."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+
+import orjson
+
+SHARES = {"impression": 0.80, "click": 0.15, "watch": 0.04, "purchase": 0.01}
+START_MS = 1_760_000_000_000
+REMEMBERED_MS = 300_000  # actions are on what was shown up to so long before
+
+
+def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterator[bytes]:
+    """Records with `events` events in all (to within one page), spread evenly over `span_ms` of event time, in order.
+
+    `page`: items of an impression. Users are drawn by a Pareto law (a few do much, most little), items likewise. An
+    action is on an impression that was shown some seconds to `REMEMBERED_MS` before.
+    """
+    dice = random.Random(seed)
+    kinds = list(SHARES)
+    weights = [SHARES[kind] / (page if kind == "impression" else 1) for kind in kinds]
+    shown: deque[tuple[int, str, str, list[str]]] = deque()
+    done = number = 0
+    while done < events:
+        ts = START_MS + span_ms * done // events
+        while shown and shown[0][0] < ts - REMEMBERED_MS:
+            shown.popleft()
+        number += 1
+        kind = dice.choices(kinds, weights)[0] if shown else "impression"
+        event: dict[str, object] = {"kind": kind, "event_id": f"e{number}", "ts": ts, "scenario": "live"}
+        if kind == "impression":
+            user = f"u{min(int(dice.paretovariate(0.6)), 500_000)}"
+            items = [f"i{dice.randrange(1, int(dice.paretovariate(0.5)) % 100_000 + 50)}" for _ in range(page)]
+            shown.append((ts, user, f"r{number}", items))
+            event |= {"user": user, "request_id": f"r{number}", "items": items}
+        else:
+            back = int(len(shown) * min(dice.expovariate(8.0), 1.0))  # of REMEMBERED_MS an eighth, on the average
+            _, user, request, items = shown[max(len(shown) - 1 - back, 0)]
+            event |= {"user": user, "request_id": request, "item": dice.choice(items)}
+            if kind == "watch":
+                event |= {"play_ms": dice.randrange(30_000), "duration_ms": 30_000}
+        done += page if kind == "impression" else 1
+        yield orjson.dumps(event)

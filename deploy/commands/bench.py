@@ -1,0 +1,91 @@
+"""headrace bench: figures, each beside a reference that was measured in the same run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deploy.commands.common import BootstrapOption, JsonOption, Output, progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(help="Figures, each beside a reference measured in the same run.")
+
+RunsOption = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
+
+
+@app.callback()
+def bench() -> None:
+    """Figures, each beside a reference measured in the same run."""
+
+
+@app.command(epilog="Example: headrace bench intake --events 200000 --runs 3")
+def intake(
+    events: Annotated[int, typer.Option(min=50_000, help="Events in the topic.")] = 400_000,
+    faust_events: Annotated[int, typer.Option(min=1_000, help="How many of them stock Faust reads.")] = 40_000,
+    runs: RunsOption = 3,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Whole batches through Faust, beside stock Faust and the bare client on the same topic.
+
+    Without --bootstrap an embedded broker is started for it, and removed.
+    """
+    with Output(json) as out:
+        from deploy.bench.intake import bench_intake
+
+        with _broker(bootstrap) as server, progress("intake", 3 * runs) as (bar, task):
+            result = bench_intake(server, events, faust_events, runs, lambda: bar.advance(task))
+        out.result(result, _table("intake", result))
+
+
+@app.command(epilog="Example: headrace bench join --events 400000 --runs 3")
+def join(
+    events: Annotated[int, typer.Option(min=10_000, help="Events in the log.")] = 1_000_000,
+    page: Annotated[int, typer.Option(min=1, max=100, help="Items of an impression.")] = 10,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """The joiner with its store on one core, beside plain dictionaries. Exit 1 if their rows differ."""
+    with Output(json) as out:
+        from deploy.bench.common import BenchError
+        from deploy.bench.join import bench_join
+
+        with progress("join", 4 * runs) as (bar, task):
+            result = bench_join(events, page, runs, lambda: bar.advance(task))
+        out.result(result, _table("join", result))
+        if not result["digest_equal"]:
+            raise BenchError("the joiner's rows are not those of the reference: the figures mean nothing; report it")
+
+
+@contextmanager
+def _broker(bootstrap: str | None) -> Iterator[str]:
+    """The named broker, or one of our own for as long as it is needed."""
+    if bootstrap is not None:
+        yield bootstrap
+        return
+    from deploy.broker import Broker
+
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder, Broker.start(Path(folder)) as broker:
+        yield broker.bootstrap
+
+
+def _table(name: str, result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    from deploy.bench.common import machine
+
+    table = Table(title=f"{name}: {machine()}", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in result.items():
+        digits = 1 if isinstance(value, float) and value >= 10 else 2
+        table.add_row(key, f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
+                      if not isinstance(value, bool) else str(value).lower())  # fmt: skip
+    return table

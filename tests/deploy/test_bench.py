@@ -1,0 +1,56 @@
+"""`headrace bench`: the keys that are promised, ratios of the same run, exit codes."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import orjson
+import pytest
+
+from deploy.bench import join as join_bench
+from deploy.bench.mix import SHARES, standard_mix
+from deploy.cli import run
+
+
+def test_the_mix_has_its_shares_of_events() -> None:
+    counted: collections.Counter[str] = collections.Counter()
+    times = []
+    for raw in standard_mix(100_000, page=10, span_ms=100_000):
+        event = orjson.loads(raw)
+        counted[event["kind"]] += len(event.get("items", [0]))
+        times.append(event["ts"])
+    assert {kind: counted[kind] / counted.total() for kind in SHARES} == pytest.approx(SHARES, abs=0.01)
+    assert times == sorted(times)
+
+
+def test_join_reports_its_keys_and_the_reference_agrees(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "join", "--events", "10000", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    contract = {"events_per_s", "reference_per_s", "rss_growth_mb", "rss_growth_mb_10x_open", "digest_equal"}
+    assert contract <= result.keys()
+    assert result["digest_equal"] is True
+    assert result["ratio"] == pytest.approx(result["events_per_s"] / result["reference_per_s"])
+
+
+def test_rows_that_differ_from_the_reference_are_a_failure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"digest_equal": False, "events_per_s": 1.0}
+    monkeypatch.setattr(join_bench, "bench_join", lambda *_: measured)
+    assert run(["bench", "join", "--json"]) == 1
+    assert "not those of the reference" in capfd.readouterr().err
+
+
+def test_wrong_sizes_are_wrong_usage() -> None:
+    assert run(["bench", "join", "--events", "0"]) == 2
+    assert run(["bench", "intake", "--runs", "0"]) == 2
+
+
+@pytest.mark.broker
+def test_intake_reports_its_keys_from_one_run(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--events", "50000", "--faust-events", "1000", "--runs", "1", "--bootstrap", broker, "--json"]
+    assert run(["bench", "intake", *arguments]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["ratio_to_faust"] == pytest.approx(result["headrace_per_s"] / result["faust_per_event_per_s"])
+    assert result["ratio_to_limit"] == pytest.approx(result["headrace_per_s"] / result["client_limit_per_s"])
