@@ -1,6 +1,7 @@
 # make demo    watch a recommender learn from a stream, on a real Kafka     (SECONDS=60, RATE=…, LOG=taobao PATH_TO_LOG=…)
 # make test    everything that is promised, tested on the real broker
 # make check   lint, types, directions of imports
+# make figures every figure that is promised, measured anew    (ONLY=replay, ONLY=replay.kills; HEADRACE_DATA=…)
 # make setup   what the others need: .venv, from the pins, in seconds when it is done already
 # make pins    compile requirements/*.txt anew from pyproject.toml
 
@@ -15,7 +16,7 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test check setup pins clean
+.PHONY: demo test check figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
@@ -27,6 +28,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+figures: setup
+	@$(BIN)/python -m tests.figures $(ONLY) $(ARGS)
 
 setup: $(READY)
 
