@@ -32,7 +32,7 @@ from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
 FORMAT = 2
-CACHED = 200_000  # event ids in memory, about 30 MB; 50,000 histories and as many windows, about 60 MB
+CACHED = 50_000  # event ids, histories and purchase windows in memory: together about 60 MB
 WRITE_BUFFER_BYTES = 64 << 20  # of all families together, before they go to files
 
 META, HELD, SHOWN, ORDER, SEEN, OLD_SEEN = "meta", "held", "shown", "order", "seen", "old_seen"
@@ -64,7 +64,7 @@ class _Head(Struct):
 class JoinStore:
     """The store at `path`, made where it is missing. With `sync` a commit outlives a power cut, not only a kill -9.
 
-    `cached`: how many event ids are kept in memory, and a quarter as many histories and purchase windows each.
+    `cached`: how many event ids, histories and purchase windows each are kept in memory.
     `next_offset`: of the last commit; None if there was none. Raises UsageError if it was made with other settings,
     StoreLocked if another worker has it, StoreError.
     """
@@ -72,9 +72,8 @@ class JoinStore:
     def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False, cached: int = CACHED) -> None:
         self.path, self._sync = Path(path), sync
         self._db = db = open_db(path, FAMILIES, write_buffers=WRITE_BUFFER_BYTES)
-        objects = max(1, cached // 4)
-        self._histories = Cache(db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, objects)
-        self._windows = WindowCache(db, WINDOWS, CLICKS, objects)
+        self._histories = Cache(db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, cached)
+        self._windows = WindowCache(db, WINDOWS, CLICKS, cached)
         self._seen = SeenCache(db, SEEN, OLD_SEEN, settings.open_ms, cached)
         self._plays, self._unbought = TimerCache(db, PLAYS), TimerCache(db, UNBOUGHT)
         self._aside = AsideStore(db, SHOWN, ORDER)

@@ -155,7 +155,7 @@ class Lane:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                return JoinStore(path, self._settings.join, self._settings.sync)
+                return JoinStore(path, self._settings.join, self._settings.sync, self._settings.in_memory)
             except StoreLocked:
                 if time.monotonic() > deadline:
                     raise
@@ -215,7 +215,7 @@ class Lane:
         metrics = self._worker.metrics
         with metrics.commit.time():
             self._store.commit(joined, outbox)
-        self._joiner.trim(self._settings.open_in_memory)
+        self._joiner.trim(self._settings.in_memory)
         if outbox:
             with metrics.publish.time():
                 await self._publish(outbox, joined.block.to_offset)

@@ -28,9 +28,9 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
         Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
     ] = "live"
     sync: Sync = False
-    open_in_memory: Annotated[
-        int, Meta(ge=0, description="open examples of a partition in memory, the rest on disk; 300 bytes each")
-    ] = 300_000
+    in_memory: Annotated[
+        int, Meta(ge=1, description="of a partition: open examples, event ids, users, windows; the rest on disk")
+    ] = 50_000
     purge_s: Annotated[
         float, Meta(gt=0, description="so long after a user was forgotten the files are rewritten without them")
     ] = 600.0

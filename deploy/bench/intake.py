@@ -20,11 +20,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deploy.bench.common import finish, median, run_part
 from deploy.bench.mix import standard_mix
+from streams.events import decode_many
 
 PARTITIONS = 4
 FETCH_BYTES = 4 << 20
@@ -150,29 +151,19 @@ class _Decoding:
     """A feed that decodes its batches, and keeps nothing."""
 
     def __init__(self, clock: _Clock) -> None:
-        self._clock, self._decode = clock, _batch_decoder()
+        self._clock = clock
 
     async def open(self, partitions: set[int]) -> Mapping[int, int]:
         return dict.fromkeys(partitions, 0)
 
     async def take(self, partition: int, records: list) -> int | None:
-        self._decode([record.value for record in records])
+        decode_many([record.value for record in records])
         if self._clock.saw(len(records)):
             _end(self._clock)
         return None
 
     async def close(self, partitions: set[int]) -> None:
         pass
-
-
-def _batch_decoder() -> Callable[[Sequence[bytes]], list]:
-    """All of a batch in one call: msgspec reads JSON lines straight into the events' structs."""
-    import msgspec
-
-    from streams.events import Event
-
-    decoder = msgspec.json.Decoder(Event)
-    return lambda values: decoder.decode_lines(b"\n".join(values))
 
 
 def _headrace(bootstrap: str, topic: str, events: int) -> None:

@@ -87,9 +87,11 @@ def _joiner(log: str, store: str, open_ms: int) -> dict[str, Any]:
     from streams.blocks import encode_block
     from streams.join_store import JoinStore
     from streams.joiner import Joiner, Record
+    from streams.settings import JoinWorkerSettings
 
+    in_memory = JoinWorkerSettings(bootstrap="", data_dir=Path()).in_memory
     settings = _settings(open_ms)
-    kept = JoinStore(store, settings)
+    kept = JoinStore(store, settings, cached=in_memory)
     joiner = Joiner(settings, 0, 0, kept.state())
     start_mb, sizes, seconds, cpu, offset = rss_mb(), [], 0.0, 0.0, 0
     rows = total = 0
@@ -99,6 +101,7 @@ def _joiner(log: str, store: str, open_ms: int) -> dict[str, Any]:
         began, began_cpu = time.perf_counter(), time.process_time()
         joined = joiner.process(records)
         kept.commit(joined, [encode_block(joined.block), *joined.dead])
+        joiner.trim(in_memory)
         seconds += time.perf_counter() - began
         cpu += time.process_time() - began_cpu
         ids = joined.block.examples.row_id
