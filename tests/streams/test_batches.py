@@ -103,7 +103,7 @@ def test_a_feed_can_go_back(broker: str, topic: str, feed: dict, tmp_path: Path)
 def test_other_topics_of_the_app_keep_the_ordinary_path(
     broker: str, topic: str, topic_prefix: str, feed: dict, tmp_path: Path
 ) -> None:
-    ordinary = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS).items  # of one partition
+    ordinary = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS).events_dead  # of one partition
     mixed = feed | {"ordinary": ordinary, "member": "a"}
 
     def ordinary_all(records: int) -> bool:
