@@ -13,8 +13,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from embedding_store.ids import hash_text
-
-HISTORY = 20  # items of a user's history that travel with a row
+from online_model.history import HISTORY_BYTES
 
 
 class Part(IntEnum):
@@ -70,7 +69,7 @@ class Examples:
     purchase: np.ndarray  # int8 [n] 1, 0 (so far: the window is still open), -1 not said by this row
     play_ms: np.ndarray  # int64 [n] -1 not said by this row
     duration_ms: np.ndarray  # int64 [n] 0 unknown, -1 not said by this row
-    history: np.ndarray  # int64 [n, HISTORY] item ids as of ts, newest first, 0 = none
+    history: np.ndarray  # uint8 [n, HISTORY_BYTES] the user's state as of ts (history.py)
     item_raw: np.ndarray  # object [n] the item's id as it came, as JSON text
 
     def __len__(self) -> int:
@@ -99,7 +98,7 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "scenario": (np.uint8, ()), "position": (np.int16, ()), "propensity": (np.float32, ()),
     "rate": (np.float32, ()),
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
-    "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
+    "history": (np.uint8, (HISTORY_BYTES,)), "item_raw": (object, ()),
 }  # fmt: skip
 
 
@@ -162,5 +161,5 @@ class Block:
     watermark: int  # event time ms; no row of a later block closed before it
     counts: Counts = field(default_factory=Counts)
     examples: Examples = field(default_factory=Examples.empty)
-    users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose history changed
-    histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY), np.int64))  # [u, HISTORY] as it is now
+    users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose state changed
+    histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY_BYTES), np.uint8))  # [u, …] as it is now

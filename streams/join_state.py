@@ -42,7 +42,7 @@ class Shown(Struct, array_like=True, gc=False):
 
 
 class Window(Struct, array_like=True, gc=False):
-    """The last click of a user on an item, and what a purchase would make a row from. At most 300 bytes packed."""
+    """The last click of a user on an item, and what a purchase would make a row from. At most 512 bytes packed."""
 
     clicked: int  # time of the click, ms
     row_id: int  # of the row PURCHASE

@@ -31,8 +31,8 @@ from streams.events import decode
 from streams.join_state import NEVER, Changes, Held, JoinState, Pair, Seen, Shown, Window
 from streams.joiner import Joined, JoinSettings
 
-FORMAT = 1
-CACHED = 50_000  # histories, and purchase windows, in memory: about 30 MB each
+FORMAT = 2
+CACHED = 50_000  # histories, and purchase windows, in memory: about 50 MB and 30 MB
 CHUNKS_A_COMMIT = 4  # of ended purchase windows that a commit deletes; one commit adds at most one
 
 META, HELD, SHOWN, SEEN, HISTORIES, WINDOWS, CLICKS = "meta", "held", "shown", "seen", "histories", "windows", "clicks"

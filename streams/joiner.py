@@ -21,15 +21,16 @@ from msgspec import Meta, Struct
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import COLUMNS, Block, Examples, Part, Source, example_key, implicit_key, row_id
-from online_model.history import EMPTY, UserHistory, as_array, history_hash
+from online_model.history import EMPTY, Kind, UserHistory, as_array, history_hash
 from streams.events import (
     SCENARIOS,
     Action,
+    Cart,
     Click,
+    Favourite,
     Id,
     Impression,
     Purchase,
-    Refund,
     Rejected,
     Tick,
     Watch,
@@ -44,6 +45,10 @@ _FOREVER = 1 << 62
 SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = map(int, Part)  # an enum is slow to hash and to pack
 IMPRESSION, IMPLICIT = map(int, Source)
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
+_KIND: dict[type, int] = {
+    Click: int(Kind.CLICK), Watch: int(Kind.WATCH), Cart: int(Kind.CART), Favourite: int(Kind.FAVOURITE),
+    Purchase: int(Kind.PURCHASE),
+}  # fmt: skip
 
 
 class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -346,11 +351,12 @@ class Joiner:
             self.counts.open -= 1
             self.counts.joined += joined
             self.counts.history_only += not joined
-        if not isinstance(event, Refund):
+        kind = _KIND.get(type(event))
+        if kind is not None:
             history = self._histories.get(user) or UserHistory()
-            if history.push(item, event.ts):
-                self._histories.put(user, history)
-                self._pushed[user] = history
+            history.push(item, event.ts, kind)
+            self._histories.put(user, history)
+            self._pushed[user] = history
 
     def _find(self, user: int, item: int, request: Id | None, ts: int) -> Shown | None:
         """The impression that an action at `ts` is on. What is open has not ended before now, so not before `ts`."""
