@@ -147,7 +147,7 @@ class Counts:
     open: int = 0  # held for disorder, or waiting for a click
     rows: int = 0  # rows emitted
     skew_checked: int = 0  # impressions that said what they were scored with
-    skew_differs: int = 0  # of these, scored with another history than the joiner's
+    skew_differs: int = 0  # of these, scored with another state than the joiner's
 
 
 @dataclass
