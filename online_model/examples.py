@@ -13,8 +13,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from embedding_store.ids import hash_text
-
-HISTORY = 20  # items of a user's history that travel with a row
+from online_model.history import HISTORY_BYTES
 
 
 class Part(IntEnum):
@@ -76,7 +75,7 @@ class Examples:
     play_ms: np.ndarray  # int64 [n] -1 not said by this row
     duration_ms: np.ndarray  # int64 [n] 0 unknown, -1 not said by this row
     delay_ms: np.ndarray  # int64 [n] of a purchase: from the first click on the example; -1 not said by this row
-    history: np.ndarray  # int64 [n, HISTORY] item ids as of ts, newest first, 0 = none
+    history: np.ndarray  # uint8 [n, HISTORY_BYTES] the user's state as of ts (history.py)
     item_raw: np.ndarray  # object [n] the item's id as it came, as JSON text
 
     def __len__(self) -> int:
@@ -106,7 +105,7 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "rate": (np.float32, ()),
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
     "delay_ms": (np.int64, ()),
-    "history": (np.int64, (HISTORY,)), "item_raw": (object, ()),
+    "history": (np.uint8, (HISTORY_BYTES,)), "item_raw": (object, ()),
 }  # fmt: skip
 
 
@@ -155,7 +154,7 @@ class Counts:
     open: int = 0  # held for disorder, or waiting for a click
     rows: int = 0  # rows emitted
     skew_checked: int = 0  # impressions that said what they were scored with
-    skew_differs: int = 0  # of these, scored with another history than the joiner's
+    skew_differs: int = 0  # of these, scored with another state than the joiner's
 
 
 @dataclass
@@ -169,5 +168,5 @@ class Block:
     watermark: int  # event time ms; no row of a later block closed before it
     counts: Counts = field(default_factory=Counts)
     examples: Examples = field(default_factory=Examples.empty)
-    users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose history changed
-    histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY), np.int64))  # [u, HISTORY] as it is now
+    users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose state changed
+    histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY_BYTES), np.uint8))  # [u, …] as it is now

@@ -1,28 +1,34 @@
 """The model's features: which tables there are, what an item's row carries, and the numbers made of it.
 
 An item is seen by the model as `item row + category row` (its vector), so that a new item starts where its category is;
-a user's history is the mean of the vectors of its items. Trainer and replicas share the code below.
+a user's history is a weighted mean of the vectors of its items. Trainer and replicas share the code below.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from embedding_store.specs import TableSettings, TableSpec
-from online_model.examples import HISTORY
+from online_model.history import COUNTED, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
 from online_model.settings import FeatureSettings
 
 USER, ITEM, CATEGORY = "user", "item", "category"
 CARD = "card"  # the blob family of catalogue records: item id → JSON
 DENSE = 4  # dense features of an item
+CONTEXT = len(HORIZONS_S) * len(COUNTED) + 2 + 4  # features of a user at a moment
 
 START_SCALE = {ITEM: 0.05, CATEGORY: 0.2}  # size of a new row's weights; users start from zero
 CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
 PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
+_LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
+_DAY_MS, _WEEK_MS = 86_400_000, 604_800_000
 _PRIOR_LOGIT = float(np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))
 _MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # splitmix64's multipliers
 _STEP = 0x9E3779B97F4A7C15
 
+USER_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("|u1", (HISTORY_BYTES,))}  # the newest state
 ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {
     "impressions": ("<i8", ()),  # rows that said whether it was clicked
     "clicks": ("<i8", ()),  # of these, clicked
@@ -43,7 +49,7 @@ def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:
         )
 
     return (
-        TableSpec(USER, (USER,), table(settings.users), {"history": ("<i8", (HISTORY,))}),
+        TableSpec(USER, (USER,), table(settings.users), USER_EXTRAS),
         TableSpec(ITEM, (ITEM,), table(settings.items), ITEM_EXTRAS),
         TableSpec(CATEGORY, (CATEGORY,), table(settings.categories)),
     )
@@ -74,6 +80,45 @@ def item_features(
     out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / 10
     out[:, 3] = np.log1p(age) / 10
     return out
+
+
+@dataclass
+class UserFeatures:
+    """What the model sees of B users, each at a moment."""
+
+    items: np.ndarray  # int64 [B, HISTORY] ids, the recent ones and then those of intent, newest first, 0 = none
+    kinds: np.ndarray  # int64 [B, HISTORY] Kind of what was done, 0 = none
+    recency: np.ndarray  # float32 [B, HISTORY] 1 (now) … 0 (a month ago and before, none): of the log of the age
+    context: np.ndarray  # float32 [B, CONTEXT]
+
+
+def user_features(states: np.ndarray, ts: np.ndarray | int) -> UserFeatures:
+    """Features of users in `states` (uint8 [B, HISTORY_BYTES]) at time `ts` (ms UTC, [B] or one for all).
+
+    Columns of `context`: log of the actions in each of HORIZONS_S by COUNTED, the recency of the newest entry of both
+    lists, sine and cosine of the time of the day and of the week (UTC). A horizon's count is the sum of those of its
+    panes that are still inside at `ts`: the pane `ts` is in, and the PANES - 1 before it.
+    """
+    state = unpack(states)
+    ts = np.broadcast_to(np.asarray(ts, np.int64), len(state))
+    newest = state["newest"].astype(np.int64)
+    now = np.maximum(np.minimum(ts // 1000, MAX_SECOND), newest)  # a clock may be behind what has happened
+    entries = np.concatenate((state["recent"], state["intent"]), axis=1)
+    items = np.ascontiguousarray(entries["item"])
+    age = np.log1p(now[:, None] - entries["second"])
+    recency = np.where(items != 0, np.maximum(1 - age / _LONG_AGO, 0), 0).astype(np.float32)
+
+    width, slot = np.array(PANE_S)[None, :, None], np.arange(PANES)
+    newest_pane = newest[:, None, None] // width
+    pane = newest_pane - (newest_pane - slot) % PANES  # [B, horizons, PANES] which one stands in each slot
+    inside = now[:, None, None] // width - pane < PANES
+    counts = (state["counts"] * inside[..., None]).sum(2).reshape(len(state), len(HORIZONS_S) * len(COUNTED))
+    angles = 2 * np.pi * np.stack((ts % _DAY_MS / _DAY_MS, ts % _WEEK_MS / _WEEK_MS), 1)
+
+    context = np.concatenate(
+        (np.log1p(counts) / 4, recency[:, [0, RECENT]], np.sin(angles), np.cos(angles)), axis=1, dtype=np.float32
+    )
+    return UserFeatures(items, entries["kind"].astype(np.int64), recency, context)
 
 
 def mix(values: np.ndarray) -> np.ndarray:

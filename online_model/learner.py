@@ -9,7 +9,7 @@ import torch
 
 from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.tables import EmbeddingTables
-from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights
+from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights, user_features
 from online_model.losses import loss_sum
 from online_model.ranker import Ranker, probabilities
 
@@ -19,7 +19,8 @@ class Batch:
     """N candidates of B contexts, with what each head learns from them."""
 
     user: np.ndarray  # int64 [B] ids
-    history: np.ndarray  # int64 [B, HISTORY] item ids, 0 = none
+    history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
+    moment: np.ndarray  # int64 [B] ms UTC
     item: np.ndarray  # int64 [N] ids
     ctx: np.ndarray  # int64 [N] the candidate's context
     ts: np.ndarray  # int64 [N] ms UTC
@@ -103,9 +104,10 @@ class Learner:
         rows = tables.rows(ITEM, batch.item, admit=True)
         self.begin(ITEM, batch.item, rows)
         self._first_seen(rows, batch.ts)
-        there = batch.history != 0
+        past = user_features(batch.history, batch.moment)
+        there = past.items != 0
         # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
-        items, inverse = np.unique(np.concatenate((batch.item, batch.history[there])), return_inverse=True)
+        items, inverse = np.unique(np.concatenate((batch.item, past.items[there])), return_inverse=True)
         item_rows = tables.rows(ITEM, items, admit=False)
         categories, category_of = np.unique(tables.column(ITEM, "category")[item_rows], return_inverse=True)
         category_rows = tables.rows(CATEGORY, categories, admit=True)
@@ -122,10 +124,13 @@ class Learner:
         at, history_at = self._tensor(inverse[: len(rows)]), self._tensor(inverse[len(rows) :])
         lengths = there.sum(1)
         starts = self._tensor(np.cumsum(lengths) - lengths)
-        total = torch.nn.functional.embedding_bag(history_at, item + category, starts, mode="sum")
-        mean = total / self._tensor(np.maximum(lengths, 1).astype(np.float32)).unsqueeze(1)
+        weights = self.ranker.history_weights(self._tensor(past.kinds), self._tensor(past.recency))
+        weights = weights.view(-1).index_select(0, self._tensor(np.flatnonzero(there)))
+        mean = torch.nn.functional.embedding_bag(
+            history_at, item + category, starts, mode="sum", per_sample_weights=weights
+        )
         logits = self.ranker(
-            user, mean, item.index_select(0, at), category.index_select(0, at), dense,
+            user, mean, self._tensor(past.context), item.index_select(0, at), category.index_select(0, at), dense,
             self._tensor(batch.scenario), self._tensor(batch.position), self._tensor(batch.ctx),
         )  # fmt: skip
         return leaves, outputs, logits, rows
@@ -153,15 +158,16 @@ def stored_features(tables: EmbeddingTables, rows: np.ndarray, ts: np.ndarray | 
     return item_features(impressions, clicks, interactions, created, ts)
 
 
-def unique_contexts(user: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index int64 [B] of one row for each distinct (user, history), which of them each row is int64 [n]).
+def unique_contexts(user: np.ndarray, history: np.ndarray, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index int64 [B] of one row for each distinct (user, history, ts), which of them each row is int64 [n]).
 
-    user: int64 [n]; history: int64 [n, HISTORY]. The rows of one impression share theirs.
+    user, ts: int64 [n]; history: uint8 [n, HISTORY_BYTES]. The rows of one impression share theirs, whatever they say.
     """
+    words = np.concatenate((user[:, None], ts[:, None], np.ascontiguousarray(history).view(np.int64)), axis=1)
     with np.errstate(over="ignore"):
-        factors = mix(np.arange(1, history.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-        key = mix(user) + history.astype(np.uint64) @ factors
+        factors = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
+        key = mix(words[:, 0] ^ words[:, 1]) + words.view(np.uint64) @ factors
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    if np.array_equal(user, user[first[inverse]]) and np.array_equal(history, history[first[inverse]]):
+    if np.array_equal(words, words[first[inverse]]):
         return first, inverse
     return np.arange(len(user)), np.arange(len(user))  # two contexts share a hash: none is shared

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from embedding_store.errors import UsageError
-from online_model.features import CLICK_PRIOR, DENSE
+from online_model.features import CLICK_PRIOR, CONTEXT, DENSE
+from online_model.history import Kind
 from online_model.settings import RankerSettings
 
 CLICK, WATCH, PURCHASE = 0, 1, 2  # columns of the logits
@@ -23,7 +24,7 @@ PURCHASE_PRIOR = 0.05
 
 
 class Ranker(nn.Module):
-    """Scores candidates of contexts. A context is a user with a history at one moment.
+    """Scores candidates of contexts. A context is a user in a state at one moment.
 
     The first layer is split in what belongs to the context and what to the candidate, so that a thousand candidates
     of one user cost one context.
@@ -45,6 +46,8 @@ class Ranker(nn.Module):
             nn.init.eye_(self.from_history.weight)  # at first: what is like the history
             nn.init.zeros_(self.from_scenario.weight)
             nn.init.normal_(self.heads.weight, std=0.05)
+            self.from_moment = nn.Linear(CONTEXT, hidden, bias=False)
+            nn.init.zeros_(self.from_moment.weight)
         # The wide part. It starts as the item's click rate and the match, so that the first scores are sensible.
         self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, _logit(PURCHASE_PRIOR)]))
         self.wide = nn.Parameter(torch.zeros(DENSE, len(HEADS)))
@@ -52,8 +55,19 @@ class Ranker(nn.Module):
         with torch.no_grad():
             self.wide[0, CLICK] = 1.0
             self.match[CLICK] = 1.0
+        self.past_kind = nn.Parameter(torch.zeros(len(Kind) + 1))  # how much an entry of the history weighs:
+        self.past_recency = nn.Parameter(torch.zeros(1))  # at first all the same
         self.place = nn.Embedding(POSITIONS, 1, padding_idx=0)
         nn.init.zeros_(self.place.weight)
+
+    def history_weights(self, kinds: torch.Tensor, recency: torch.Tensor) -> torch.Tensor:
+        """What each entry counts in `history_mean`, float32 [B, HISTORY]: in sum 1, or 0 where there is none.
+
+        kinds: int64, recency: float32, both [B, HISTORY], as in UserFeatures.
+        """
+        there = kinds > 0
+        logits = self.past_kind.index_select(0, kinds.reshape(-1)).view_as(recency) + recency * self.past_recency
+        return torch.softmax(logits.masked_fill(~there, -1e9), 1) * there
 
     def query(self, user: torch.Tensor, history_mean: torch.Tensor) -> torch.Tensor:
         """[B, D] whose dot product with an item's vector (item + category) is the match: for retrieval."""
@@ -63,6 +77,7 @@ class Ranker(nn.Module):
         self,
         user: torch.Tensor,
         history_mean: torch.Tensor,
+        context: torch.Tensor,
         item: torch.Tensor,
         category: torch.Tensor,
         dense: torch.Tensor,
@@ -72,14 +87,15 @@ class Ranker(nn.Module):
     ) -> torch.Tensor:
         """Logits float32 [N, 3] (click, watch, purchase) of N candidates of B contexts.
 
-        user, history_mean: [B, D] (the mean of the vectors of the history's items, zero for none); item, category:
-        [N, D]; dense: [N, DENSE] of `item_features`; scenario: int64 [N]; position: int64 [N], the place on the page,
-        −1 unknown, None where nothing was shown yet; ctx: int64 [N], the candidate's context. The bias of a place is
-        relative to the first, so what is served is the probability in the first place.
+        user, history_mean: [B, D] (the mean of the vectors of the history's items by `history_weights`, zero for none);
+        context: [B, CONTEXT] of `user_features`; item, category: [N, D]; dense: [N, DENSE] of `item_features`;
+        scenario: int64 [N]; position: int64 [N], the place on the page, −1 unknown, None where nothing was shown yet;
+        ctx: int64 [N], the candidate's context. The bias of a place is relative to the first, so what is served is the
+        probability in the first place.
         """
         match = self.query(user, history_mean).index_select(0, ctx) * (item + category)
-        x = self.from_context(torch.cat((user, history_mean), 1)).index_select(0, ctx)
-        x = x + self.from_item(torch.cat((item, category, dense), 1)) + self.from_match(match)
+        x = self.from_context(torch.cat((user, history_mean), 1)) + self.from_moment(context)
+        x = x.index_select(0, ctx) + self.from_item(torch.cat((item, category, dense), 1)) + self.from_match(match)
         x = torch.relu(x + self.from_scenario(scenario))
         logits = self.heads(torch.relu(self.second(x)))
         logits = logits + self.bias + dense @ self.wide + match.sum(1, keepdim=True) * self.match

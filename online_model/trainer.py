@@ -34,8 +34,9 @@ from embedding_store.errors import StoreError
 from embedding_store.ids import hash_text
 from embedding_store.tables import EmbeddingTables
 from online_model.evaluation import Evaluation
-from online_model.examples import HISTORY, Block, Examples, Part, Source
+from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, USER, table_specs
+from online_model.history import HISTORY
 from online_model.learner import Batch, Learner, unique_contexts
 from online_model.losses import labels
 from online_model.negatives import RecentItems
@@ -47,7 +48,7 @@ log = logging.getLogger("headrace")
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
-_FORMAT = 2
+_FORMAT = 3
 
 
 def open_trainer(
@@ -364,13 +365,13 @@ class Trainer:
 
 def _batch(rows: Examples, target: np.ndarray, implicit: np.ndarray, drawn: np.ndarray) -> Batch:
     """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
-    first, ctx = unique_contexts(rows.user, rows.history)
+    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
     behind = np.repeat(implicit, drawn.shape[1])  # the row of each negative
     negative = np.full((len(behind), target.shape[1]), np.nan, np.float32)
     negative[:, CLICK] = 0
     every = np.concatenate((np.arange(len(rows)), behind))
     return Batch(
-        user=rows.user[first], history=rows.history[first],
+        user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
         item=np.concatenate((rows.item, drawn.ravel())), ctx=ctx[every], ts=rows.ts[every],
         scenario=rows.scenario[every].astype(np.int64), position=rows.position[every].astype(np.int64),
         target=np.concatenate((target, negative)),

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from online_model.examples import HISTORY
+from online_model.history import HISTORY
 from online_model.settings import TrainerSettings
 from replay.inspection import Inspection
 from replay.readers.settings import ColumnMapping, LogSettings

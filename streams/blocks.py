@@ -13,23 +13,24 @@ import numpy as np
 import pyarrow as pa
 
 from embedding_store.errors import CorruptRecord
-from online_model.examples import COLUMNS, HISTORY, Block, Counts, Examples
+from online_model.examples import COLUMNS, Block, Counts, Examples
+from online_model.history import HISTORY_BYTES
 
-FORMAT = 1  # of what is written; others are refused
+FORMAT = 2  # of what is written; others are refused
 
 _HEADER = b"headrace.block"
 _OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
-_LIST = pa.list_(pa.field("item", pa.int64(), nullable=False), HISTORY)
+_STATE = pa.binary(HISTORY_BYTES)
 
 
 def _type(dtype: type, shape: tuple[int, ...]) -> pa.DataType:
     if dtype is object:
         return pa.string()
-    return _LIST if shape else pa.from_numpy_dtype(dtype)
+    return _STATE if shape else pa.from_numpy_dtype(dtype)
 
 
 _EXAMPLES = pa.schema([pa.field(name, _type(*column), nullable=False) for name, column in COLUMNS.items()])
-_HISTORIES = pa.schema([pa.field("user", pa.int64(), nullable=False), pa.field("history", _LIST, nullable=False)])
+_HISTORIES = pa.schema([pa.field("user", pa.int64(), nullable=False), pa.field("history", _STATE, nullable=False)])
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -99,7 +100,8 @@ def _write(sink: pa.BufferOutputStream, schema: pa.Schema, columns: list[np.ndar
 
 def _array(column: np.ndarray, type_: pa.DataType) -> pa.Array:
     if column.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1), pa.int64()), type=type_)
+        data = pa.py_buffer(np.ascontiguousarray(column))
+        return pa.FixedSizeBinaryArray.from_buffers(type_, len(column), [None, data])
     return pa.array(column, type_)
 
 
@@ -114,8 +116,9 @@ def _read(reader: Any, names: list[str]) -> list[np.ndarray]:
     columns = []
     for name in names:
         column = batch.column(name)
-        if isinstance(column, pa.FixedSizeListArray):
-            columns.append(column.flatten().to_numpy().reshape(-1, HISTORY))
+        if isinstance(column, pa.FixedSizeBinaryArray):
+            data = np.frombuffer(column.buffers()[1], np.uint8)
+            columns.append(data[: len(column) * HISTORY_BYTES].reshape(-1, HISTORY_BYTES))
         else:
             columns.append(column.to_numpy(zero_copy_only=False))
     return columns

@@ -79,7 +79,7 @@ class _UserEvent(_Event, kw_only=True, frozen=True, gc=False):
 
 
 class Impression(_UserEvent, kw_only=True, frozen=True, tag="impression"):
-    """`items` were shown for one request. `feature_hash`: of the history they were scored with."""
+    """`items` were shown for one request. `feature_hash`: of the user's state they were scored with."""
 
     request_id: Id
     items: Annotated[list[Id], Meta(min_length=1, max_length=1000)]

@@ -17,17 +17,18 @@ from msgspec import Meta, Struct
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
 from online_model.examples import Block, implicit_key, row_id
-from online_model.history import EMPTY, UserHistory, as_array, history_hash
+from online_model.history import EMPTY, Kind, UserHistory, as_array, history_hash
 from streams.dead_letters import DeadLetter
 from streams.events import (
     SCENARIOS,
     Action,
+    Cart,
     Click,
+    Favourite,
     Forget,
     Id,
     Impression,
     Purchase,
-    Refund,
     Rejected,
     Tick,
     Watch,
@@ -49,6 +50,10 @@ from streams.open_impressions import OpenImpressions
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
+_KIND: dict[type, int] = {
+    Click: int(Kind.CLICK), Watch: int(Kind.WATCH), Cart: int(Kind.CART), Favourite: int(Kind.FAVOURITE),
+    Purchase: int(Kind.PURCHASE),
+}  # fmt: skip
 
 
 class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -347,11 +352,12 @@ class Joiner:
             self.counts.open -= 1
             self.counts.joined += joined
             self.counts.history_only += not joined
-        if not isinstance(event, Refund):
+        kind = _KIND.get(type(event))
+        if kind is not None:
             history = self._histories.get(user) or UserHistory()
-            if history.push(item, event.ts):
-                self._histories.put(user, history)
-                self._pushed[user] = history
+            history.push(item, event.ts, kind)
+            self._histories.put(user, history)
+            self._pushed[user] = history
 
     def _find(self, user: int, item: int, request: Id | None, ts: int, window_ms: int) -> Shown | None:
         self.open.need(user)

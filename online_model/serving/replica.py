@@ -17,7 +17,7 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
-from online_model.features import ITEM, USER
+from online_model.features import ITEM, USER, user_features
 from online_model.history import history_hash
 from online_model.ranker import CLICK, PURCHASE, WATCH, probabilities
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
@@ -38,10 +38,11 @@ def wall_clock_ms() -> int:
 
 @dataclass(slots=True)
 class _Context:
-    """A user at this moment: rows of the network's input, [1, D] each, and the history they were made of."""
+    """A user at this moment: rows of the network's input, and the hash of the state they were made of."""
 
-    user: torch.Tensor
-    mean: torch.Tensor
+    user: torch.Tensor  # [1, D]
+    mean: torch.Tensor  # [1, D]
+    features: torch.Tensor  # [1, CONTEXT]
     feature_hash: int
     scenario: int
     now_ms: int
@@ -153,13 +154,15 @@ class Replica:
     def _context(self, user: Id, scenario: str) -> _Context:
         state = self.state
         row = state.users.find(np.array([feature_id(USER, user)], np.int64))
-        history = state.users.columns["history"][row[0]]
-        there = history[history != 0]
-        item, category = state.vectors(state.items.find(there))
-        mean = (item + category).sum(0, keepdim=True) / max(len(there), 1)
+        now_ms = self._clock()
+        history = state.users.columns["history"][row]
+        past = user_features(history, now_ms)
+        weights = state.ranker.history_weights(torch.from_numpy(past.kinds), torch.from_numpy(past.recency))
+        item, category = state.vectors(state.items.find(past.items[0]))
         return _Context(
-            state.users.gather(row), mean, history_hash(history), SCENARIO_INDEX[scenario], self._clock()
-        )
+            state.users.gather(row), weights @ (item + category), torch.from_numpy(past.context),
+            history_hash(history[0]), SCENARIO_INDEX[scenario], now_ms,
+        )  # fmt: skip
 
     def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 [n, 3] and scores float32 [n] of item ids int64 [n]."""
@@ -169,8 +172,9 @@ class Replica:
         dense = torch.from_numpy(state.dense_features(rows, context.now_ms))
         scenario = torch.full((len(ids),), context.scenario)
         logits = state.ranker(
-            context.user, context.mean, item, category, dense, scenario, None, torch.zeros_like(scenario)
-        )
+            context.user, context.mean, context.features, item, category, dense, scenario, None,
+            torch.zeros_like(scenario),
+        )  # fmt: skip
         p = probabilities(logits).numpy()
         gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]
         return p, p[:, CLICK] * gain

@@ -7,8 +7,7 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord
-from online_model.examples import HISTORY
-from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, USER, item_features
+from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, USER, USER_EXTRAS, item_features
 from online_model.ranker import Ranker
 from online_model.serving.catalogue import Card, Catalogue, read_cards
 from online_model.serving.table import Table
@@ -24,7 +23,7 @@ class State:
 
     def __init__(self, features: FeatureSettings, ranker: RankerSettings) -> None:
         dim = features.dim
-        self.users = Table(USER, dim, {"history": ("<i8", (HISTORY,))}, features.users)
+        self.users = Table(USER, dim, USER_EXTRAS, features.users)
         self.items = Table(ITEM, dim, ITEM_EXTRAS, features.items, own=_OWN)
         self.categories = Table(CATEGORY, dim, {}, features.categories)
         self.tables = {table.name: table for table in (self.users, self.items, self.categories)}

@@ -5,9 +5,28 @@ from __future__ import annotations
 import numpy as np
 
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import HISTORY, Block, Counts, Examples, Part, Source, example_key, row_id
+from online_model.examples import Block, Counts, Examples, Part, Source, example_key, row_id
+from online_model.history import EMPTY, HISTORY, HISTORY_BYTES, HISTORY_DTYPE, PANE_S, RECENT, as_array
 
 START = 1_700_000_000_000  # ms UTC
+
+
+def make_states(items: np.ndarray, ts: np.ndarray) -> np.ndarray:
+    """States uint8 [n, HISTORY_BYTES] of users who did something with `items` (int64 [n, HISTORY], 0: none), a minute
+    apart, until a second before `ts` (int64 [n])."""
+    states = as_array([EMPTY] * len(items)).copy()
+    state = states.view(HISTORY_DTYPE)[:, 0]
+    state["newest"] = ts // 1000 - 1
+    for name, first, size, kinds in (("recent", 0, RECENT, 2), ("intent", RECENT, HISTORY - RECENT, 3)):
+        own, place = items[:, first : first + size], np.arange(size)
+        entries = state[name]
+        entries["item"] = own
+        entries["second"] = np.where(own != 0, (ts // 1000 - 1)[:, None] - 60 * place, 0)
+        entries["kind"] = np.where(own != 0, (1 if name == "recent" else 3) + place % kinds, 0)
+    for horizon, width in enumerate(PANE_S):
+        slot = state["newest"] // width % 4
+        state["counts"][np.arange(len(items)), horizon, slot] = (items[:, :4] % 7).astype(np.uint16)
+    return states
 
 
 def make_rows(
@@ -35,7 +54,7 @@ def make_rows(
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32), click=click,
         purchase=np.where(click == 1, 0, -1).astype(np.int8),
         play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),
-        history=history.astype(np.int64), item_raw=np.array([str(i) for i in item], object),
+        history=make_states(history.astype(np.int64), ts), item_raw=np.array([str(i) for i in item], object),
     )  # fmt: skip
 
 
@@ -65,7 +84,7 @@ def make_blocks(
                 partition=partition, from_offset=first + 10 * number, to_offset=first + 10 * number + 10,
                 handled=first + 10 * number + 9, watermark=int(after), counts=Counts(rows=start + len(part)),
                 examples=part, users=who if users else np.empty(0, np.int64),
-                histories=part.history[index] if users else np.empty((0, HISTORY), np.int64),
+                histories=part.history[index] if users else np.empty((0, HISTORY_BYTES), np.uint8),
             )
         )  # fmt: skip
     return blocks

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from online_model.examples import Examples, Part, Source
-from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights
+from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights, user_features
 from online_model.ranker import Ranker, probabilities
 from online_model.settings import TrainerSettings
 
@@ -37,7 +37,8 @@ class PlainTrainer:
             self.stats.setdefault(item, [0, 0, 0])
             before = self.stats[item][2]
             self.stats[item][2] = int(rows.ts[i]) if before == 0 else before
-        known = set(self.tables[ITEM]) & {int(i) for i in np.concatenate((rows.item, rows.history.ravel()))}
+        past = user_features(rows.history, rows.ts)
+        known = set(self.tables[ITEM]) & {int(i) for i in np.concatenate((rows.item, past.items.ravel()))}
         for item in known:
             self._admit(CATEGORY, self.categories.get(item, 0))
         leaves = {t: {i: w.clone().requires_grad_() for i, w in rows.items()} for t, rows in self.tables.items()}
@@ -51,9 +52,8 @@ class PlainTrainer:
 
         users, means, items, categories, dense = [], [], [], [], []
         for i in range(n):
-            history = [int(h) for h in rows.history[i] if h]
             users.append(leaves["user"][int(rows.user[i])])
-            means.append(sum((vector(h) for h in history), zero) / max(len(history), 1))
+            means.append(self._mean(past.items[i], past.kinds[i], past.recency[i], vector))
             item = int(rows.item[i])
             items.append(leaves[ITEM][item])
             categories.append(category_of(item))
@@ -61,7 +61,8 @@ class PlainTrainer:
             one = [np.array([v]) for v in (shown, clicks, 0, created)]
             dense.append(torch.from_numpy(item_features(*one, int(rows.ts[i])))[0])
         logits = self.ranker(
-            *(torch.stack(x) for x in (users, means, items, categories, dense)),
+            torch.stack(users), torch.stack(means), torch.from_numpy(past.context),
+            *(torch.stack(x) for x in (items, categories, dense)),
             torch.tensor(rows.scenario.tolist()), torch.tensor(rows.position.tolist()), torch.arange(n),
         )  # fmt: skip
         self._learn(rows, logits, leaves)
@@ -70,6 +71,15 @@ class PlainTrainer:
                 self.stats[int(rows.item[i])][0] += int(rows.part[i] == Part.SHOWN)
                 self.stats[int(rows.item[i])][1] += int(rows.click[i] == 1)
         return probabilities(logits.detach()).numpy()
+
+    def _mean(self, items, kinds, recency, vector) -> torch.Tensor:
+        """The weighted mean of a history, entry by entry."""
+        total, weights = torch.zeros(self.dim), torch.zeros(())
+        for item, kind, near in zip(items.tolist(), kinds.tolist(), recency.tolist(), strict=True):
+            if item:
+                weight = torch.exp(self.ranker.past_kind[kind] + near * self.ranker.past_recency)
+                total, weights = total + weight * vector(item), weights + weight
+        return total / weights if weights else total
 
     def _learn(self, rows: Examples, logits: torch.Tensor, leaves: dict[str, dict[int, torch.Tensor]]) -> None:
         loss = torch.zeros(())

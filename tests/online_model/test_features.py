@@ -1,10 +1,28 @@
-"""Dense features and first weights: one code for trainer and replicas."""
+"""Features and first weights: one code for trainer and replicas."""
+
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from online_model.features import CLICK_PRIOR, DENSE, item_features, mix, start_weights, table_specs
+from online_model.features import (
+    CLICK_PRIOR,
+    CONTEXT,
+    DENSE,
+    item_features,
+    mix,
+    start_weights,
+    table_specs,
+    user_features,
+)
+from online_model.history import EMPTY, HISTORY, UserHistory, as_array
 from online_model.settings import FeatureSettings
+from tests.online_model.plain_history import COUNTERS, KINDS, PANES_S
+
+MONDAY = 1_767_571_200_000  # 2026-01-05 00:00 UTC
+HOUR, DAY = 3_600_000, 86_400_000
 
 
 def columns(**values):
@@ -73,3 +91,70 @@ def test_tables_share_one_dimension():
     specs = table_specs(FeatureSettings(dim=16))
     assert [s.name for s in specs] == ["user", "item", "category"]
     assert {s.settings.dim for s in specs} == {16}
+
+
+AGES = st.sampled_from([1_000, 60_000, 16 * 60_000, HOUR - 1_000, HOUR, 5 * HOUR, DAY, 2 * DAY, 6 * DAY, 40 * DAY])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), AGES, st.sampled_from(list(KINDS))), max_size=30), st.integers(0, 50))
+def test_counts_are_of_the_panes_that_are_inside_at_the_moment(actions, hours):
+    now = MONDAY + hours * HOUR + 123_456
+    actions = sorted(((item, now - age, kind) for item, age, kind in actions), key=lambda a: a[1])
+    history = UserHistory()
+    for item, ts, kind in actions:
+        history.push(item, ts, KINDS[kind])
+    got = user_features(as_array([history.as_of(now)]), now).context[0, :12].reshape(3, 4)
+    expected = np.zeros((3, 4))
+    for horizon, width in enumerate(PANES_S):
+        for _, ts, kind in actions:
+            expected[horizon, COUNTERS[kind]] += now // 1000 // width - ts // 1000 // width < 4
+    assert got == pytest.approx(np.log1p(expected) / 4)
+
+
+def test_a_user_is_seen_with_the_age_of_what_was_done():
+    history = UserHistory()
+    history.push(7, MONDAY, KINDS["click"])
+    history.push(8, MONDAY + 60_000, KINDS["watch"])
+    history.push(9, MONDAY + 60_000, KINDS["cart"])
+    seen = user_features(as_array([history.latest(), EMPTY]), MONDAY + HOUR)
+    assert seen.items.shape == seen.kinds.shape == seen.recency.shape == (2, HISTORY)
+    assert seen.items[0, [0, 1, 14]].tolist() == [8, 7, 9]
+    assert seen.kinds[0, [0, 1, 14]].tolist() == [2, 1, 3]
+    recency = [1 - math.log1p(s) / math.log1p(30 * 86_400) for s in (3_540, 3_600)]
+    assert seen.recency[0, [0, 1, 14]].tolist() == pytest.approx([*recency, recency[0]])
+    assert seen.context[0, 12:14].tolist() == pytest.approx([recency[0]] * 2)
+    assert np.count_nonzero(seen.items, axis=1).tolist() == np.count_nonzero(seen.recency, axis=1).tolist() == [3, 0]
+    assert not seen.context[1, :14].any()
+    late = user_features(as_array([history.latest()]), MONDAY + 400 * DAY)
+    assert not late.recency.any()
+    assert not late.context[0, :12].any(), "every pane is over"
+
+
+def test_time_is_two_angles():
+    states = as_array([EMPTY] * 3)
+    seen = user_features(states, np.array([MONDAY, MONDAY + 6 * HOUR, MONDAY + 7 * DAY])).context[:, 14:]
+    assert seen.shape == (3, CONTEXT - 14)
+    assert seen[0] == pytest.approx(seen[2], abs=1e-6)
+    assert seen[0, [0, 2]].tolist() == pytest.approx([0, 1], abs=1e-6)  # sine and cosine of midnight
+    assert seen[1, [0, 2]].tolist() == pytest.approx([1, 0], abs=1e-6)  # of six in the morning
+    assert np.arctan2(seen[1, 1], seen[1, 3]) - np.arctan2(seen[0, 1], seen[0, 3]) == pytest.approx(2 * np.pi / 28)
+
+
+def test_a_clock_that_is_behind_sees_what_has_happened_as_just_now():
+    history = UserHistory()
+    history.push(7, MONDAY, KINDS["click"])
+    seen = user_features(as_array([history.latest()]), MONDAY - 10 * DAY)
+    assert seen.recency[0, 0] == 1
+    assert seen.context[0, [0, 4, 8]].tolist() == pytest.approx([math.log1p(1) / 4] * 3)
+
+
+def test_one_time_for_all_or_one_for_each():
+    history = UserHistory()
+    history.push(7, MONDAY, KINDS["click"])
+    states = as_array([history.latest()] * 3)
+    one, many = user_features(states, MONDAY + HOUR), user_features(states, np.full(3, MONDAY + HOUR))
+    for name in ("items", "kinds", "recency", "context"):
+        assert (getattr(one, name) == getattr(many, name)).all()
+    assert one.context.dtype == one.recency.dtype == np.float32
+    assert len(user_features(states[:0], MONDAY).context) == 0

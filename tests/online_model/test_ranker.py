@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from embedding_store.errors import UsageError
-from online_model.features import CLICK_PRIOR, DENSE
+from online_model.features import CLICK_PRIOR, CONTEXT, DENSE
+from online_model.history import HISTORY
 from online_model.losses import labels, loss_sum
 from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, Ranker, probabilities
 from online_model.settings import RankerSettings
@@ -20,6 +21,7 @@ def inputs(contexts=3, candidates=7, seed=0):
     g = torch.Generator().manual_seed(seed)
     return {
         "user": torch.randn(contexts, D, generator=g), "history_mean": torch.randn(contexts, D, generator=g),
+        "context": torch.randn(contexts, CONTEXT, generator=g),
         "item": torch.randn(candidates, D, generator=g), "category": torch.randn(candidates, D, generator=g),
         "dense": torch.randn(candidates, DENSE, generator=g), "scenario": torch.arange(candidates) % 4,
         "ctx": torch.arange(candidates) % contexts,
@@ -45,7 +47,7 @@ def test_a_shared_context_scores_as_one_of_its_own(ranker):
     x = inputs()
     shared = ranker(**x, position=None)
     assert shared.shape == (7, len(HEADS))
-    own = {**x, "user": x["user"][x["ctx"]], "history_mean": x["history_mean"][x["ctx"]], "ctx": torch.arange(7)}
+    own = {**x, **{name: x[name][x["ctx"]] for name in ("user", "history_mean", "context")}, "ctx": torch.arange(7)}
     assert torch.allclose(ranker(**own, position=None), shared, atol=1e-6)
 
 
@@ -82,6 +84,28 @@ def test_the_first_scores_are_the_click_rate():
     zeros = {k: v * 0 for k, v in inputs().items()}
     p = probabilities(ranker(**zeros, position=None))[:, CLICK]
     assert p.tolist() == pytest.approx([CLICK_PRIOR] * 7, rel=0.15)
+
+
+def test_new_inputs_weigh_nothing_at_first_and_learn_from_the_first_step():
+    ranker = Ranker(D, RankerSettings())
+    x = inputs()
+    other = ranker(**{**x, "context": x["context"] + 3}, position=None)
+    assert torch.equal(other, ranker(**x, position=None))
+    other.sum().backward()
+    assert (ranker.from_moment.weight.grad != 0).any()
+
+
+def test_entries_of_a_history_weigh_the_same_at_first_and_what_is_not_there_nothing(ranker):
+    kinds = torch.zeros((3, HISTORY), dtype=torch.int64)
+    kinds[1, :4], kinds[2, [0, 14]] = torch.tensor([1, 2, 1, 1]), torch.tensor([1, 5])
+    recency = torch.rand((3, HISTORY), generator=torch.Generator().manual_seed(1))
+    first = Ranker(D, RankerSettings()).history_weights(kinds, recency)
+    assert torch.allclose(first, (kinds > 0) / (kinds > 0).sum(1, keepdim=True).clamp(min=1))
+    learned = ranker.history_weights(kinds, recency)
+    assert learned.sum(1).tolist() == pytest.approx([0, 1, 1])
+    assert not learned[kinds == 0].any()
+    odds = ranker.past_kind[5] - ranker.past_kind[1] + ranker.past_recency * (recency[2, 14] - recency[2, 0])
+    assert (learned[2, 14] / learned[2, 0]).item() == pytest.approx(torch.exp(odds).item(), rel=1e-4)
 
 
 def test_the_purchase_served_is_corrected_for_fake_negatives():

@@ -151,16 +151,18 @@ def test_every_part_teaches_its_own_heads_only(trainer):
 
 def test_contexts_of_one_impression_are_shared():
     rows = make_rows(40)
-    first, ctx = unique_contexts(rows.user, rows.history)
-    assert len(first) <= 10 + 1
-    assert (rows.user[first][ctx] == rows.user).all()
-    assert (rows.history[first][ctx] == rows.history).all()
+    rows = Examples.concat([rows, later(rows, np.arange(0, 40, 3), Part.LATE_CLICK, click=1), rows.take(np.arange(40))])
+    rows.ts[-40:] += 1  # as of another moment: other contexts, in the same states
+    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
+    assert len(first) == 2 * len({*zip(rows.user[:40].tolist(), rows.ts[:40].tolist(), strict=True)}) == 20
+    for column in (rows.user, rows.history, rows.ts):
+        assert (column[first][ctx] == column).all()
 
 
 def test_hostile_histories_are_not_mixed_up(monkeypatch):
     monkeypatch.setattr("online_model.learner.mix", lambda x: np.zeros(x.shape, np.uint64))  # all hashes collide
     rows = make_rows(40)
-    first, ctx = unique_contexts(rows.user, rows.history)
+    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
     assert (rows.history[first][ctx] == rows.history).all()
 
 

@@ -22,7 +22,7 @@ SETTINGS = st.builds(
     future_ms=st.sampled_from([30, 200]),
 )
 _IDS = st.sampled_from(["a", "a", "a", 1, "1", "ü\x00"])
-_KINDS = [*["impression", "click", "click", "purchase", "watch"] * 3, "cart", "refund", "tick", "forget"]
+_KINDS = [*["impression", "click", "click", "purchase", "watch"] * 3, "cart", "favourite", "refund", "tick", "forget"]
 _GARBAGE = st.sampled_from([
     None, b"", b"[]", b"{}", b"\xff", b'{"kind":"like","event_id":1,"ts":1}', b'{"kind":["click"],"event_id":1,"ts":1}',
     b'{"kind":"click","event_id":1,"ts":1.5,"user":1,"item":1}',

@@ -11,9 +11,10 @@ import math
 import numpy as np
 
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import HISTORY, Counts
+from online_model.examples import Counts
 from online_model.history import history_hash
 from streams.events import SCENARIOS, Click, Forget, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
+from tests.online_model.plain_history import plain_state
 
 
 class ReferenceJoiner:
@@ -106,14 +107,14 @@ class ReferenceJoiner:
         self.forgotten[user] = now
         self.counts.joined += not late
         key = f"forget:{event.event_id}\0{event.user}"
-        x = self.example(event, key, 0, [0] * HISTORY, 0) | {"scenario": 0}
+        x = self.example(event, key, 0, plain_state([]).tolist(), 0) | {"scenario": 0}
         self.row(x, 5, now)
 
     def show(self, event) -> None:  # rule 6
         history = self.history(event.user, event.ts)
         if event.feature_hash is not None:
             self.counts.skew_checked += 1
-            self.counts.skew_differs += event.feature_hash != history_hash(np.array(history, np.int64))
+            self.counts.skew_differs += event.feature_hash != history_hash(bytes(history))
         for i, item in enumerate(event.items):
             place = (str(event.user), str(event.request_id), str(item))
             if any(x["place"] == place for x in self.examples):
@@ -150,10 +151,8 @@ class ReferenceJoiner:
             self.counts.joined += joined
             self.counts.history_only += not joined
         if not isinstance(event, Refund):
-            log = self.log.setdefault(str(event.user), [])
-            item = feature_id("item", event.item)
-            if not log or log[-1][0] != item:
-                log.append((item, event.ts))
+            action = (feature_id("item", event.item), event.ts, type(event).__name__.lower())
+            self.log.setdefault(str(event.user), []).append(action)
 
     def find(self, event, within) -> dict | None:
         user, item, request = str(event.user), str(event.item), event.request_id
@@ -202,8 +201,7 @@ class ReferenceJoiner:
             x["play"] = (event.play_ms, event.duration_ms)
 
     def history(self, user, before=math.inf) -> list[int]:
-        ids = [item for item, ts in self.log.get(str(user), []) if ts < before]
-        return (ids[::-1] + [0] * HISTORY)[:HISTORY]
+        return plain_state([a for a in self.log.get(str(user), []) if a[1] < before]).tolist()
 
     def example(self, event, key, item, history, source) -> dict:
         return {

@@ -25,7 +25,7 @@ def assert_same(a: Block, b: Block) -> None:
         assert x.tolist() == y.tolist() or np.array_equal(x, y, equal_nan=True)
     np.testing.assert_array_equal(a.users, b.users)
     np.testing.assert_array_equal(a.histories, b.histories)
-    assert b.histories.dtype == b.users.dtype == np.int64
+    assert (b.histories.dtype, b.users.dtype) == (np.uint8, np.int64)
 
 
 @settings(max_examples=50, deadline=None)
@@ -83,10 +83,10 @@ def test_what_is_no_block_is_named_so_in_one_line(raw):
 
 
 def test_another_format_is_refused(monkeypatch):
-    monkeypatch.setattr(blocks, "FORMAT", 2)
+    monkeypatch.setattr(blocks, "FORMAT", 1)
     raw = encode_block(Block(1, 2, 3, 3, 77))
     monkeypatch.undo()
-    with pytest.raises(CorruptRecord, match="a block of format 2 where 1 is read: run join and train workers"):
+    with pytest.raises(CorruptRecord, match="a block of format 1 where 2 is read: run join and train workers"):
         decode_block(raw)
 
 

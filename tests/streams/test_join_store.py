@@ -180,7 +180,7 @@ def test_what_has_ended_leaves_the_disk(tmp_path):
         step(store, joiner, records_of(shown, clicked, first=2 * n))
     left = {name: len(list(store._db.items(name))) for name in ("held", "shown", "seen", "windows", "clicks")}
     assert left == {"held": 2, "shown": 10, "seen": 11, "windows": 5, "clicks": 5}
-    assert all(len(key) + len(value) <= 300 for key, value in store._db.items("windows"))
+    assert all(len(key) + len(value) <= 512 for key, value in store._db.items("windows"))
     store.close()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
 from online_model.examples import Block, Examples, Part, example_key, implicit_key, row_id
-from online_model.history import UserHistory, history_hash
+from online_model.history import HISTORY_BYTES, Kind, UserHistory, history_hash, unpack
 from replay.oracle import PartitionOracle, Rules, parse
 from streams.dead_letters import DeadLetter
 from streams.events import REASONS
@@ -275,7 +275,8 @@ def test_implicit_clicks_are_examples_of_their_own():
     assert rows.row_id.tolist() == [row_id(key, 0), row_id(key, 3)]
     assert rows.source.tolist() == [1, 1]
     assert rows.position.tolist() == [-1, -1]
-    assert rows.history[:, :2].tolist() == [[feature_id("item", 8), 0]] * 2
+    assert unpack(rows.history)["intent"]["item"][:, :2].tolist() == [[feature_id("item", 8), 0]] * 2
+    assert not unpack(rows.history)["recent"]["item"].any()
     assert rows.item_raw.tolist() == ["7", "7"]
     log.add("click", 900, item=9)
     assert len(log.to(1_003)) == 0  # late: no row
@@ -288,10 +289,10 @@ def test_features_are_of_events_with_strictly_smaller_time():
     log.add("click", 1_001, item="b", event_id="a2")
     log.add("impression", 1_001, request_id="r", items=["i"], event_id="b", feature_hash=0)
     known = UserHistory()
-    known.push(feature_id("item", "a"), 1_000)
+    known.push(feature_id("item", "a"), 1_000, Kind.CLICK)
     log.add("impression", 1_001, request_id="s", items=["i"], event_id="c", feature_hash=history_hash(known.latest()))
     rows = log.to(1_200)
-    assert rows.history[:, :2].tolist() == [[feature_id("item", "a"), 0]] * 2
+    assert unpack(rows.history)["recent"]["item"][:, :2].tolist() == [[feature_id("item", "a"), 0]] * 2
     assert (log.counts.skew_checked, log.counts.skew_differs) == (2, 1)
 
 
@@ -399,7 +400,8 @@ def test_nothing_is_known_of_a_forgotten_user():
     assert (log.counts.history_only, log.counts.late, log.counts.open) == (3, 1, 0), "j, the click, the purchase"
     log.shown(9_100, "r2")
     later = log.to(9_300)
-    assert later.history[0, :2].tolist() == [feature_id("item", "i"), 0], "what came after it"
+    known = unpack(later.history)["recent"]["item"][0, :2].tolist()
+    assert known == [feature_id("item", "i"), 0], "what came after it"
 
 
 def test_a_late_forget_erases_at_once():
@@ -502,7 +504,19 @@ def test_handled_stays_below_what_is_held():
     assert log.blocks[-1].handled == 1
     log.to(1_006)
     assert log.blocks[-1].handled == log.blocks[-1].to_offset == 4
-    assert log.blocks[-1].users.tolist() == []  # the same item again
+
+
+def test_every_action_but_a_refund_changes_what_is_known_of_a_user():
+    log = Log()
+    for n, kind in enumerate(("click", "click", "watch", "cart", "favourite", "purchase", "refund")):
+        more = {"play_ms": 1, "duration_ms": 2} if kind == "watch" else {}
+        log.add(kind, 1_000 + n, item="i", **more)
+        log.to(1_001 + n)
+        assert log.blocks[-1].users.tolist() == ([] if kind == "refund" else [feature_id("user", "u")])
+    (state,) = unpack(log.blocks[-3].histories)
+    assert state["recent"]["kind"][:3].tolist() == [Kind.WATCH, Kind.CLICK, 0]
+    assert state["intent"]["kind"][:4].tolist() == [Kind.PURCHASE, Kind.FAVOURITE, Kind.CART, 0]
+    assert state["counts"].sum(1).tolist() == [[2, 1, 2, 1]] * 3
 
 
 def test_memory_is_bounded_by_the_windows():
@@ -528,5 +542,5 @@ def test_wait_must_not_be_longer_than_open():
 def test_an_empty_block_has_all_columns():
     block = Joiner(S, 0).process([]).block
     assert block.watermark == NEVER
-    assert block.histories.shape == (0, 20)
-    assert block.examples.history.dtype == np.int64
+    assert block.histories.shape == (0, HISTORY_BYTES)
+    assert block.examples.history.dtype == np.uint8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import typing
 
 import msgspec
@@ -14,8 +15,8 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Assembler, Version, encode
 from embedding_store.errors import CorruptRecord
 from embedding_store.ids import feature_id
-from online_model.features import CARD, CATEGORY, ITEM, USER, item_features
-from online_model.history import history_hash
+from online_model.features import CARD, CATEGORY, ITEM, USER, item_features, user_features
+from online_model.history import EMPTY, as_array, history_hash
 from online_model.ranker import Ranker, probabilities
 from online_model.serving.api import Scenario
 from online_model.serving.errors import NotReady, VersionGap
@@ -66,9 +67,15 @@ def reference_scores(version: Version, user: str, scenario: str, items: list, no
 
     ranker = Ranker(DIM, RANKER)
     ranker.load_weights(version.dense)
-    person = rows[USER].get(feature_id(USER, user), {"weights": zero, "history": np.zeros(20, np.int64)})
-    past = [rows[ITEM].get(i, none) for i in person["history"].tolist() if i != 0]
-    mean = sum((row["weights"] + category_of(row) for row in past), zero) / max(len(past), 1)
+    person = rows[USER].get(feature_id(USER, user), {"weights": zero, "history": as_array([EMPTY])[0]})
+    past = user_features(person["history"][None], now_ms)
+    mean, total = zero, 0.0
+    for i, kind, recency in zip(past.items[0].tolist(), past.kinds[0].tolist(), past.recency[0].tolist(), strict=True):
+        if i != 0:
+            row = rows[ITEM].get(i, none)
+            weight = math.exp(ranker.past_kind[kind].item() + recency * ranker.past_recency.item())
+            mean, total = mean + weight * (row["weights"] + category_of(row)), total + weight
+    mean = (mean / (total or 1)).astype(np.float32)
     out = []
     for item in items:
         row = rows[ITEM].get(feature_id(ITEM, item), none)
@@ -76,7 +83,8 @@ def reference_scores(version: Version, user: str, scenario: str, items: list, no
             np.array([row[name]]) for name in ("impressions", "clicks", "interactions", "created")
         )
         logits = ranker(
-            torch.tensor(person["weights"])[None], torch.tensor(mean)[None], torch.tensor(row["weights"])[None],
+            torch.tensor(person["weights"])[None], torch.tensor(mean)[None], torch.from_numpy(past.context),
+            torch.tensor(row["weights"])[None],
             torch.tensor(category_of(row))[None], torch.tensor(item_features(shown, clicks, others, created, now_ms)),
             torch.tensor([SCENARIOS.index(scenario)]), None, torch.tensor([0]),
         )  # fmt: skip
@@ -271,7 +279,7 @@ def test_unknown_ids_are_scored_as_the_default_row():
     assert (a.score, a.click, a.watch, a.purchase) == (b.score, b.click, b.watch, b.purchase)
     known, _ = made.rank("u0", "live", [3, "no"]).items
     assert known.score != a.score
-    assert made.rank("nobody", "live", ["no"]).feature_hash == history_hash(np.zeros(20, np.int64))
+    assert made.rank("nobody", "live", ["no"]).feature_hash == history_hash(EMPTY)
 
 
 def test_an_item_keeps_the_type_and_the_order_it_was_given_in():
@@ -281,7 +289,7 @@ def test_an_item_keeps_the_type_and_the_order_it_was_given_in():
     assert len({r.score for r in ranking.items}) == 1
 
 
-def test_feature_hash_is_of_the_history_that_was_scored_with():
+def test_feature_hash_is_of_the_state_that_was_scored_with():
     first = world()
     made = replica(first)
     history = first.tables[USER].columns["history"][2]

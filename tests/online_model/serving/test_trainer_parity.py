@@ -10,13 +10,15 @@ import torch
 
 from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import HISTORY, Block, Examples, Part, Source, example_key, row_id
-from online_model.features import CATEGORY, ITEM, USER, item_features
+from online_model.examples import Block, Examples, Part, Source, example_key, row_id
+from online_model.features import CATEGORY, ITEM, USER, item_features, user_features
+from online_model.history import HISTORY
 from online_model.ranker import probabilities
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.online_model.logs import make_states
 
 T0 = 1_700_000_000_000
 FEATURES, RANKER = FeatureSettings(dim=8, users=64, items=64, categories=8), RankerSettings(hidden=16, second=8)
@@ -39,13 +41,15 @@ def block(number: int, n: int = 300) -> Block:
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32),
         click=((user + item) % 2).astype(np.int8),
         purchase=np.full(n, -1, np.int8), play_ms=np.full(n, -1), duration_ms=np.full(n, -1),
-        delay_ms=np.full(n, -1), history=history,
+        delay_ms=np.full(n, -1),
+        history=make_states(history, np.full(n, T0 + number)),
         item_raw=np.array([str(int(i)) for i in item], object),
     )  # fmt: skip
     latest = np.zeros((20, HISTORY), np.int64)
     latest[:, :7] = item_ids[rng.integers(0, 40, (20, 7))]
     at = number * n
-    return Block(0, at, at + n, at + n, T0 + number, examples=rows, users=user_ids, histories=latest)
+    return Block(0, at, at + n, at + n, T0 + number, examples=rows, users=user_ids,
+                 histories=make_states(latest, np.full(20, T0)))  # fmt: skip
 
 
 def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int) -> np.ndarray:
@@ -60,15 +64,17 @@ def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int) 
         return weights(ITEM, ids), weights(CATEGORY, tables.column(ITEM, "category")[rows])
 
     person = np.array([user])
-    history = tables.read_rows(USER, tables.rows(USER, person, admit=False))["history"][0]
-    past = vectors(history[history != 0])
-    mean = (past[0] + past[1]).mean(0, keepdim=True)
+    past = user_features(tables.read_rows(USER, tables.rows(USER, person, admit=False))["history"], now_ms)
+    item, category = vectors(past.items[0])
     of = tables.read_rows(ITEM, tables.rows(ITEM, items, admit=False))
     dense = item_features(of["impressions"], of["clicks"], of["interactions"], of["created"], now_ms)
     zero = torch.zeros(len(items), dtype=torch.int64)
     with torch.inference_mode():
         ranker = trainer._ranker
-        logits = ranker(weights(USER, person), mean, *vectors(items), torch.from_numpy(dense), zero, None, zero)
+        mean = ranker.history_weights(torch.from_numpy(past.kinds), torch.from_numpy(past.recency)) @ (item + category)
+        context = torch.from_numpy(past.context)
+        about = torch.from_numpy(dense)
+        logits = ranker(weights(USER, person), mean, context, *vectors(items), about, zero, None, zero)
         return probabilities(logits).numpy()
 
 

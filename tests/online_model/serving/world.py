@@ -12,12 +12,13 @@ import orjson
 from embedding_store.columns import TableRows
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
-from online_model.examples import HISTORY
 from online_model.features import CARD, CATEGORY, ITEM, USER
+from online_model.history import HISTORY
 from online_model.ranker import Ranker
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings
+from tests.online_model.logs import make_states
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 Raw: TypeAlias = Iterable[str | int]
@@ -46,11 +47,12 @@ def item_rows(
 
 
 def user_rows(raw: Sequence[str | int], weights: npt.ArrayLike, histories: Iterable[Sequence[int]]) -> TableRows:
-    """Rows of users; histories: raw item ids, the newest first."""
+    """Rows of users; histories: raw item ids, the recent ones and then those of intent."""
     history = np.zeros((len(raw), HISTORY), np.int64)
     for row, items in zip(history, histories, strict=True):
         row[: len(items)] = ids(ITEM, items)
-    return TableRows(ids(USER, raw), {"weights": np.asarray(weights, np.float32), "history": history})
+    states = make_states(history, np.full(len(raw), NOW))
+    return TableRows(ids(USER, raw), {"weights": np.asarray(weights, np.float32), "history": states})
 
 
 def category_rows(raw: Raw, weights: npt.ArrayLike) -> TableRows:
