@@ -12,7 +12,7 @@ from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import HISTORY, Block, Examples, Part, Source, example_key, row_id
 from online_model.features import CATEGORY, ITEM, USER, item_features
-from online_model.ranker import probabilities
+from online_model.feedback import probabilities, strategy
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
@@ -68,7 +68,7 @@ def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int) 
     with torch.inference_mode():
         ranker = trainer._ranker
         logits = ranker(weights(USER, person), mean, *vectors(items), torch.from_numpy(dense), zero, None, zero)
-        return probabilities(logits).numpy()
+        return probabilities(logits, strategy("calibrated")).numpy()
 
 
 def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path) -> None:
