@@ -2,8 +2,9 @@
 
 Kept per task, since the start and over the last `window` scores: AUC, normalised entropy (log loss over the entropy of
 the base rate: He et al. 2014, "Practical lessons from predicting clicks on ads at Facebook", section 3) and calibration
-(mean prediction over mean label). Scores are those that would be served, of all rows: what the learning adds to a logit to
-make up for sampling is not in them, and a row weighs as many as it stands for. AUC comes from a histogram of BINS classes of the logit; ties count half.
+(mean prediction over mean label). Scores are those that would be served: what the learning adds to a logit to make up
+for sampling is not in them, and a score weighs as many rows as its row stands for. AUC comes from a histogram of BINS
+classes of the logit; ties count half.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ class Figures:
 class TaskScores:
     """The scores of one task, each made when its example was first seen. `key` is the example's id.
 
-    A label may turn positive later. The score is then moved from the negatives to the positives, if it is among the last
-    `window`, which are remembered one by one. If it is not, `unmatched` counts it: AUC and normalised entropy go on
-    taking that score for a negative's, by the share unmatched / positives. Calibration is exact all the same: it needs
-    the sum of the predictions and the number of positives, and not which score was whose. So what is kept (and written
-    at each commit) is bounded, however long the purchase window is. An example that is still open counts as a negative.
+    A label may turn positive later. The score is then moved from the negatives to the positives, if it is among the
+    last `window`, which are remembered one by one. If it is not, `unmatched` counts it: AUC and normalised entropy go
+    on taking that score for a negative's, by the share unmatched / positives. Calibration is exact all the same: it
+    needs the sum of the predictions and the number of positives, and not which score was whose. So what is kept (and
+    written at each commit) is bounded, however long the purchase window is. An example that is still open counts as a
+    negative.
 
     All counts are of rows before downsampling: a score weighs 1 / rate. Under downsampling the scores of unclicked
     impressions that were dropped are unmatched too: those kept weigh for them.
@@ -77,20 +79,17 @@ class TaskScores:
         missing = int((~there).sum())
         self._unmatched += missing
         self._positives += missing
-        found = 0
-        for key in keys[there]:
-            at = np.flatnonzero((live == key) & (self._label[: self._size] == 0))
-            if not len(at):
-                continue
-            slot = at[-1:]
-            p, weight = self._p[slot].astype(np.float64), self._weight[slot]
-            negative, positive = np.zeros(1, np.uint8), np.ones(1, np.uint8)
-            self._classes += _histogram(p, positive, weight) - _histogram(p, negative, weight)
-            self._sums += _sums(p, positive, weight) - _sums(p, negative, weight)
-            self._label[slot] = 1
-            self._positives += 1  # the row that said so stands for itself
-            found += 1
-        return found
+        if missing == len(keys):
+            return 0
+        at = np.flatnonzero((self._label[: self._size] == 0) & np.isin(live, keys))[::-1]
+        slots = at[np.unique(live[at], return_index=True)[1]]  # the last of each key
+        p, weight = self._p[slots].astype(np.float64), self._weight[slots]
+        negative, positive = np.zeros(len(slots), np.uint8), np.ones(len(slots), np.uint8)
+        self._classes += _histogram(p, positive, weight) - _histogram(p, negative, weight)
+        self._sums += _sums(p, positive, weight) - _sums(p, negative, weight)
+        self._label[slots] = 1
+        self._positives += len(slots)  # each row that said so stands for itself
+        return len(slots)
 
     def total(self) -> Figures:
         """Since the start."""

@@ -29,7 +29,7 @@ from online_model.ranker import PURCHASE
 
 
 class Strategy(Protocol):
-    """How purchases are learned. Columns here are those of the purchase head and of `extra` heads behind it: [n, 1 + E].
+    """How purchases are learned. Columns are those of the purchase head and of the E heads `extra` behind it.
 
     `extra`: heads that serve the learning alone; nobody is shown what they say.
     """
@@ -40,7 +40,7 @@ class Strategy(Protocol):
         """Labels float32 [n, 1 + E]; nan where the row teaches a head nothing."""
 
     def weights(self, label: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """Weights [n, 1 + E] of the losses, given labels and this model's own probabilities (no gradient), as `label`."""
+        """Weights of the losses, given labels and the model's own probabilities (no gradient), all [n, 1 + E]."""
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What the logits [n, 1 + E] stand for, [n, 1 + E]: the same in trainer and replica."""
@@ -62,8 +62,8 @@ class Uncorrected:
 
 
 class Calibrated(Uncorrected):
-    """Fake negative calibration: Ktena et al., "Addressing delayed feedback for continuous training with neural networks
-    in CTR prediction", RecSys 2019, arXiv 1907.06558, section 3.3.
+    """Fake negative calibration: Ktena et al., "Addressing delayed feedback for continuous training with neural
+    networks in CTR prediction", RecSys 2019, arXiv 1907.06558, section 3.3.
 
     Of a click with probability p of a purchase there are 1 negative and p positives, so the head learns
     b = p / (1 + p), whose odds b / (1 − b) = e^logit are p.
@@ -136,7 +136,7 @@ def strategy(feedback: str, purchase_wait_ms: int = 0) -> Strategy:
 
 
 def probabilities(logits: torch.Tensor, how: Strategy) -> torch.Tensor:
-    """[N, 3 + E] logits → probabilities as served: click, long view when played, purchase when clicked; then `extra`."""
+    """[N, 3 + E] logits → probabilities as served: click, long view if played, purchase if clicked; then `extra`."""
     out = torch.sigmoid(logits)
     out[:, PURCHASE:] = how.probabilities(logits[:, PURCHASE:])
     return out

@@ -40,7 +40,7 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
     feedback: Feedback = "calibrated"  # how purchases that come late are learned
-    purchase_wait_ms: Annotated[int, Meta(ge=0)] = 0  # that of [join]
+    purchase_wait_ms: Annotated[int, Meta(ge=0)] = 0  # that of [join]: set it there
     sampling_correction: Literal["loss", "logit"] = "loss"  # of unclicked impressions of which a part is kept
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()

@@ -54,6 +54,7 @@ class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     open_ms: _Ms = 1_800_000  # an impression can be acted on for so long
     watch_wait_ms: _Ms = 10_000  # from the first watch of an example to its row
     purchase_window_ms: _Ms = 259_200_000  # from the last click
+    purchase_wait_ms: _Ms = 0  # not bought for so long after the click: said so; 0: the click itself says "not so far"
     implicit: bool = False  # the log has no impressions: a click is an example
     future_ms: _Ms = 60_000  # an event further ahead of Kafka's clock is refused
 

@@ -9,14 +9,16 @@ logits, which is not fooled by errors that cancel.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from online_model.evaluation import TaskScores
-from online_model.settings import Feedback, FeatureSettings, RankerSettings, TrainerSettings
+from online_model.settings import FeatureSettings, Feedback, RankerSettings, TrainerSettings
 from online_model.trainer import open_trainer
 from tests.online_model.delays import HOUR, START, WINDOW, Clicks, make_clicks, make_rows
 from tests.online_model.logs import make_blocks
@@ -42,10 +44,11 @@ class Result:
 
 def measure(name: str, seed: int, clicks: int = CLICKS, windows: float = WINDOWS) -> Result:
     """Plays a stream through a trainer with this strategy."""
+    torch.set_num_threads(1)
     feedback, wait = STRATEGIES[name]
     stream = make_clicks(clicks, windows, seed)
     settings = TrainerSettings(
-        batch_size=256, seed=seed, feedback=feedback, purchase_wait_ms=wait, window=1 << 18,
+        batch_size=128, seed=seed, feedback=feedback, purchase_wait_ms=wait, window=1 << 18,
         features=FeatureSettings(dim=8, users=1000, items=1000, categories=100),
         ranker=RankerSettings(hidden=16, second=8, seed=seed),
     )  # fmt: skip
@@ -86,4 +89,4 @@ def _result(stream: Clicks, scores: TaskScores) -> Result:
 
 
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    sys.stdout.write("\n".join(lines()) + "\n")

@@ -1,4 +1,4 @@
-"""Delayed feedback and downsampling: what is learned is right on average, and nothing is scored after it was learned."""
+"""Delayed feedback and downsampling: what is learned is right on average, nothing is scored after it was learned."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ BASE = dict(
     batch_size=128, window=1 << 14, features=FeatureSettings(dim=8, users=1000, items=1000, categories=100),
     ranker=RankerSettings(hidden=16, second=8),
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def played(path, rows: Examples, **settings) -> Trainer:
@@ -61,11 +69,11 @@ def test_the_expected_gradient_is_zero_where_the_truth_is_served(name, wait):
 
 @pytest.mark.parametrize("name", ["calibrated", "weighted", "elapsed"])
 def test_purchase_rates_are_right_while_purchases_are_still_to_come(name):
-    assert measure(name, seed=1, clicks=16_000).ratio == pytest.approx(1, abs=0.05)
+    assert measure(name, seed=1, clicks=24_000).ratio == pytest.approx(1, abs=0.05)
 
 
 def test_without_a_correction_the_purchase_rate_is_too_low():
-    assert measure("none", seed=1, clicks=16_000).ratio < 0.9
+    assert measure("none", seed=1, clicks=24_000).ratio < 0.9
 
 
 @pytest.mark.parametrize("feedback", ["none", "elapsed"])
@@ -119,7 +127,7 @@ def downsampled(n: int, keep: int) -> tuple[Examples, Examples]:
 
 @pytest.mark.parametrize("correction", ["loss", "logit"])
 def test_downsampled_impressions_give_the_click_rate_of_all(tmp_path, correction):
-    rows, part = downsampled(16_000, 4)
+    rows, part = downsampled(8_000, 4)
     trainer = played(tmp_path, part, sampling_correction=correction)
     task, stats = trainer._evaluation.tasks["click"], trainer.tables.column("item", "impressions").sum()
     trainer.store.close()
@@ -128,7 +136,7 @@ def test_downsampled_impressions_give_the_click_rate_of_all(tmp_path, correction
     state = task.state()
     recent = slice(len(state["p"]) // 2, None)
     p, label, weight = (state[name][recent].astype(np.float64) for name in ("p", "label", "weight"))
-    assert (p @ weight) / (label @ weight) == pytest.approx(1, abs=0.06)
+    assert (p @ weight) / (label @ weight) == pytest.approx(1, abs=0.1)
 
 
 def test_sampling_is_made_up_for_once():
@@ -144,7 +152,7 @@ def test_sampling_is_made_up_for_once():
 
 def test_a_strategy_that_does_not_fit_the_joiner_is_refused():
     for feedback, wait in (("elapsed", 0), ("calibrated", 5), ("weighted", 5)):
-        with pytest.raises(ValueError, match="join.purchase_wait_ms"):
+        with pytest.raises(ValueError, match=r"join\.purchase_wait_ms"):
             TrainerSettings(feedback=feedback, purchase_wait_ms=wait)
     for feedback, wait in (("none", 0), ("none", 5), ("calibrated", 0), ("weighted", 0), ("elapsed", 5)):
         TrainerSettings(feedback=feedback, purchase_wait_ms=wait)
