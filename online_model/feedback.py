@@ -104,7 +104,7 @@ class Elapsed(Uncorrected):
     l = (1 − i) d follows. Both heads are read, without a gradient, from before the step.
     """
 
-    extra = ("in_time", "delayed")
+    extra: tuple[str, ...] = ("in_time", "delayed")
 
     def __init__(self, purchase_wait_ms: int) -> None:
         self._wait_ms = purchase_wait_ms
