@@ -23,7 +23,7 @@ from online_model.trainer import open_trainer
 from tests.online_model.delays import HOUR, START, WINDOW, Clicks, make_clicks, make_rows
 from tests.online_model.logs import make_blocks
 
-CLICKS, WINDOWS, LAST = 60_000, 6.0, 1 / 3
+CLICKS, WINDOWS, LAST = 24_000, 6.0, 1 / 3
 WAIT = 12 * HOUR
 STRATEGIES: dict[str, tuple[Feedback, int]] = {  # name → (feedback, purchase_wait_ms)
     "none": ("none", 0),
