@@ -107,7 +107,15 @@ class Settings:
     def model(self) -> TrainerSettings:
         from online_model.settings import TrainerSettings
 
-        return self._section("model", TrainerSettings)
+        # How purchases are learned depends on how long the joiner waits for them: that is set in [join], for both.
+        wait = self.join.join.purchase_wait_ms
+        joins = Layer("[join]", {"model": {"purchase_wait_ms": wait}})
+        model = Settings([joins, *self._layers])._section("model", TrainerSettings)
+        if model.purchase_wait_ms != wait:
+            raise UsageError(
+                f"model.purchase_wait_ms is {model.purchase_wait_ms}, that of [join] is {wait}: set it there only"
+            )
+        return model
 
     @cached_property
     def train(self) -> TrainWorkerSettings:

@@ -10,8 +10,9 @@ import torch
 from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.tables import EmbeddingTables
 from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights, user_features
+from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum
-from online_model.ranker import Ranker, probabilities
+from online_model.ranker import CLICK, PURCHASE, Ranker
 
 
 @dataclass
@@ -26,14 +27,16 @@ class Batch:
     ts: np.ndarray  # int64 [N] ms UTC
     scenario: np.ndarray  # int64 [N]
     position: np.ndarray  # int64 [N], -1 unknown
-    target: np.ndarray  # float32 [N, 3], nan where nothing is learned
+    target: np.ndarray  # float32 [N, 3 + E], nan where nothing is learned
+    weight: np.ndarray  # float32 [N] of all of the row's losses
+    offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
 
 
 @dataclass
 class Outcome:
     """What a step gave."""
 
-    p: np.ndarray  # float32 [N, 3] probabilities of click, watch, purchase, from before the step
+    p: np.ndarray  # float32 [N, 3 + E] probabilities of click, watch, purchase, …, from before the step
     rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
     learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
 
@@ -41,8 +44,10 @@ class Outcome:
 class Learner:
     """The ranker over the tables, and its optimizer (Adam; the tables have their own, fused in their backward)."""
 
-    def __init__(self, tables: EmbeddingTables, ranker: Ranker, learning_rate: float, wide_rate: float) -> None:
-        self.tables, self.ranker = tables, ranker
+    def __init__(
+        self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float
+    ) -> None:
+        self.tables, self.ranker, self._feedback = tables, ranker, feedback
         self._device = ranker.bias.device
         wide = ranker.wide_parameters()
         ids = {id(p) for p in wide}
@@ -53,12 +58,11 @@ class Learner:
     def learn(self, batch: Batch) -> Outcome:
         """Scores the batch, then learns it. Item statistics are read, not changed. Admits users, items, categories."""
         leaves, outputs, logits, rows = self._forward(batch)
-        target = self._tensor(batch.target)
-        loss = loss_sum(logits, target)
+        p = probabilities(logits.detach(), self._feedback)
+        loss = self._loss(logits, batch, p)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [leaf.grad for leaf in leaves]
-        p = probabilities(logits.detach()).cpu().numpy()
         # Two backward passes, so that nothing is updated before every gradient is known to be finite.
         learned = bool(torch.isfinite(loss)) and all(
             bool(torch.isfinite(g).all()) for g in (*grads, *(w.grad for w in self._weights())) if g is not None
@@ -69,7 +73,13 @@ class Learner:
                 if w.grad is not None:
                     w.grad /= len(batch.item)  # tables learn from sums, the ranker from means
             self._adam.step()
-        return Outcome(p, rows, learned)
+        return Outcome(p.cpu().numpy(), rows, learned)
+
+    def _loss(self, logits: torch.Tensor, batch: Batch, p: torch.Tensor) -> torch.Tensor:
+        target, weight = self._tensor(batch.target), self._tensor(batch.weight).unsqueeze(1).repeat(1, p.shape[1])
+        weight[:, PURCHASE:] *= self._feedback.weights(target[:, PURCHASE:], p[:, PURCHASE:])
+        offset = torch.nn.functional.pad(self._tensor(batch.offset).unsqueeze(1), (CLICK, p.shape[1] - 1 - CLICK))
+        return loss_sum(logits + offset, target, weight)
 
     def begin(self, table: str, ids: np.ndarray, rows: np.ndarray) -> None:
         """Gives new rows among `rows` (of `ids`, both int64 [n]) their first weights."""

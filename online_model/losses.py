@@ -1,4 +1,4 @@
-"""What each head learns from a row, and the loss."""
+"""What each head learns from a row, how much the row weighs, and the loss."""
 
 from __future__ import annotations
 
@@ -6,29 +6,52 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from online_model.examples import Examples
+from online_model.examples import Examples, Source
+from online_model.feedback import Strategy
 from online_model.ranker import CLICK, HEADS, PURCHASE, WATCH
 
 LONG_VIEW = 0.5  # a play is a long view from this share of the duration on
 
 
-def labels(rows: Examples) -> np.ndarray:
-    """Labels float32 [n, 3] of click, watch (a long view) and purchase; nan where the row does not say.
+def labels(rows: Examples, feedback: Strategy) -> np.ndarray:
+    """Labels float32 [n, 3 + E] of click, watch (a long view), purchase and the strategy's own heads; nan where the row
+    does not say.
 
     A watch of unknown duration says nothing.
     """
-    out = np.full((len(rows), len(HEADS)), np.nan, np.float32)
+    out = np.full((len(rows), len(HEADS) + len(feedback.extra)), np.nan, np.float32)
     out[:, CLICK] = np.where(rows.click >= 0, rows.click, np.nan)
     watched = (rows.play_ms >= 0) & (rows.duration_ms > 0)
     out[watched, WATCH] = rows.play_ms[watched] >= LONG_VIEW * rows.duration_ms[watched]
-    out[:, PURCHASE] = np.where(rows.purchase >= 0, rows.purchase, np.nan)
+    out[:, PURCHASE:] = feedback.labels(rows)
     return out
 
 
-def loss_sum(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Sum over rows and heads of the binary cross entropy; logits, target: [N, 3], nan in target is left out.
+def sampling_correction(rows: Examples, how: str, unclicked_rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """(weight, offset), float32 [n] each, that make up for unclicked impressions of which only a part is kept.
+
+    Either the one or the other, never both. "loss": a row weighs as much as the 1 / rate rows that it stands for, and
+    nothing is added. "logit": every row weighs 1, and what is added to the click's logit for the learning alone turns
+    odds among all rows into odds among those kept. Of negatives a share r is kept and of positives all, so
+    odds_kept = odds / r, logit_kept = logit − log r for both labels (King and Zeng 2001, "Logistic regression in rare
+    events data", section 4.1; He et al. 2014, section 6.3). A click's row has rate 1, so its r is `unclicked_rate`,
+    that of the unclicked rows around it. Without impressions nothing was sampled: weight 1, offset 0.
+    """
+    weight, offset = np.ones(len(rows), np.float32), np.zeros(len(rows), np.float32)
+    impression = rows.source == Source.IMPRESSION
+    if how == "loss":
+        weight[impression] = 1 / rows.rate[impression]
+    else:
+        rate = np.where(rows.click == 1, np.float32(unclicked_rate), rows.rate)
+        offset[impression] = -np.log(rate[impression])
+    return weight, offset
+
+
+def loss_sum(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted sum over rows and heads of the binary cross entropy; all [N, H], nan in target is left out.
 
     The sum, not the mean: what a row of a table learns must not depend on how many others came with it.
     """
     said = ~torch.isnan(target)
-    return binary_cross_entropy_with_logits(logits, torch.where(said, target, 0.0), said.float(), reduction="sum")
+    weight = torch.where(said, weight, 0.0)
+    return binary_cross_entropy_with_logits(logits, torch.where(said, target, 0.0), weight, reduction="sum")

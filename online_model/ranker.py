@@ -1,8 +1,8 @@
 """The dense part of the model: one small network over gathered embeddings, three heads.
 
 click: the probability of a click on an impression. watch: of a long view (LONG_VIEW) of what was played. purchase: of
-a purchase after a click. The purchase head learns from fake negatives (docs/architecture.md, Join semantics), so its
-odds are the probability (Ktena et al. 2019, arXiv 1907.06558, section 3.3): p = b / (1 − b) = e^logit.
+a purchase after a click; how it learns while purchases are still to come, and what its logit then stands for, is said
+in feedback.py, which may ask for further heads behind the three.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ class Ranker(nn.Module):
     of one user cost one context.
     """
 
-    def __init__(self, dim: int, settings: RankerSettings) -> None:
+    def __init__(self, dim: int, settings: RankerSettings, extra: int = 0) -> None:
+        """`extra`: heads behind the three."""
         super().__init__()
         self.dim = dim
+        heads = len(HEADS) + extra
         hidden, second = settings.hidden, settings.second
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -42,16 +44,17 @@ class Ranker(nn.Module):
             self.from_match = nn.Linear(dim, hidden, bias=False)
             self.from_scenario = nn.Embedding(SCENARIO_COUNT, hidden)
             self.second = nn.Linear(hidden, second)
-            self.heads = nn.Linear(second, len(HEADS), bias=False)
+            self.heads = nn.Linear(second, heads, bias=False)
             nn.init.eye_(self.from_history.weight)  # at first: what is like the history
             nn.init.zeros_(self.from_scenario.weight)
             nn.init.normal_(self.heads.weight, std=0.05)
             self.from_moment = nn.Linear(CONTEXT, hidden, bias=False)
             nn.init.zeros_(self.from_moment.weight)
         # The wide part. It starts as the item's click rate and the match, so that the first scores are sensible.
-        self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, _logit(PURCHASE_PRIOR)]))
-        self.wide = nn.Parameter(torch.zeros(DENSE, len(HEADS)))
-        self.match = nn.Parameter(torch.zeros(len(HEADS)))
+        purchase = [_logit(PURCHASE_PRIOR)] * (1 + extra)
+        self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, *purchase]))
+        self.wide = nn.Parameter(torch.zeros(DENSE, heads))
+        self.match = nn.Parameter(torch.zeros(heads))
         with torch.no_grad():
             self.wide[0, CLICK] = 1.0
             self.match[CLICK] = 1.0
@@ -85,7 +88,7 @@ class Ranker(nn.Module):
         position: torch.Tensor | None,
         ctx: torch.Tensor,
     ) -> torch.Tensor:
-        """Logits float32 [N, 3] (click, watch, purchase) of N candidates of B contexts.
+        """Logits float32 [N, 3 + extra] (click, watch, purchase, …) of N candidates of B contexts.
 
         user, history_mean: [B, D] (the mean of the vectors of the history's items by `history_weights`, zero for none);
         context: [B, CONTEXT] of `user_features`; item, category: [N, D]; dense: [N, DENSE] of `item_features`;
@@ -102,7 +105,7 @@ class Ranker(nn.Module):
         if position is None:
             return logits
         place = self.place(position.clamp(0, POSITIONS - 1))  # [N, 1]
-        return logits + nn.functional.pad(place, (CLICK, len(HEADS) - 1 - CLICK))
+        return logits + nn.functional.pad(place, (CLICK, logits.shape[1] - 1 - CLICK))
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
@@ -124,13 +127,6 @@ class Ranker(nn.Module):
         with torch.no_grad():
             for name, p in own.items():
                 p.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
-
-
-def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """[N, 3] logits → [N, 3] probabilities as served: click, long view when played, purchase when clicked."""
-    out = torch.sigmoid(logits)
-    out[:, PURCHASE] = torch.exp(logits[:, PURCHASE].clamp(max=0.0))
-    return out
 
 
 def _logit(p: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
 
 class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -37,5 +39,18 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
     window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
+    feedback: Feedback = "calibrated"  # how purchases that come late are learned
+    purchase_wait_ms: Annotated[int, Meta(ge=0)] = 0  # that of [join]: set it there
+    sampling_correction: Literal["loss", "logit"] = "loss"  # of unclicked impressions of which a part is kept
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()
+
+    def __post_init__(self) -> None:
+        wait = self.purchase_wait_ms
+        if self.feedback == "elapsed" and wait == 0:
+            raise ValueError('feedback = "elapsed" needs a join.purchase_wait_ms: set that, or feedback = "calibrated"')
+        if self.feedback in ("calibrated", "weighted") and wait > 0:
+            raise ValueError(
+                f'feedback = "{self.feedback}" needs join.purchase_wait_ms = 0, it is {wait}: set that, or feedback = '
+                '"elapsed" ("none" where it is the whole purchase window)'
+            )

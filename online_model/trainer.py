@@ -36,9 +36,10 @@ from embedding_store.tables import EmbeddingTables
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, USER, table_specs
+from online_model.feedback import strategy
 from online_model.history import HISTORY
 from online_model.learner import Batch, Learner, unique_contexts
-from online_model.losses import labels
+from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
 from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
@@ -69,7 +70,8 @@ def open_trainer(
     store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
     try:
         tables = EmbeddingTables(specs, device, store)
-        ranker = Ranker(settings.features.dim, settings.ranker).to(device)
+        extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
+        ranker = Ranker(settings.features.dim, settings.ranker, extra).to(device)
         trainer = Trainer(settings, tables, ranker, store, clock, partitions)
         trainer.restore()
     except BaseException:
@@ -96,12 +98,14 @@ class Trainer:
         self.settings, self.tables, self.store = settings, tables, store
         self.epoch, self.sequence = 1, 0  # of the last commit; 0: none
         self._ranker, self._clock = ranker, clock
-        self._learner = Learner(tables, ranker, settings.learning_rate, settings.wide_rate)
+        self._feedback = strategy(settings.feedback, settings.purchase_wait_ms)
+        self._learner = Learner(tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate)
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
         self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
+        self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = False  # since the last commit
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
@@ -233,6 +237,7 @@ class Trainer:
         self.tables.restore()
         self._intake.load(state["intake"])
         self._totals, self.mark = state["totals"], state["mark"]
+        self._unclicked_rate = state["unclicked_rate"]
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
@@ -278,10 +283,14 @@ class Trainer:
         implicit = np.flatnonzero(shown & (rows.source == Source.IMPLICIT))
         k, seed = self.settings.negatives, self.settings.seed
         drawn = self._recent.draw(rows.row_id[implicit], rows.item[implicit], k, seed)
-        target = labels(rows)
+        target = labels(rows, self._feedback)
         if not drawn.size:
             target[implicit, CLICK] = np.nan  # a positive without a negative says nothing
-        batch = _batch(rows, target, implicit, drawn)
+        unclicked = np.flatnonzero(shown & (rows.click == 0))
+        if len(unclicked):
+            self._unclicked_rate = float(rows.rate[unclicked[-1]])
+        sampling = sampling_correction(rows, self.settings.sampling_correction, self._unclicked_rate)
+        batch = _batch(rows, target, sampling, implicit, drawn)
         outcome = self._learner.learn(batch)
         if np.isfinite(outcome.p).all():
             self._measure(rows, target, implicit, outcome.p)
@@ -296,17 +305,22 @@ class Trainer:
         self._changed = True
 
     def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
-        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together."""
+        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together.
+
+        Each is made at first sight: a click's at SHOWN, a long view's at WATCH, a purchase's at the click's row, which
+        says purchase −1 where the joiner waits. Rows that come later only change its label.
+        """
         n, tasks = len(rows), self._evaluation.tasks
         impression = rows.source == Source.IMPRESSION
         scored = impression & (rows.part == Part.SHOWN)
-        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored])
+        weight = 1 / rows.rate
+        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored], weight[scored])
         watched = ~np.isnan(target[:, WATCH])
-        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH])
-        clicked = rows.purchase == 0  # a click's row; a purchase's row changes the label of this score
+        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH], weight[watched])
+        clicked = rows.click == 1
         tasks["purchase"].add(rows.example_id[clicked], p[:n][clicked, PURCHASE], np.zeros(int(clicked.sum())))
         tasks["click"].flip(rows.example_id[rows.part == Part.LATE_CLICK])
-        tasks["purchase"].flip(rows.example_id[rows.purchase == 1])
+        tasks["purchase"].flip(rows.example_id[rows.part == Part.PURCHASE])
         if len(p) > n:
             both = np.concatenate((p[implicit, CLICK], p[n:, CLICK]))
             positive = np.arange(len(both)) < len(implicit)
@@ -316,9 +330,11 @@ class Trainer:
         """The items' statistics and their cards."""
         shown, impression = rows.part == Part.SHOWN, rows.source == Source.IMPRESSION
         said = impression & (shown | (rows.part == Part.LATE_CLICK))
-        self._add("impressions", at[shown & impression])
-        self._add("clicks", at[said & (rows.click == 1)])
-        self._add("interactions", at[shown & ~impression])
+        stands_for = np.rint(1 / rows.rate).astype(np.int64)
+        for column, which in {
+            "impressions": shown & impression, "clicks": said & (rows.click == 1), "interactions": shown & ~impression,
+        }.items():  # fmt: skip
+            self._add(column, at[which], stands_for[which])
         card = self.tables.column(ITEM, "card")
         without = np.flatnonzero((at > 0) & (card[at] == 0))
         for i in without[np.unique(at[without], return_index=True)[1]]:
@@ -326,9 +342,8 @@ class Trainer:
             self._cards[int(rows.item[i])] = raw
             card[at[i]] = _card_hash(raw)
 
-    def _add(self, column: str, at: np.ndarray) -> None:
-        where, times = np.unique(at[at > 0], return_counts=True)
-        self.tables.column(ITEM, column)[where] += times
+    def _add(self, column: str, at: np.ndarray, times: np.ndarray) -> None:
+        np.add.at(self.tables.column(ITEM, column), at[at > 0], times[at > 0])
 
     def _finish_blocks(self) -> None:
         """The histories that blocks bring, once all of their rows are learned."""
@@ -357,24 +372,28 @@ class Trainer:
 
     def _state(self) -> bytes:
         state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark}
+        state["unclicked_rate"] = self._unclicked_rate
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
 
     def _settings(self) -> dict:
         return msgspec.to_builtins(self.settings)
 
 
-def _batch(rows: Examples, target: np.ndarray, implicit: np.ndarray, drawn: np.ndarray) -> Batch:
+def _batch(
+    rows: Examples, target: np.ndarray, sampling: tuple[np.ndarray, np.ndarray], implicit: np.ndarray, drawn: np.ndarray
+) -> Batch:
     """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
     first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
     behind = np.repeat(implicit, drawn.shape[1])  # the row of each negative
     negative = np.full((len(behind), target.shape[1]), np.nan, np.float32)
     negative[:, CLICK] = 0
     every = np.concatenate((np.arange(len(rows)), behind))
+    weight, offset = sampling
     return Batch(
         user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
         item=np.concatenate((rows.item, drawn.ravel())), ctx=ctx[every], ts=rows.ts[every],
         scenario=rows.scenario[every].astype(np.int64), position=rows.position[every].astype(np.int64),
-        target=np.concatenate((target, negative)),
+        target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from online_model.serving.app import create_app
 from online_model.serving.errors import VersionGap
 from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica, ReplicaSettings
+from online_model.settings import Feedback
 from streams import app
 from streams.settings import ServeWorkerSettings
 
@@ -189,10 +190,11 @@ def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
         model = version.info["settings"]
         features = msgspec.convert(model["features"], FeatureSettings)
         ranker = msgspec.convert(model["ranker"], RankerSettings)
+        feedback: Feedback = msgspec.convert(model["feedback"], Feedback)
     except (KeyError, msgspec.ValidationError) as error:
         name = f"{version.epoch}.{version.sequence}"
         raise CorruptRecord(f"version {name} does not say what its model is like ({error}): it is left out") from error
-    replica = Replica(settings, features, ranker)
+    replica = Replica(settings, features, ranker, feedback=feedback)
     replica.apply(version)
     return replica
 

@@ -18,8 +18,9 @@ import torch
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
 from online_model.features import ITEM, USER, user_features
+from online_model.feedback import probabilities, strategy
 from online_model.history import history_hash
-from online_model.ranker import CLICK, PURCHASE, WATCH, probabilities
+from online_model.ranker import CLICK, PURCHASE, WATCH
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
 from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
@@ -60,9 +61,12 @@ class Replica:
         features: FeatureSettings,
         ranker: RankerSettings,
         clock: Callable[[], int] = wall_clock_ms,
+        feedback: str = "calibrated",
     ) -> None:
+        """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info)."""
         self.settings = settings
-        self.state = State(features, ranker)
+        self._feedback = strategy(feedback)
+        self.state = State(features, ranker, len(self._feedback.extra))
         self.sources: list[Source] = [
             ExactIndex(self.state, settings.nearest),
             Newest(self.state, settings.newest),
@@ -165,7 +169,7 @@ class Replica:
         )  # fmt: skip
 
     def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [n, 3] and scores float32 [n] of item ids int64 [n]."""
+        """Probabilities float32 [n, 3 + extra heads] and scores float32 [n] of item ids int64 [n]."""
         state, settings = self.state, self.settings
         rows = state.items.find(ids)
         item, category = state.vectors(rows)
@@ -175,6 +179,6 @@ class Replica:
             context.user, context.mean, context.features, item, category, dense, scenario, None,
             torch.zeros_like(scenario),
         )  # fmt: skip
-        p = probabilities(logits).numpy()
+        p = probabilities(logits, self._feedback).numpy()
         gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]
         return p, p[:, CLICK] * gain

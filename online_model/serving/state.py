@@ -21,14 +21,14 @@ _OWN = {CATEGORY_ROW: ("<i8", ()), AVAILABLE: ("?", ()), STAMP: ("<i8", ())}
 class State:
     """The model as of one version. `changes` counts the versions; an item row's STAMP is the last that touched it."""
 
-    def __init__(self, features: FeatureSettings, ranker: RankerSettings) -> None:
+    def __init__(self, features: FeatureSettings, ranker: RankerSettings, extra_heads: int = 0) -> None:
         dim = features.dim
         self.users = Table(USER, dim, USER_EXTRAS, features.users)
         self.items = Table(ITEM, dim, ITEM_EXTRAS, features.items, own=_OWN)
         self.categories = Table(CATEGORY, dim, {}, features.categories)
         self.tables = {table.name: table for table in (self.users, self.items, self.categories)}
         self.cards = Catalogue(features.items)
-        self.ranker = Ranker(dim, ranker).eval().requires_grad_(False)
+        self.ranker = Ranker(dim, ranker, extra_heads).eval().requires_grad_(False)
         self._parameters = dict(self.ranker.named_parameters())
         self.changes = 0
 

@@ -135,3 +135,28 @@ def test_the_join_worker_never_waits_for_torch() -> None:
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+def test_the_trainer_knows_how_long_the_joiner_waits_for_purchases() -> None:
+    written('[join]\npurchase_wait_ms = 60000\n[model]\nfeedback = "elapsed"\n')
+    settings = load()
+    settings.check()
+    assert (settings.model.purchase_wait_ms, settings.train.model.purchase_wait_ms) == (60_000, 60_000)
+    written(dump(settings))
+    assert load().model == settings.model
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[model]\nfeedback = "elapsed"\n', "needs a join.purchase_wait_ms"),
+        ('[join]\npurchase_wait_ms = 5\n[model]\nfeedback = "weighted"\n', "needs join.purchase_wait_ms = 0, it is 5"),
+        ('[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n', "needs join.purchase_wait_ms = 0, it is 5"),
+        ('[model]\nfeedback = "none"\npurchase_wait_ms = 5\n', "set it there only"),
+    ],
+)
+def test_a_way_to_learn_purchases_that_does_not_fit_the_joiner_is_refused(text: str, says: str) -> None:
+    written(text)
+    with pytest.raises(UsageError, match=says) as refused:
+        load().check()
+    assert "\n" not in str(refused.value)

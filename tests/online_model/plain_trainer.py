@@ -7,7 +7,8 @@ import torch
 
 from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights, user_features
-from online_model.ranker import Ranker, probabilities
+from online_model.feedback import probabilities, strategy
+from online_model.ranker import Ranker
 from online_model.settings import TrainerSettings
 
 
@@ -70,7 +71,7 @@ class PlainTrainer:
             if rows.source[i] == Source.IMPRESSION and rows.part[i] in (Part.SHOWN, Part.LATE_CLICK):
                 self.stats[int(rows.item[i])][0] += int(rows.part[i] == Part.SHOWN)
                 self.stats[int(rows.item[i])][1] += int(rows.click[i] == 1)
-        return probabilities(logits.detach()).numpy()
+        return probabilities(logits.detach(), strategy("calibrated")).numpy()
 
     def _mean(self, items, kinds, recency, vector) -> torch.Tensor:
         """The weighted mean of a history, entry by entry."""

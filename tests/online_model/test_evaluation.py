@@ -65,11 +65,34 @@ def test_a_label_that_comes_later_changes_total_and_recent_once():
     close(task.recent(), plain(p, y))
 
 
-def test_a_label_comes_too_late():
+def test_a_label_that_comes_when_its_score_is_forgotten_is_counted_and_calibration_stays_exact():
+    key, p, y = data(3000)
     task = TaskScores(window=4)
-    task.add(np.arange(1, 9), np.full(8, 0.5), np.zeros(8, int))
-    assert task.flip(np.array([2, 7, 99])) == 1
-    assert task.total().positives == 1
+    task.add(key, p, np.zeros(3000, int))
+    bought = key[y == 1]
+    found = task.flip(bought)
+    total = task.total()
+    assert found == int(y[-4:].sum())
+    assert total.unmatched == len(bought) - found
+    assert total.positives == len(bought)
+    assert total.calibration == pytest.approx(p.sum() / y.sum(), rel=1e-5)
+    assert Evaluation(4).metrics()["purchase"]["unmatched"] == 0
+
+
+def test_a_score_weighs_as_many_rows_as_it_stands_for():
+    """The figures are those of all rows repeated."""
+    key, p, y = data(4000)
+    weight = np.where(y == 1, 1, 3)
+    task = TaskScores(window=1000)
+    for at in range(0, 4000, 500):
+        part = slice(at, at + 500)
+        task.add(key[part], p[part], y[part], weight[part])
+    close(task.total(), plain(np.repeat(p, weight), np.repeat(y, weight)))
+    close(task.recent(), plain(np.repeat(p[-1000:], weight[-1000:]), np.repeat(y[-1000:], weight[-1000:])))
+    assert task.total().count == int(weight.sum())
+    other = TaskScores(window=1000)
+    other.load(task.state())
+    assert (other.total(), other.recent()) == (task.total(), task.recent())
 
 
 def test_extreme_scores_flip_into_their_own_class():

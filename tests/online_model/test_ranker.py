@@ -6,14 +6,16 @@ import torch
 
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, CONTEXT, DENSE
+from online_model.feedback import probabilities, strategy
 from online_model.history import HISTORY
 from online_model.losses import labels, loss_sum
-from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, Ranker, probabilities
+from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, Ranker
 from online_model.settings import RankerSettings
 from streams.events import SCENARIOS
 from tests.online_model.logs import make_rows
 
 D = 8
+SERVED = strategy("calibrated")
 
 
 def inputs(contexts=3, candidates=7, seed=0):
@@ -82,7 +84,7 @@ def test_query_gives_the_match_by_a_dot_product(ranker):
 def test_the_first_scores_are_the_click_rate():
     ranker = Ranker(D, RankerSettings())
     zeros = {k: v * 0 for k, v in inputs().items()}
-    p = probabilities(ranker(**zeros, position=None))[:, CLICK]
+    p = probabilities(ranker(**zeros, position=None), SERVED)[:, CLICK]
     assert p.tolist() == pytest.approx([CLICK_PRIOR] * 7, rel=0.15)
 
 
@@ -112,8 +114,8 @@ def test_the_purchase_served_is_corrected_for_fake_negatives():
     biased = torch.tensor([0.1, 0.5, 0.9])
     logits = torch.zeros(3, 3)
     logits[:, PURCHASE] = torch.logit(biased)
-    assert probabilities(logits)[:, PURCHASE].tolist() == pytest.approx([0.1 / 0.9, 1.0, 1.0], rel=1e-5)
-    assert torch.isfinite(probabilities(torch.full((1, 3), 1e30))).all()
+    assert probabilities(logits, SERVED)[:, PURCHASE].tolist() == pytest.approx([0.1 / 0.9, 1.0, 1.0], rel=1e-5)
+    assert torch.isfinite(probabilities(torch.full((1, 3), 1e30), SERVED)).all()
 
 
 def test_weights_go_there_and_back_and_the_seed_makes_them(ranker):
@@ -137,13 +139,13 @@ def test_labels_say_only_what_the_row_says():
     rows.duration_ms[:] = [-1, -1, -1, 10, 10, 0]
     nan = np.nan
     expected = [[1, nan, 0], [0, nan, nan], [nan, nan, 1], [nan, 1, nan], [nan, 0, nan], [nan, nan, nan]]
-    assert np.array_equal(labels(rows), np.array(expected, np.float32), equal_nan=True)
+    assert np.array_equal(labels(rows, SERVED), np.array(expected, np.float32), equal_nan=True)
 
 
 def test_the_loss_is_a_sum_over_what_is_said():
     logits = torch.tensor([[0.3, 9.0, -1.0], [2.0, 5.0, 5.0]], requires_grad=True)
     target = torch.tensor([[1.0, torch.nan, 0.0], [torch.nan, torch.nan, torch.nan]])
-    loss = loss_sum(logits, target)
+    loss = loss_sum(logits, target, torch.ones_like(logits))
     assert loss.item() == pytest.approx(float(np.log1p(np.exp(-0.3)) + np.log1p(np.exp(-1.0))))
     loss.backward()
     assert (logits.grad != 0).tolist() == [[True, False, True], [False, False, False]]

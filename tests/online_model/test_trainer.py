@@ -77,7 +77,7 @@ def test_a_step_is_what_plain_torch_computes(trainer):
         plain._admit("item", item)
     scores = []
     add = trainer._evaluation.tasks["click"].add
-    trainer._evaluation.tasks["click"].add = lambda key, p, label: (scores.append(p), add(key, p, label))
+    trainer._evaluation.tasks["click"].add = lambda key, p, *rest: (scores.append(p), add(key, p, *rest))
     rows = mixed(300)
     for number, block in enumerate(make_blocks(rows, 64)):
         expected = plain.step(block.examples)

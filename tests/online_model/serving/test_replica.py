@@ -16,8 +16,9 @@ from embedding_store.delta import Assembler, Version, encode
 from embedding_store.errors import CorruptRecord
 from embedding_store.ids import feature_id
 from online_model.features import CARD, CATEGORY, ITEM, USER, item_features, user_features
+from online_model.feedback import probabilities, strategy
 from online_model.history import EMPTY, as_array, history_hash
-from online_model.ranker import Ranker, probabilities
+from online_model.ranker import Ranker
 from online_model.serving.api import Scenario
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.replica import SCENARIO_INDEX, Replica
@@ -88,7 +89,7 @@ def reference_scores(version: Version, user: str, scenario: str, items: list, no
             torch.tensor(category_of(row))[None], torch.tensor(item_features(shown, clicks, others, created, now_ms)),
             torch.tensor([SCENARIOS.index(scenario)]), None, torch.tensor([0]),
         )  # fmt: skip
-        out.append(probabilities(logits.detach())[0].numpy())
+        out.append(probabilities(logits.detach(), strategy("calibrated"))[0].numpy())
     return np.array(out)
 
 

@@ -12,11 +12,11 @@ from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id, hash_text
 from online_model.examples import Block, Examples, Part, Source, example_key, row_id
 from online_model.features import CATEGORY, ITEM, USER, item_features, user_features
+from online_model.feedback import probabilities
 from online_model.history import HISTORY
-from online_model.ranker import probabilities
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
-from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from online_model.settings import FeatureSettings, Feedback, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import make_states
 
@@ -75,14 +75,19 @@ def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int) 
         context = torch.from_numpy(past.context)
         about = torch.from_numpy(dense)
         logits = ranker(weights(USER, person), mean, context, *vectors(items), about, zero, None, zero)
-        return probabilities(logits).numpy()
+        return probabilities(logits, trainer._feedback)[:, :3].numpy()
 
 
-def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path) -> None:
-    trainer = open_trainer(TrainerSettings(features=FEATURES, ranker=RANKER, batch_size=128), tmp_path, lambda: T0)
+@pytest.mark.parametrize(("feedback", "wait"), [("calibrated", 0), ("weighted", 0), ("elapsed", 60_000)])
+def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback: Feedback, wait: int) -> None:
+    settings = TrainerSettings(
+        features=FEATURES, ranker=RANKER, batch_size=128, feedback=feedback, purchase_wait_ms=wait
+    )
+    trainer = open_trainer(settings, tmp_path, lambda: T0)
     category = feature_id(CATEGORY, "shoes")
     trainer.catalogue([(feature_id(ITEM, i), b'{"item":%d}' % i, category, 0, T0 - i) for i in range(10)])
-    replica, assembler = Replica(ReplicaSettings(seed=1), FEATURES, RANKER, clock=lambda: T0 + 9_000), Assembler()
+    assembler = Assembler()
+    replica = Replica(ReplicaSettings(seed=1), FEATURES, RANKER, clock=lambda: T0 + 9_000, feedback=feedback)
     try:
         for number in range(5):
             assert trainer.offer(block(number), number)
