@@ -117,8 +117,10 @@ class Joiner:
             self._restore(shown)
         self._begin()
 
-    def process(self, records: Iterable[Record], to_offset: int | None = None) -> Joined:
+    def process(self, records: Iterable[Record], to_offset: int | None = None, set_aside: bool = False) -> Joined:
         """Joins the next records of the partition, by ascending offset; those below `next_offset` are left out.
+
+        `set_aside`: they are counted (and refused where they must be) and have no other effect.
 
         `to_offset`: the offset to go on from, where it is not the last record's + 1 (Kafka leaves holes). Returns the
         block [next_offset before, to_offset). Raises PositionError if `to_offset` lies before the end of the records.
@@ -128,7 +130,7 @@ class Joiner:
         for record in records:
             if record.offset >= end:
                 end = record.offset + 1
-                self._take(record)
+                self._take(record, set_aside)
         if to_offset is None:
             to_offset = end
         elif to_offset < end:
@@ -148,6 +150,7 @@ class Joiner:
             examples=_columns(self._rows),
             users=np.array(users, np.int64),
             histories=as_array([self._pushed[user].latest() for user in users]),
+            set_aside=set_aside,
         )
         return Joined(block, self._dead, self._changes)
 
@@ -159,7 +162,7 @@ class Joiner:
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, self.number)
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: Record, set_aside: bool) -> None:
         offset, stamp, raw = record
         counts = self.counts
         try:
@@ -171,6 +174,11 @@ class Joiner:
             counts.events_in += 1
             counts.rejected += 1
             self._dead.append(_dead_letter(error, self.partition, record))
+            return
+        if set_aside:
+            aside = 0 if isinstance(event, Tick) else len(event.items) if isinstance(event, Impression) else 1
+            counts.events_in += aside
+            counts.set_aside += aside
             return
         ts = event.ts
         watermark = self.watermark
