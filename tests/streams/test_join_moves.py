@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import time
@@ -17,18 +18,22 @@ from deploy.broker import Broker
 from online_model.examples import Block
 from online_model.positions import Intake, Position
 from replay.oracle import Rules, compare, expect, read_topic
+from streams.join_worker import JoinWorker
 from streams.joiner import JoinSettings
-from streams.topics import TopicSettings, create_topics, end_offsets
-from tests.streams.children import Child, convert, running, wait_for
+from streams.settings import JoinWorkerSettings
+from streams.topics import MAX_BLOCK_BYTES, TopicSettings, create_topics, end_offsets
+from tests.streams.children import Child, convert, read_all, running, wait_for
 from tests.streams.joining import (
     JOIN,
     PARTITIONS,
     Players,
+    blocks,
     check_against_one_joiner,
     joined_up_to,
     ready,
     rows,
 )
+from tests.streams.test_topics import set_config
 
 pytestmark = pytest.mark.broker
 
@@ -224,3 +229,38 @@ def test_newest_first_books_the_gap_as_set_aside_once_and_for_all(
     assert verdict.balance["set_aside"] > 1_000
     counts = [at.counts for at in positions.values()]
     assert verdict.balance == {name: sum(getattr(c, name) for c in counts) for name in verdict.balance}
+
+
+def test_what_kafka_did_not_take_and_what_it_perhaps_took_are_there_once(
+    broker: str, topics: TopicSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Players(broker, topics.events, 1, 100).play()
+    records = read_all(broker, topics.events)[0]
+    settings = _settings(broker, topics, tmp_path, data_dir=tmp_path / "data", snapshots="")
+
+    async def refused(times: int) -> None:
+        while caplog.text.count("trying again") < times:
+            await asyncio.sleep(0.01)
+
+    async def join() -> None:
+        worker = JoinWorker(convert(settings, JoinWorkerSettings))
+        await worker.start()
+        await worker.open({0})
+        lane = worker.lanes[0]
+        set_config(broker, topics.examples, "max.message.bytes", "100")
+        await lane.take(records)
+        await refused(1)
+        assert lane.next_offset == 0
+        set_config(broker, topics.examples, "max.message.bytes", str(MAX_BLOCK_BYTES))
+        while lane.next_offset < len(records):
+            await asyncio.sleep(0.01)
+        # As if the answer had been lost: it is refused now, Kafka is asked, and has it already.
+        set_config(broker, topics.examples, "max.message.bytes", "100")
+        before = caplog.text.count("trying again")
+        await lane._publish(lane._store.outbox())
+        await refused(before + 1)
+        await worker.close({0})
+        await worker.stop()
+
+    asyncio.run(join())
+    assert blocks(broker, topics)[0][-1].to_offset == len(records)
