@@ -38,7 +38,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.copies import settle_directory
 from embedding_store.errors import BrokerError, FencedError, StoreError, StoreLocked
-from online_model.examples import Counts
+from online_model.examples import Block, Counts
 from online_model.positions import add_range
 from streams import app, events
 from streams.blocks import decode_block, encode_block
@@ -225,16 +225,34 @@ class Lane:
             await asyncio.sleep(0.1)  # its old owner is still in its last slice
 
     async def _restore(self) -> None:
-        """Where the store is behind what was published: the newest snapshot in its place, if that is further."""
-        stored, group_offset = self._store.next_offset, self._group_offset
-        if self._snapshots is None or group_offset is None or (stored is not None and stored >= group_offset):
+        """Where the store is behind what was published, or beside it: the newest snapshot that is further."""
+        stored, group_offset, forked = self._store.next_offset, self._group_offset, self._is_forked()
+        if group_offset is None or (stored is not None and stored >= group_offset and not forked):
             return
-        above = -1 if stored is None else stored
-        fetched = await asyncio.to_thread(self._snapshots.fetch, above, group_offset)
-        if fetched is not None:
+        fetched = None
+        if self._snapshots is not None:
+            above = -1 if stored is None or forked else stored
+            fetched = await asyncio.to_thread(self._snapshots.fetch, above, group_offset)
+        if self._snapshots is not None and fetched is not None:
             self._store.close()
             await asyncio.to_thread(self._snapshots.put_in_place, fetched)
             self._store = JoinStore(self._path, self._settings.join, self._settings.sync)
+        elif forked:
+            raise self._no_store()
+
+    def _is_forked(self) -> bool:
+        """Whether the store committed what it never sent, and another worker has sent other blocks from there on."""
+        stored, group_offset = self._store.next_offset, self._group_offset
+        if stored is None or group_offset is None or stored <= group_offset:
+            return False
+        return decode_block(self._store.outbox()[0]).from_offset != group_offset
+
+    def _no_store(self) -> StoreError:
+        return StoreError(
+            f"no join store for partition {self.partition}, which was joined up to {self._group_offset}, and no good "
+            f"snapshot: start the worker with the data directory of its last owner or [join] snapshots, or with "
+            f"another topic prefix"
+        )
 
     async def _agree(self) -> int:
         """Bring Kafka and the store together. Returns the offset to go on from."""
@@ -246,14 +264,12 @@ class Lane:
             assert stored is not None
             if stored != group_offset:
                 log.info("%s: sending again what was committed up to %s", where, stored)
-                await self._publish(self._store.outbox())
+                outbox = self._store.outbox()
+                await self._publish(outbox, decode_block(outbox[0]))
             return stored
         start = 0 if stored is None else stored
         if stored is None and (self._snapshots is None or earliest > 0):
-            raise StoreError(
-                f"no join store for {where}, which was joined up to {group_offset}, and no good snapshot: start the "
-                f"worker with the data directory of its last owner or [join] snapshots, or with another topic prefix"
-            )
+            raise self._no_store()
         if start < earliest or (len(self._aside) == MAX_RANGES and start < self._aside[0][0]):
             raise StoreError(
                 f"{where}: the store or snapshot goes on from {start}, Kafka has records from {earliest} on: start the "
@@ -316,7 +332,7 @@ class Lane:
             self._store.commit(joined, outbox)
         if outbox:
             with metrics.publish.time():
-                await self._publish(outbox)
+                await self._publish(outbox, joined.block)
         if joined.block.counts.events_in > self.counts.events_in:
             self._last_event = time.monotonic()
         self._held = joined.block.handled < joined.block.to_offset
@@ -327,18 +343,18 @@ class Lane:
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
 
-    async def _publish(self, outbox: list[bytes]) -> None:
-        """The outbox, the group's offset and what was set aside, in one transaction.
+    async def _publish(self, outbox: list[bytes], block: Block) -> None:
+        """The outbox (of this block), the group's offset and what was set aside, in one transaction.
 
         Where it is not known whether Kafka has it, Kafka is asked, and it is sent again, until OUTAGE_SECONDS are over.
         Raises FencedError where another worker has sent something meanwhile, BrokerError.
         """
-        block, *dead = outbox
-        header, topics = decode_block(block), self._settings.topics
-        to_offset, aside = header.to_offset, [list(range_) for range_ in self._aside]
-        if header.set_aside:
-            add_range(aside, header.from_offset, to_offset)
-        messages = [Message(topics.examples, block, partition=self.partition)]
+        encoded, *dead = outbox
+        topics, to_offset = self._settings.topics, block.to_offset
+        aside = [list(range_) for range_ in self._aside]
+        if block.set_aside:
+            add_range(aside, block.from_offset, to_offset)
+        messages = [Message(topics.examples, encoded, partition=self.partition)]
         messages += [Message(topics.events_dead, letter) for letter in dead]
         about = to_offset, orjson.dumps(aside[-MAX_RANGES:]).decode() if aside else ""
         give_up, in_doubt = time.monotonic() + OUTAGE_SECONDS, False
@@ -357,11 +373,14 @@ class Lane:
             except BrokerError as error:
                 if time.monotonic() > give_up or self._closing:
                     raise
-                log.warning("partition %s: %s; trying again", self.partition, error)
+                if not in_doubt:
+                    log.warning("partition %s: %s; trying again", self.partition, error)
             in_doubt = True
             await self._outlet.stop()
             self._outlet = self._new_outlet()
             await asyncio.sleep(RETRY_SECONDS)
+        if in_doubt:
+            log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
         self._group_offset, self._aside = to_offset, aside[-MAX_RANGES:]
 
     def _has_room(self) -> bool:
