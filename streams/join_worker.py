@@ -248,11 +248,9 @@ class Lane:
         return decode_block(self._store.outbox()[0]).from_offset != group_offset
 
     def _no_store(self) -> StoreError:
-        return StoreError(
-            f"no join store for partition {self.partition}, which was joined up to {self._group_offset}, and no good "
-            f"snapshot: start the worker with the data directory of its last owner or [join] snapshots, or with "
-            f"another topic prefix"
-        )
+        where = f"partition {self.partition}, which was joined up to {self._group_offset}"
+        remedy = "the data directory of its last owner or [join] snapshots, or with another topic prefix"
+        return StoreError(f"no join store for {where}, and no good snapshot: start the worker with {remedy}")
 
     async def _agree(self) -> int:
         """Bring Kafka and the store together. Returns the offset to go on from."""

@@ -39,7 +39,7 @@ from tests.streams.test_topics import set_config
 
 pytestmark = pytest.mark.broker
 
-OUTAGE_S = float(os.environ.get("HEADRACE_TEST_OUTAGE_S", "5"))  # of the broker; 20 is what is promised
+OUTAGE_S = float(os.environ.get("BROKER_OUTAGE_S", "5"))  # of the broker; 20 is what is promised
 
 
 @pytest.fixture
