@@ -148,7 +148,7 @@ class Followed:
         """Counts of the whole topic, recounted by the oracle; the digest of the examples of this play."""
         settings, topics = self.settings, self.settings.topics
         records = read_topic(settings.bootstrap, topics.events, model.next_offsets)
-        verdict = compare(expect(records, Rules.of(settings.join.join)), model.trained)
+        verdict = compare(expect(records, Rules.of(settings.join.join), model.set_aside), model.trained)
         counts = model.counts()
         return {
             "events_in": counts.events_in,
@@ -170,7 +170,7 @@ class Followed:
         from streams.blocks import decode_block
 
         digest = ExamplesDigest()
-        for partition, value, _ in read_topic(self.settings.bootstrap, self.settings.topics.examples):
+        for partition, _, value, _ in read_topic(self.settings.bootstrap, self.settings.topics.examples):
             block = decode_block(value or b"")
             if block.to_offset > self._begin.get(partition, 0):
                 digest.add(block.examples)

@@ -7,7 +7,7 @@ of `delta.encode`. It holds what replicas need: no momentum, no trainer's state.
 from __future__ import annotations
 
 import errno
-import os
+import io
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import MOMENTUM, TableRows
+from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError
 
@@ -96,13 +97,13 @@ def _write(
         partial.mkdir(parents=True)
         try:
             for number, part in enumerate(encode_stream(version, tables, blobs, _PART_BYTES)):
-                _write_synced(partial / f"part-{number:06}", part)
-            _sync_directory(partial)
+                write_synced(partial / f"part-{number:06}", io.BytesIO(part))
+            sync_directory(partial)
             partial.rename(final)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_directory(directory)
+        sync_directory(directory)
         for old in sorted(_snapshots(directory), key=place_of)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -123,21 +124,6 @@ def _blobs(store: CheckpointStore) -> Iterator[tuple[str, dict[int, bytes]]]:
 
 def _snapshots(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

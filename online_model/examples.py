@@ -142,7 +142,7 @@ class ExamplesDigest:
 class Counts:
     """The joiner's cumulative balance of one partition, in events (an impression of k items counts k).
 
-    events_in = rejected + duplicates + late + joined + history_only + open
+    events_in = rejected + duplicates + late + joined + history_only + open + set_aside
     """
 
     events_in: int = 0
@@ -152,6 +152,7 @@ class Counts:
     joined: int = 0
     history_only: int = 0
     open: int = 0  # held for disorder, or waiting for a click
+    set_aside: int = 0  # of a backlog that was not joined
     rows: int = 0  # rows emitted
     skew_checked: int = 0  # impressions that said what they were scored with
     skew_differs: int = 0  # of these, scored with another state than the joiner's
@@ -170,3 +171,4 @@ class Block:
     examples: Examples = field(default_factory=Examples.empty)
     users: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [u] whose state changed
     histories: np.ndarray = field(default_factory=lambda: np.empty((0, HISTORY_BYTES), np.uint8))  # [u, …] as it is now
+    set_aside: bool = False  # its records were counted and not joined: it has no rows but of users to forget

@@ -33,6 +33,15 @@ class Position:
     sum: int = 0  # of their row ids, modulo 2^64
     watermark: int = 0  # event time ms of the last block learned
     counts: Counts = field(default_factory=Counts)  # the joiner's balance in it
+    set_aside: list[list[int]] = field(default_factory=list)  # [from, to) of `events` that were not joined; disjoint
+
+
+def add_range(ranges: list[list[int]], start: int, end: int) -> None:
+    """Adds [start, end) behind the ranges, or to the last of them where it goes on from it."""
+    if ranges and ranges[-1][1] == start:
+        ranges[-1][1] = end
+    else:
+        ranges.append([start, end])
 
 
 @dataclass
@@ -145,6 +154,8 @@ class Intake:
                 position.next, position.handled = block.to_offset, block.handled
                 position.source_offset = pending.source_offset + 1
                 position.watermark, position.counts = block.watermark, block.counts
+                if block.set_aside:
+                    add_range(position.set_aside, block.from_offset, block.to_offset)
                 position.taken = sum(p.done for p in queue)
                 out.append(block)
         return out

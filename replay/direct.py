@@ -210,7 +210,7 @@ class DirectReplay:
             "trained_examples": sum(at.rows for at in positions.values()),
             "lost": verdict.lost,
             "duplicated": verdict.duplicated,
-            "balance": {name: getattr(counts, name) for name in verdict.balance} | {"set_aside": 0},
+            "balance": {name: getattr(counts, name) for name in verdict.balance},
             "oracle_balance": verdict.balance,
             "prequential": {
                 task: {key: figures[key] for key in ("auc", "ne", "calibration", "count")}

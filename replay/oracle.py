@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
@@ -58,7 +58,7 @@ class Expected:
     sum: int = 0
     balance: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
-            ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open"), 0
+            ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside"), 0
         )
     )
 
@@ -236,8 +236,9 @@ class PartitionOracle:
         self.clicks: dict[tuple, dict] = {}  # (user, item) → the last click's window
         self.forgotten: dict[str, int] = {}  # user → when
 
-    def feed(self, value: bytes | None, stamped_ms: int | None) -> None:
-        """Take the next record: its value and the time Kafka stamped on it, if known."""
+    def feed(self, value: bytes | None, stamped_ms: int | None, set_aside: bool = False) -> None:
+        """Take the next record: its value and the time Kafka stamped on it, if known. One that was set aside is
+        counted, and has no other effect."""
         balance = self.expected.balance
         event = parse(value)
         if event is None or (stamped_ms is not None and event["ts"] > stamped_ms + self.rules.future_ms):
@@ -245,10 +246,16 @@ class PartitionOracle:
             balance["rejected"] += 1
             return
         if event["kind"] == "tick":
-            self._rise(event["ts"])
+            if not set_aside:
+                self._rise(event["ts"])
             return
         units = len(event["items"]) if event["kind"] == "impression" else 1
         balance["events_in"] += units
+        if set_aside:
+            balance["set_aside"] += units
+            if event["kind"] == "forget":
+                self._forget(event, str(event["user"]), late=True)
+            return
         name, now = str(event["event_id"]), self.watermark
         if name in self.seen and (now is None or now <= self.seen[name] + self.rules.open_ms):
             balance["duplicates"] += units
@@ -349,10 +356,7 @@ class PartitionOracle:
         self._emit(f"forget:{event['event_id']}\x00{event['user']}", FORGET)
 
     def _now(self, event: dict, late: bool) -> int:
-        if late:
-            assert self.watermark is not None
-            return self.watermark
-        return event["ts"]
+        return max(self.watermark or 0, event["ts"]) if late else event["ts"]
 
     def _find(self, event: dict, within_ms: int) -> dict | None:
         user, item, ts = str(event["user"]), str(event["item"]), event["ts"]
@@ -453,21 +457,29 @@ class PartitionOracle:
         self.expected.sum = (self.expected.sum + row) % WRAP
 
 
-def expect(records: Iterable[tuple[int, bytes | None, int | None]], rules: Rules) -> dict[int, Expected]:
-    """{partition: Expected} of (partition, value, stamped ms) records, in offset order within a partition."""
+def expect(
+    records: Iterable[tuple[int, int, bytes | None, int | None]],
+    rules: Rules,
+    set_aside: Mapping[int, Sequence[Sequence[int]]] | None = None,
+) -> dict[int, Expected]:
+    """{partition: Expected} of (partition, offset, value, stamped ms) records, in offset order within a partition.
+
+    `set_aside`: partition → the offsets [from, to) that were not joined.
+    """
     oracles: dict[int, PartitionOracle] = {}
-    for partition, value, stamped in records:
+    for partition, offset, value, stamped in records:
         if partition not in oracles:
             oracles[partition] = PartitionOracle(rules)
-        oracles[partition].feed(value, stamped)
+        aside = any(start <= offset < end for start, end in (set_aside or {}).get(partition, ()))
+        oracles[partition].feed(value, stamped, aside)
     return {p: oracle.expected for p, oracle in oracles.items()}
 
 
 def read_topic(
     bootstrap: str, topic: str, until: dict[int, int] | None = None
-) -> Iterator[tuple[int, bytes | None, int | None]]:
-    """The records of `topic` as (partition, value, stamped ms), from its beginning to its present end, or to the
-    offsets `until` (exclusive) where that is sooner."""
+) -> Iterator[tuple[int, int, bytes | None, int | None]]:
+    """The records of `topic` as (partition, offset, value, stamped ms), from its beginning to its present end, or to
+    the offsets `until` (exclusive) where that is sooner."""
     consumer = KafkaConsumer(
         bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
         auto_offset_reset="earliest", max_poll_records=10_000, fetch_max_bytes=64 << 20,
@@ -484,7 +496,7 @@ def read_topic(
             for place, records in consumer.poll(timeout_ms=1000).items():
                 for record in records:
                     if record.offset < ends[place]:
-                        yield place.partition, record.value, record.timestamp
+                        yield place.partition, record.offset, record.value, record.timestamp
     finally:
         consumer.close()
 

@@ -94,6 +94,7 @@ def configure_logging() -> None:
     # it logs each topic that it was told not to create, and each rejoin
     logging.getLogger("faust").setLevel(logging.ERROR)
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
+    logging.getLogger("aiokafka.producer.sender").setLevel(logging.CRITICAL)  # tracebacks of what it raises anyway
 
 
 def run(

@@ -41,13 +41,15 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     handled: int
     watermark: int
     counts: Counts
+    set_aside: bool = False
 
 
 def encode_block(block: Block) -> bytes:
     """The block's bytes."""
     header = _Header(
-        FORMAT, block.partition, block.from_offset, block.to_offset, block.handled, block.watermark, block.counts
-    )
+        FORMAT, block.partition, block.from_offset, block.to_offset, block.handled, block.watermark, block.counts,
+        block.set_aside,
+    )  # fmt: skip
     schema = _EXAMPLES.with_metadata({_HEADER: msgspec.json.encode(header)})
     sink = pa.BufferOutputStream()
     _write(sink, schema, [getattr(block.examples, name) for name in COLUMNS])
@@ -72,7 +74,7 @@ def decode_block(raw: bytes) -> Block:
         raise CorruptRecord(_message(" ".join(str(error).split()))) from error
     return Block(
         header.partition, header.from_offset, header.to_offset, header.handled, header.watermark,
-        header.counts, examples, users, histories,
+        header.counts, examples, users, histories, header.set_aside,
     )  # fmt: skip
 
 

@@ -156,9 +156,19 @@ class JoinStore:
             self._db.compact(family)
         return True
 
+    def checkpoint(self, path: Path) -> None:
+        """A copy as of the last commit as the new directory `path` on the same file system: hard links."""
+        self._db.checkpoint(path)
+
     def close(self) -> None:
         """Lets go of the store. Idempotent."""
         self._db.close()
+
+    def __enter__(self) -> JoinStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _check(self, settings: JoinSettings) -> None:
         made = _Made(FORMAT, settings)

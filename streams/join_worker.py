@@ -9,28 +9,41 @@ Per partition there is a lane: a joiner, its store and a transactional producer.
 
 Killed before 2, nothing has happened. Killed between 2 and 3, the store is ahead of the group's offset, and the next
 owner sends the same bytes again. So each block [from, to) is in `examples` once, and goes on where the last one ended.
-Where the store is behind the group's offset (a power cut undid commits that did not wait for the disk, or it is an old
-copy), the records between them are joined again and nothing is sent: the joiner is a function of the records.
+Where the store is behind the group's offset (a power cut undid commits that did not wait for the disk, or the partition
+has been elsewhere), it is replaced by a shared snapshot that is further, if there is one; the records from there to
+the group's offset are joined again and nothing is sent: the joiner is a function of the records, and of what was set
+aside, which is written beside the group's offset.
+While Kafka is away a worker waits for it, up to OUTAGE_SECONDS; what it was sending is then there once. Longer than
+that, it ends with exit 1 and one line, and goes on when it is started again. Either way nothing is lost or sent twice.
 Not guaranteed: that the blocks of two runs over the same log have the same boundaries. Their rows are the same.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from itertools import chain
+from typing import TypeVar
 
+import filelock
+import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from embedding_store.errors import BrokerError, StoreError, StoreLocked
-from online_model.examples import Counts
+from embedding_store.copies import settle_directory
+from embedding_store.errors import BrokerError, FencedError, StoreError, StoreLocked
+from online_model.examples import Block, Counts
+from online_model.positions import add_range
 from streams import app, batches, events
-from streams.blocks import encode_block
+from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
+from streams.join_snapshots import LaneSnapshots
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
 from streams.metrics import JoinMetrics, serve_metrics
@@ -38,6 +51,9 @@ from streams.outlet import Message, Outlet
 from streams.settings import JoinWorkerSettings
 
 log = logging.getLogger("headrace")
+
+T = TypeVar("T")
+Ranges = list[list[int]]  # [from, to) of a partition, disjoint, in order
 
 LOCK_SECONDS = 15.0  # an old owner has so long to let go of a store
 MAX_SLICE = 2_000  # records that are joined and committed at once; about 100 ms of work
@@ -47,6 +63,9 @@ BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
 COMMIT_SECONDS = 0.15  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
+OUTAGE_SECONDS = 120.0  # so long Kafka may be away
+RETRY_SECONDS = 0.5  # between two attempts to reach it
+MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafka takes 4 KB there
 
 
 def run_join(settings: JoinWorkerSettings) -> None:
@@ -81,7 +100,16 @@ class Lane:
         self._last_record = self._last_event = time.monotonic()
         self._held = False  # some records below `next_offset` wait for the watermark
         self._worker, self._settings = worker, worker.settings
-        self._outlet = Outlet(worker.settings.bootstrap, f"{worker.group}-{partition}")
+        self._outlet = self._new_outlet()
+        self._group_offset: int | None = None  # as we know it
+        self._aside: Ranges = []  # published as set aside
+        self._gap_end = 0  # what was not published and lies below is set aside
+        path = worker.settings.data_dir / "join" / str(partition)
+        self._path, self._lock = path, filelock.FileLock(f"{path}.lock", thread_local=False)
+        self._snapshots = LaneSnapshots(worker.settings, partition, path) if worker.settings.snapshots else None
+        self._snapshot_due = 0.0
+        self._snapshot_at: int | None = None
+        self._between_slices = asyncio.Lock()
         self._waiting: deque[ConsumerRecord] = deque()
         self._waiting_bytes = 0
         self._changed = asyncio.Condition()
@@ -97,8 +125,11 @@ class Lane:
         """
         self._store = await self._open_store()
         await self._outlet.start()  # only now is the group's offset final: an unfinished transaction is undone
-        group_offset = await self._worker.group_offset(self.partition)
-        self.next_offset = await self._agree(group_offset)
+        self._group_offset, self._aside = await self._worker.group_position(self.partition)
+        await self._restore()
+        self.next_offset = await self._agree()
+        if self._settings.backlog == "newest":
+            await self._skip_backlog()
         self.expected = self.next_offset
         self._joiner = Joiner(self._settings.join, self.partition, self.next_offset, self._store.state())
         self.counts = replace(self._joiner.counts)
@@ -147,37 +178,118 @@ class Lane:
             self._changed.notify_all()
         if self._running is not None:
             await self._running
-            self._store.close()
+            async with self._between_slices:
+                self._store.close()
+            self._lock.release()
         await self._outlet.stop()
 
+    async def snapshot_if_due(self) -> None:
+        """Makes a snapshot every interval, the first one at once. A failure is logged: it costs nothing but time."""
+        snapshots, now = self._snapshots, time.monotonic()
+        if snapshots is None or self._running is None or now < self._snapshot_due or self._store.next_offset is None:
+            return
+        self._snapshot_due = now + self._settings.snapshot_interval_s
+        try:
+            if self._snapshot_at is None:
+                left = self._settings.snapshot_interval_s - await asyncio.to_thread(snapshots.age_s)
+                if left > 0:
+                    self._snapshot_at, self._snapshot_due = -1, now + left
+                    return
+            async with self._between_slices:
+                at = self.next_offset
+                if self._closing or at == self._snapshot_at:
+                    return
+                copy = await asyncio.to_thread(snapshots.copy, self._store)
+            self._snapshot_at = at
+            await asyncio.to_thread(snapshots.send, copy, at, self._worker.is_stopping)
+            log.info("partition %s: snapshot at %s", self.partition, at)
+        except StoreError as error:
+            log.error("partition %s: no snapshot: %s", self.partition, error)
+
+    def _new_outlet(self) -> Outlet:
+        return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
+
     async def _open_store(self) -> JoinStore:
-        path = self._settings.data_dir / "join" / str(self.partition)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                return JoinStore(path, self._settings.join, self._settings.sync, self._settings.in_memory)
-            except StoreLocked:
+                self._lock.acquire(blocking=False)
+                settle_directory(self._path)
+                return self._store_here()
+            except (filelock.Timeout, StoreLocked) as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise StoreLocked(
+                        f"the store {self._path} is in use by another process: stop that worker, or choose another "
+                        f"data directory"
+                    ) from error
             await asyncio.sleep(0.1)  # its old owner is still in its last slice
 
-    async def _agree(self, group_offset: int | None) -> int:
+    def _store_here(self) -> JoinStore:
+        settings = self._settings
+        return JoinStore(self._path, settings.join, settings.sync, settings.in_memory)
+
+    async def _restore(self) -> None:
+        """Where the store is behind what was published, or beside it: the newest snapshot that is further."""
+        stored, group_offset, forked = self._store.next_offset, self._group_offset, self._is_forked()
+        if group_offset is None or (stored is not None and stored >= group_offset and not forked):
+            return
+        fetched = None
+        if self._snapshots is not None:
+            above = -1 if stored is None or forked else stored
+            fetched = await asyncio.to_thread(self._snapshots.fetch, above, group_offset)
+        if self._snapshots is not None and fetched is not None:
+            self._store.close()
+            await asyncio.to_thread(self._snapshots.put_in_place, fetched)
+            self._store = self._store_here()
+        elif forked:
+            raise self._no_store()
+
+    def _is_forked(self) -> bool:
+        """Whether the store committed what it never sent, and another worker has sent other blocks from there on."""
+        stored, group_offset = self._store.next_offset, self._group_offset
+        if stored is None or group_offset is None or stored <= group_offset:
+            return False
+        return _block_in(self._store.outbox()).from_offset != group_offset
+
+    def _no_store(self) -> StoreError:
+        where = f"partition {self.partition}, which was joined up to {self._group_offset}"
+        remedy = "the data directory of its last owner or [join] snapshots, or with another topic prefix"
+        return StoreError(f"no join store for {where}, and no good snapshot: start the worker with {remedy}")
+
+    async def _agree(self) -> int:
         """Bring Kafka and the store together. Returns the offset to go on from."""
-        stored, where = self._store.next_offset, f"partition {self.partition}"
-        if stored is None:
-            if group_offset is not None:
-                raise StoreError(
-                    f"no join store for {where}, which was joined up to {group_offset}: start the worker with the "
-                    f"data directory of its last owner, or with another topic prefix"
-                )
-            return await self._worker.earliest(self.partition)
-        if group_offset is not None and group_offset > stored:
-            log.warning("%s: the store forgot what lies from %s to %s: joining it again", where, stored, group_offset)
-            self._sent = group_offset
-        elif group_offset != stored:
-            log.info("partition %s: sending again what was committed up to %s", self.partition, stored)
-            await self._publish(self._store.outbox(), stored)
-        return stored
+        stored, group_offset, where = self._store.next_offset, self._group_offset, f"partition {self.partition}"
+        earliest = await self._worker.earliest(self.partition)
+        if stored is None and group_offset is None:
+            return earliest
+        if group_offset is None or (stored is not None and stored >= group_offset):
+            assert stored is not None
+            if stored != group_offset:
+                log.info("%s: sending again what was committed up to %s", where, stored)
+                outbox = self._store.outbox()
+                await self._publish(outbox, _block_in(outbox))
+            return stored
+        start = 0 if stored is None else stored
+        if stored is None and (self._snapshots is None or earliest > 0):
+            raise self._no_store()
+        if start < earliest or (len(self._aside) == MAX_RANGES and start < self._aside[0][0]):
+            raise StoreError(
+                f"{where}: the store or snapshot goes on from {start}, Kafka has records from {earliest} on: start the "
+                f"worker with the data directory of its last owner, or with another topic prefix; raise retention.ms "
+                f"of {self._settings.topics.events}"
+            )
+        log.warning("%s: the store has nothing from %s to %s: joining it again", where, start, group_offset)
+        self._sent = group_offset
+        return start
+
+    async def _skip_backlog(self) -> None:
+        """What was not joined before, and Kafka stamped too long ago, is to be set aside."""
+        oldest_ms = time.time_ns() // 1_000_000 - int(self._settings.newest_after_s * 1000)
+        start, end = max(self.next_offset, self._sent), await self._worker.offset_at(self.partition, oldest_ms)
+        if end > start:
+            log.warning("partition %s: the backlog from %s to %s is set aside", self.partition, start, end)
+            self._gap_end = end
 
     async def _run(self) -> None:
         """Slice after slice: at once under load, at most every COMMIT_SECONDS otherwise."""
@@ -194,22 +306,28 @@ class Lane:
                         pass
                 if self._closing:
                     return
-                records = self._next_slice()
+                records, aside = self._next_slice()
                 self._waiting_bytes -= sum(len(record.value or b"") for record in records)
                 self._changed.notify_all()
             not_before = time.monotonic() + COMMIT_SECONDS
-            await self._advance(records)
+            async with self._between_slices:
+                await self._advance(records, aside)
 
-    def _next_slice(self) -> list[ConsumerRecord]:
-        """What waits, but never beyond what has been published: there a block ends."""
-        end = self._sent if self._waiting[0].offset < self._sent else None
+    def _next_slice(self) -> tuple[list[ConsumerRecord], bool]:
+        """What waits, up to where it is sent or set aside otherwise than its first record; whether it is set aside."""
+        first = self._waiting[0].offset
+        known = any(start <= first < end for start, end in self._aside)  # what was set aside once stays so
+        aside = known if first < self._sent else first < self._gap_end
+        edges = (self._sent, self._gap_end, *chain.from_iterable(self._aside))
+        end = min((edge for edge in edges if edge > first), default=None)
+        size = MAX_WAITING if aside else self._slice
         records: list[ConsumerRecord] = []
-        while self._waiting and len(records) < self._slice and (end is None or self._waiting[0].offset < end):
+        while self._waiting and len(records) < size and (end is None or self._waiting[0].offset < end):
             records.append(self._waiting.popleft())
-        return records
+        return records, aside
 
-    async def _advance(self, records: list[ConsumerRecord]) -> None:
-        joined = self._joiner.process(Record(r.offset, r.timestamp, r.value) for r in records)
+    async def _advance(self, records: list[ConsumerRecord], aside: bool) -> None:
+        joined = self._joiner.process((Record(r.offset, r.timestamp, r.value) for r in records), set_aside=aside)
         block = encode_block(joined.block)
         outbox: list[bytes | DeadLetter] = [block, *joined.dead] if joined.block.to_offset > self._sent else []
         metrics = self._worker.metrics
@@ -218,7 +336,7 @@ class Lane:
         self._joiner.trim(self._settings.in_memory)
         if outbox:
             with metrics.publish.time():
-                await self._publish(outbox, joined.block.to_offset)
+                await self._publish(outbox, joined.block)
             for letter in joined.dead:
                 metrics.rejected.labels(letter.reason).inc()
         if joined.block.counts.events_in > self.counts.events_in:
@@ -231,17 +349,48 @@ class Lane:
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
 
-    async def _publish(self, outbox: list[bytes | DeadLetter], to_offset: int) -> None:
-        topics = self._settings.topics
+    async def _publish(self, outbox: list[bytes | DeadLetter], block: Block) -> None:
+        """The outbox (of this block), the group's offset and what was set aside, in one transaction.
+
+        Where it is not known whether Kafka has it, Kafka is asked, and it is sent again, until OUTAGE_SECONDS are over.
+        Raises FencedError where another worker has sent something meanwhile, BrokerError.
+        """
+        topics, to_offset = self._settings.topics, block.to_offset
+        aside = [list(range_) for range_ in self._aside]
+        if block.set_aside:
+            add_range(aside, block.from_offset, to_offset)
         messages = [
             Message(topics.events_dead, sent.value, key=sent.key(), headers=sent.headers())
             if isinstance(sent, DeadLetter)
             else Message(topics.examples, sent, partition=self.partition)
             for sent in outbox
         ]
-        await self._outlet.send(
-            messages, {TopicPartition(topics.events, self.partition): to_offset}, self._worker.store_group
-        )
+        about = to_offset, orjson.dumps(aside[-MAX_RANGES:]).decode() if aside else ""
+        give_up, in_doubt = time.monotonic() + OUTAGE_SECONDS, False
+        while True:
+            try:
+                if in_doubt:
+                    await self._outlet.start()
+                    found, _ = await self._worker.group_position(self.partition)
+                    if found == to_offset:
+                        break
+                    if found != self._group_offset:
+                        raise FencedError(f"another worker took over {self._outlet.id}: this one stops")
+                where = TopicPartition(topics.events, self.partition)
+                await self._outlet.send(messages, {where: about}, self._worker.store_group)
+                break
+            except BrokerError as error:
+                if time.monotonic() > give_up or self._closing:
+                    raise
+                if not in_doubt:
+                    log.warning("partition %s: %s; trying again", self.partition, error)
+            in_doubt = True
+            await self._outlet.stop()
+            self._outlet = self._new_outlet()
+            await asyncio.sleep(RETRY_SECONDS)
+        if in_doubt:
+            log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
+        self._group_offset, self._aside = to_offset, aside[-MAX_RANGES:]
 
     def _has_room(self) -> bool:
         room = len(self._waiting) < MAX_WAITING and self._waiting_bytes < MAX_WAITING_BYTES
@@ -260,7 +409,9 @@ class JoinWorker:
             bootstrap_servers=settings.bootstrap, group_id=self.store_group, enable_auto_commit=False
         )
         self._ticks = AIOKafkaProducer(bootstrap_servers=settings.bootstrap, acks="all", linger_ms=0)
-        self._ticking: asyncio.Task | None = None
+        self._admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap)
+        self._tasks: list[asyncio.Task] = []
+        self._stopping = False
         self.metrics = JoinMetrics(lambda: {p: (lane.counts, lane.next_offset) for p, lane in list(self.lanes.items())})
 
     async def start(self) -> None:
@@ -268,14 +419,22 @@ class JoinWorker:
         serve_metrics(self.metrics.registry, self.settings.metrics_port)
         try:
             await self._kafka.start()
+            await self._admin.start()
             if self.settings.ticks == "live":
                 await self._ticks.start()
-                self._ticking = asyncio.create_task(self._tick())
-                self._ticking.add_done_callback(app.fail_loudly)
         except KafkaError as error:
             raise BrokerError(
                 f"no Kafka at {self.settings.bootstrap} ({error}): start one (`headrace broker start`) or set bootstrap"
             ) from error
+        if self.settings.ticks == "live":
+            self._tasks.append(asyncio.create_task(self._tick()))
+        if self.settings.snapshots:
+            self._tasks.append(asyncio.create_task(self._take_snapshots()))
+        for task in self._tasks:
+            task.add_done_callback(app.fail_loudly)
+
+    def is_stopping(self) -> bool:
+        return self._stopping
 
     async def open(self, partitions: set[int]) -> Mapping[int, int]:
         new = {p: Lane(self, p) for p in sorted(partitions - self.lanes.keys())}
@@ -294,19 +453,38 @@ class JoinWorker:
         await asyncio.gather(*(lane.close() for lane in going))
 
     async def stop(self) -> None:
-        if self._ticking is not None:
-            self._ticking.cancel()
+        self._stopping = True
+        for task in self._tasks:
+            task.cancel()
         await self._ticks.stop()
+        await self._admin.close()
         await self._kafka.stop()
 
-    async def group_offset(self, partition: int) -> int | None:
-        """Up to where the blocks of a partition are in `examples`; None: there are none."""
-        return await self._kafka.committed(TopicPartition(self.settings.topics.events, partition))
+    async def group_position(self, partition: int) -> tuple[int | None, Ranges]:
+        """Up to where the blocks of a partition are in `examples` (None: there are none), and what was set aside."""
+        place = TopicPartition(self.settings.topics.events, partition)
+        found = await _answer(lambda: self._admin.list_consumer_group_offsets(self.store_group, partitions=[place]))
+        offset, about = found[place]
+        return (None, []) if offset < 0 else (offset, orjson.loads(about) if about else [])
 
     async def earliest(self, partition: int) -> int:
         """The first offset that Kafka still has."""
-        where = TopicPartition(self.settings.topics.events, partition)
-        return (await self._kafka.beginning_offsets([where]))[where]
+        place = TopicPartition(self.settings.topics.events, partition)
+        return (await _answer(lambda: self._kafka.beginning_offsets([place])))[place]
+
+    async def offset_at(self, partition: int, stamp_ms: int) -> int:
+        """Of the first record that Kafka stamped at this time or later; where there is none, of the next record."""
+        place = TopicPartition(self.settings.topics.events, partition)
+        end = (await _answer(lambda: self._kafka.end_offsets([place])))[place]
+        found = (await _answer(lambda: self._kafka.offsets_for_times({place: stamp_ms})))[place]
+        return end if found is None else found.offset
+
+    async def _take_snapshots(self) -> None:
+        """Of the lanes whose time has come, one after the other."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            for lane in list(self.lanes.values()):
+                await lane.snapshot_if_due()
 
     async def _tick(self) -> None:
         """Carry the time in partitions that have no records: written to the log, so that a replay sees it too."""
@@ -316,4 +494,25 @@ class JoinWorker:
                 if lane.needs_tick():
                     ts = time.time_ns() // 1_000_000
                     tick = events.encode(events.Tick(event_id=f"tick-{lane.partition}-{ts}", ts=ts))
-                    await self._ticks.send(self.settings.topics.events, tick, partition=lane.partition)
+                    with contextlib.suppress(KafkaError):  # Kafka is away: the next tick says more
+                        sent = await self._ticks.send(self.settings.topics.events, tick, partition=lane.partition)
+                        sent.add_done_callback(lambda tick: tick.cancelled() or tick.exception())
+
+
+async def _answer(ask: Callable[[], Awaitable[T]]) -> T:
+    """Kafka's answer. While it is away it is asked again. Raises BrokerError after OUTAGE_SECONDS."""
+    give_up = time.monotonic() + OUTAGE_SECONDS
+    while True:
+        try:
+            return await ask()
+        except KafkaError as error:
+            if time.monotonic() > give_up:
+                raise BrokerError(f"Kafka does not answer ({error}): see `headrace broker status`") from error
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+def _block_in(outbox: list[bytes | DeadLetter]) -> Block:
+    """The block of an outbox: it stands first."""
+    first = outbox[0]
+    assert isinstance(first, bytes), "dead letters come after their block"
+    return decode_block(first)

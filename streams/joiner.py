@@ -123,8 +123,11 @@ class Joiner:
         self._due = NEVER  # no timer fires before it
         self._begin()
 
-    def process(self, records: Iterable[Record], to_offset: int | None = None) -> Joined:
+    def process(self, records: Iterable[Record], to_offset: int | None = None, set_aside: bool = False) -> Joined:
         """Joins the next records of the partition, by ascending offset; those below `next_offset` are left out.
+
+        `set_aside`: they are counted (and refused where they must be) and have no other effect, but that users are
+        forgotten.
 
         `to_offset`: the offset to go on from, where it is not the last record's + 1 (Kafka leaves holes). Returns the
         block [next_offset before, to_offset). Raises PositionError if `to_offset` lies before the end of the records.
@@ -134,7 +137,7 @@ class Joiner:
         new = [record for record in records if record.offset >= start]
         if new:
             end = new[-1].offset + 1
-            self._take_all(new)
+            self._take_all(new, set_aside)
         if to_offset is None:
             to_offset = end
         elif to_offset < end:
@@ -154,6 +157,7 @@ class Joiner:
             examples=self._rows.columns(),
             users=np.array(users, np.int64),
             histories=as_array([self._pushed[user].latest() for user in users]),
+            set_aside=set_aside,
         )
         return Joined(block, self._dead, self._changes)
 
@@ -169,7 +173,7 @@ class Joiner:
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, replace(self.open.numbers), self.open.numbers, self._forgotten)
 
-    def _take_all(self, records: list[Record]) -> None:
+    def _take_all(self, records: list[Record], set_aside: bool) -> None:
         """Rules 1 to 5 for each record."""
         events = decode_many([record.value for record in records])
         # What the store must be asked for, it is asked for at once.
@@ -190,9 +194,20 @@ class Joiner:
                     DeadLetter(event.reason, event.detail, self.partition, record.offset, stamp, record.value)
                 )
             elif isinstance(event, Tick):
-                self._rise(event.ts)
+                if not set_aside:
+                    self._rise(event.ts)
+            elif set_aside:
+                self._set_aside(event, ids[event.user])
             else:
                 self._take(record, event, str(event.event_id), ids[event.user], found)
+
+    def _set_aside(self, event: Impression | Action | Forget, user: int) -> None:
+        units = len(event.items) if isinstance(event, Impression) else 1
+        self.counts.events_in += units
+        self.counts.set_aside += units
+        if isinstance(event, Forget):
+            self._release()
+            self._erase(event, str(event.event_id), user, max(self.watermark, event.ts), late=True)
 
     def _take(
         self, record: Record, event: Impression | Action | Forget, event_id: str, user: int, found: dict[str, int]

@@ -38,7 +38,7 @@ class Outlet:
             max_request_size=MAX_MESSAGE_BYTES,
             max_batch_size=BATCH_BYTES,
             request_timeout_ms=30_000,
-            transaction_timeout_ms=60_000,
+            transaction_timeout_ms=180_000,  # one that outlives Kafka's absence goes on, it is not undone and fenced
         )
 
     async def start(self) -> None:
@@ -53,9 +53,14 @@ class Outlet:
             raise BrokerError(f"Kafka refuses a producer ({error}): see `headrace broker status`") from error
 
     async def send(
-        self, messages: Sequence[Message], offsets: Mapping[TopicPartition, int] | None = None, group: str = ""
+        self,
+        messages: Sequence[Message],
+        offsets: Mapping[TopicPartition, int | tuple[int, str]] | None = None,
+        group: str = "",
     ) -> None:
         """All messages, in this order, and the group's offsets, in one transaction; returns when it is committed.
+
+        An offset may have a text of at most 4,096 bytes beside it.
 
         Raises FencedError where another worker has taken over, BrokerError where it is not known to be committed.
         """

@@ -18,7 +18,8 @@ Sync = Annotated[
 
 
 class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What `run_join` needs; the section [join]. `data_dir` is a machine's own: its workers share it."""
+    """What `run_join` needs; the section [join]. `data_dir` is a machine's own: its workers share it. `snapshots` is
+    shared by all machines."""
 
     bootstrap: str
     data_dir: Path
@@ -27,6 +28,16 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     ticks: Annotated[
         Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
     ] = "live"
+    snapshots: Annotated[
+        str, Meta(description='folder that all machines reach, a path or a URL that fsspec knows; "": none')
+    ] = ""
+    snapshot_interval_s: Annotated[float, Meta(gt=0, description="what moves goes on from the newest one")] = 900.0
+    snapshots_kept: Annotated[int, Meta(ge=1, description="of each partition")] = 2
+    backlog: Annotated[
+        Literal["oldest", "newest"],
+        Meta(description="after an outage: oldest joins all; newest sets aside what is older than newest_after_s"),
+    ] = "oldest"
+    newest_after_s: Annotated[float, Meta(gt=0, description="by the time Kafka stamped on the records")] = 600.0
     sync: Sync = False
     in_memory: Annotated[
         int, Meta(ge=1, description="of a partition: open examples, event ids, users, windows; the rest on disk")

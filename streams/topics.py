@@ -96,14 +96,17 @@ def create_topics(
     *,
     purchase_window_ms: int = PURCHASE_WINDOW_MS,
     snapshot_interval_ms: int = SNAPSHOT_INTERVAL_MS,
+    join_interval_ms: int = SNAPSHOT_INTERVAL_MS,
     replication: int = 1,
 ) -> None:
     """Create the topics that are missing and check those that exist; several workers may do it at once.
 
+    `snapshot_interval_ms`: of the trainer's snapshots; `join_interval_ms`: of the join stores'.
+
     Raises UsageError for an existing topic that does not fit (see `check_topics`), BrokerError when Kafka cannot be
     reached or refuses.
     """
-    wanted = _topics(settings, purchase_window_ms, snapshot_interval_ms)
+    wanted = _topics(settings, purchase_window_ms, snapshot_interval_ms, join_interval_ms)
     with _admin(bootstrap) as admin:
         # Asked first: on a cluster where we may not create topics, those that its owner made are as good.
         there = {topic["name"] for topic in _described(admin, [topic.name for topic in wanted])}
@@ -131,6 +134,7 @@ def check_topics(
     *,
     purchase_window_ms: int = PURCHASE_WINDOW_MS,
     snapshot_interval_ms: int = SNAPSHOT_INTERVAL_MS,
+    join_interval_ms: int = SNAPSHOT_INTERVAL_MS,
 ) -> None:
     """Raise UsageError, naming the topic, its setting and what to set, unless every topic is there and fits.
 
@@ -139,13 +143,13 @@ def check_topics(
     cannot be reached.
     """
     with _admin(bootstrap) as admin:
-        _check(admin, bootstrap, _topics(settings, purchase_window_ms, snapshot_interval_ms))
+        _check(admin, bootstrap, _topics(settings, purchase_window_ms, snapshot_interval_ms, join_interval_ms))
 
 
 def delete_topics(bootstrap: str, settings: TopicSettings) -> None:
     """Delete those of the topics that exist. Raises BrokerError when Kafka cannot be reached or refuses."""
     with _admin(bootstrap) as admin:
-        names = [topic["name"] for topic in _described(admin, [topic.name for topic in _topics(settings, 0, 0)])]
+        names = [topic["name"] for topic in _described(admin, [topic.name for topic in _topics(settings, 0, 0, 0)])]
         if names:
             for answer in admin.delete_topics(names, raise_errors=False)["topics"]:
                 if answer["error_code"] not in (0, _NO_SUCH_TOPIC):
@@ -186,11 +190,13 @@ def wait_for_broker(bootstrap: str, timeout_s: float = CONNECT_TIMEOUT_S) -> Non
         time.sleep(0.1)
 
 
-def _topics(settings: TopicSettings, purchase_window_ms: int, snapshot_interval_ms: int) -> list[_Topic]:
+def _topics(
+    settings: TopicSettings, purchase_window_ms: int, snapshot_interval_ms: int, join_interval_ms: int
+) -> list[_Topic]:
     window = purchase_window_ms + snapshot_interval_ms
     one, many = 1, settings.partitions
     return [
-        _Topic(settings.events, many, _kept_for(window)),
+        _Topic(settings.events, many, _kept_for(purchase_window_ms + join_interval_ms)),
         _Topic(settings.items, one, {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}),
         _Topic(settings.examples, many, _kept_for(window, MAX_BLOCK_BYTES)),
         _Topic(settings.parameters, one, _kept_for(3 * snapshot_interval_ms)),

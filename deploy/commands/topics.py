@@ -37,8 +37,14 @@ def create(
         interval_ms = SNAPSHOT_INTERVAL_MS
         if settings.mentions("train"):  # else its default, without waiting seconds for torch
             interval_ms = int(settings.train.snapshot_interval_s * 1000)
-        names, window_ms = settings.topics, settings.join.join.purchase_window_ms
-        create_topics(settings.bootstrap, names, purchase_window_ms=window_ms, snapshot_interval_ms=interval_ms)
+        names = settings.topics
+        create_topics(
+            settings.bootstrap,
+            names,
+            purchase_window_ms=settings.join.join.purchase_window_ms,
+            snapshot_interval_ms=interval_ms,
+            join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
+        )
         made = [names.events, names.items, names.examples, names.parameters, names.events_dead]
         out.result(
             {"bootstrap": settings.bootstrap, "topics": made}, f"{', '.join(made)}: in place at {settings.bootstrap}"

@@ -92,10 +92,13 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
     settings = connected(settings_for(config, **flags))
     from streams.topics import check_topics, wait_for_broker
 
-    window_ms, interval_s = settings.join.join.purchase_window_ms, settings.train.snapshot_interval_s
     wait_for_broker(settings.bootstrap)
     check_topics(
-        settings.bootstrap, settings.topics, purchase_window_ms=window_ms, snapshot_interval_ms=int(interval_s * 1000)
+        settings.bootstrap,
+        settings.topics,
+        purchase_window_ms=settings.join.join.purchase_window_ms,
+        snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
+        join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
     )
     getattr(_load(kind), f"run_{kind}")(getattr(settings, kind))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from online_model.examples import Counts
 
-BALANCE = ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open")
+BALANCE = ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside")
 
 
 @dataclass
@@ -49,6 +49,11 @@ class Model:
         return {p: (at["rows"], at["sum"]) for p, at in self.partitions.items()}
 
     @property
+    def set_aside(self) -> dict[int, list[list[int]]]:
+        """Partition of `events` → the offsets [from, to) that were not joined: what the oracle leaves out."""
+        return {p: at["set_aside"] for p, at in self.partitions.items()}
+
+    @property
     def trained_rows(self) -> int:
         return sum(at["rows"] for at in self.partitions.values())
 
@@ -72,8 +77,8 @@ class Model:
 
 
 def balance(counts: Counts) -> dict[str, int]:
-    """The balance of the contract; nothing was rolled back, so nothing is set aside."""
-    return {name: getattr(counts, name) for name in BALANCE} | {"set_aside": 0}
+    """The balance of the contract."""
+    return {name: getattr(counts, name) for name in BALANCE}
 
 
 def rate_of(now: float, before: float, seconds: float) -> float:

@@ -88,6 +88,7 @@ class _Demo:
         create_topics(
             settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
+            join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
         )  # fmt: skip
         write_atomically(self.home / "headrace.toml", dump(settings))
         with contextlib.ExitStack() as stack:
@@ -179,7 +180,7 @@ class _Demo:
         sent by us (further ticks may lie behind)."""
         until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
         records = read_topic(self.settings.bootstrap, self.settings.topics.events, until)
-        return compare(expect(records, Rules.of(self.settings.join.join)), model.trained)
+        return compare(expect(records, Rules.of(self.settings.join.join), model.set_aside), model.trained)
 
     def _sequence(self) -> int:
         """The trainer's last version, from its store; 0 before the first."""

@@ -108,6 +108,9 @@ def test_retention_that_does_not_cover_the_rules_is_refused(broker: str, topics:
     check_topics(broker, topics, purchase_window_ms=week)
     with pytest.raises(UsageError, match=rf"parameters has retention\.ms=.* set it to {6 * SNAPSHOT_INTERVAL_MS} or"):
         check_topics(broker, topics, snapshot_interval_ms=2 * SNAPSHOT_INTERVAL_MS)
+    set_config(broker, topics.events, "retention.ms", str(week + SNAPSHOT_INTERVAL_MS))
+    with pytest.raises(UsageError, match=rf"events has retention\.ms=.* set it to {week + 2 * SNAPSHOT_INTERVAL_MS}"):
+        check_topics(broker, topics, purchase_window_ms=week, join_interval_ms=2 * SNAPSHOT_INTERVAL_MS)
 
 
 def test_events_that_are_not_timed_by_the_broker_are_refused(broker: str, topics: TopicSettings) -> None:

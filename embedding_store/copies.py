@@ -1,0 +1,233 @@
+"""Numbered copies of a directory on any file system that fsspec knows: each whole and verified, or not there at all.
+
+    FOLDER/<number>/<the directory's files>
+    FOLDER/<number>/manifest.json      written last: names, sizes and checksums of the files, and what the owner says
+
+A copy without a good manifest does not count, so half an upload is never taken. What the manifest says is checked when
+the copy is fetched. Several processes may use one folder: at worst a copy that two of them write is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec.core
+import msgspec
+from msgspec import Struct
+from xxhash import xxh3_64, xxh3_64_hexdigest
+
+from embedding_store.errors import CorruptRecord, DiskFull, HeadraceError, StoreError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_CHUNK = 4 << 20
+
+
+class File(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a copy."""
+
+    name: str
+    size: int  # bytes
+    xxh3: str  # of its bytes, 64 bits in hex
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a copy holds."""
+
+    format: int
+    number: int
+    made_ms: int  # UTC
+    about: dict[str, Any]  # its owner's
+    files: list[File]
+    xxh3: str = ""  # of the manifest itself, with this field empty
+
+    def digest(self) -> str:
+        return xxh3_64_hexdigest(msgspec.json.encode(msgspec.structs.replace(self, xxh3="")))
+
+
+class Copies:
+    """The copies in the folder at `url`, a path or a URL. Every method may be called from any thread, and blocks.
+
+    Raises StoreError where there is no such kind of file system, or its package is missing.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        with _mapped_errors(url):
+            try:
+                self._system, self._root = fsspec.core.url_to_fs(url)
+            except (ValueError, ImportError) as error:
+                raise StoreError(f"{url}: {error}: install what it needs, or choose another address") from error
+
+    def put(
+        self,
+        directory: Path,
+        number: int,
+        about: dict[str, Any],
+        keep: int,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Copies the files of `directory`, which must not change meanwhile, and removes all but the `keep` newest.
+
+        1. The files; 2. the manifest; 3. older copies go, and what was left unfinished. If there is a copy `number`
+        already nothing is done. Raises StoreError where it cannot be written, or where `stopped` says so in between.
+        """
+        if self._manifest(number) is not None:
+            return
+        place = self._place(number)
+        with _mapped_errors(place):
+            if self._system.exists(place):
+                self._system.rm(place, recursive=True)  # half of one
+            self._system.makedirs(place, exist_ok=True)
+            files = []
+            for path in sorted(directory.iterdir()):
+                with path.open("rb") as source, self._system.open(f"{place}/{path.name}", "wb") as target:
+                    files.append(_pump(path.name, source, target, stopped))
+            manifest = Manifest(FORMAT, number, time.time_ns() // 1_000_000, about, files)
+            manifest = msgspec.structs.replace(manifest, xxh3=manifest.digest())
+            self._system.pipe_file(f"{place}/{MANIFEST}", msgspec.json.encode(manifest))
+            self._remove_old(number, keep)
+
+    def newest_first(self) -> Iterator[Manifest]:
+        """The whole copies. Raises StoreError where the folder cannot be read."""
+        for number in self._numbers():
+            if (manifest := self._manifest(number)) is not None:
+                yield manifest
+
+    def fetch(self, manifest: Manifest, directory: Path) -> None:
+        """Makes `directory`, which must not exist, out of a copy. It is on the disk when this returns.
+
+        Raises CorruptRecord where a file is missing or not as it was; StoreError (DiskFull) where it cannot be read or
+        written. The directory may then be there in part.
+        """
+        place = self._place(manifest.number)
+        with _mapped_errors(place):
+            directory.mkdir(parents=True)
+            for file in manifest.files:
+                try:
+                    with self._system.open(f"{place}/{file.name}", "rb") as source:
+                        found = write_synced(directory / Path(file.name).name, source)
+                except FileNotFoundError as error:
+                    raise CorruptRecord(f"{place} lacks {file.name}: delete it, an older one is taken") from error
+                if found != file:
+                    raise CorruptRecord(f"{place}/{file.name} is damaged: delete {place}, an older one is taken")
+            sync_directory(directory)
+
+    def _place(self, number: int) -> str:
+        return f"{self._root}/{number}"
+
+    def _numbers(self) -> list[int]:
+        """Of all copies, whole or not, the newest first."""
+        with _mapped_errors(self.url):
+            self._system.invalidate_cache()  # others write here too
+            try:
+                found = [str(path).rstrip("/").rpartition("/")[2] for path in self._system.ls(self._root, detail=False)]
+            except FileNotFoundError:
+                return []
+        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
+
+    def _manifest(self, number: int) -> Manifest | None:
+        """None where the copy is not whole, or of another format."""
+        with _mapped_errors(self._place(number)):
+            try:
+                raw = self._system.cat_file(f"{self._place(number)}/{MANIFEST}")
+            except FileNotFoundError:
+                return None
+        try:
+            manifest = msgspec.json.decode(raw, type=Manifest)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+        sound = manifest.format == FORMAT and manifest.number == number and manifest.xxh3 == manifest.digest()
+        return manifest if sound else None
+
+    def _remove_old(self, number: int, keep: int) -> None:
+        """All below the `keep` newest whole copies; a newer one that is not whole may be in the making."""
+        whole = 0
+        for other in self._numbers():
+            if other <= number and whole >= keep:
+                with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+                    self._system.rm(self._place(other), recursive=True)
+            elif self._manifest(other) is not None:
+                whole += 1
+
+
+def write_synced(path: Path, source: BinaryIO) -> File:
+    """Writes the rest of `source` to the new file `path`, down to the disk."""
+    with path.open("wb") as target:
+        file = _pump(path.name, source, target)
+        target.flush()
+        os.fsync(target.fileno())
+    return file
+
+
+def sync_directory(path: Path) -> None:
+    """Brings the names in a directory to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_directory(path: Path, new: Path) -> Path:
+    """Puts the directory `new` where `path` is. Returns where the old one is now: remove it when the new one is good.
+
+    Killed in the middle, `settle_directory` makes it right. Raises StoreError.
+    """
+    aside = _aside(path)
+    with _mapped_errors(path):
+        path.rename(aside)
+        new.rename(path)
+        sync_directory(path.parent)
+    return aside
+
+
+def settle_directory(path: Path) -> None:
+    """After a `replace_directory` that was perhaps cut short: the new directory if it is in place, else the old one."""
+    aside = _aside(path)
+    with _mapped_errors(path):
+        if not aside.exists():
+            return
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".replaced")
+
+
+def _pump(name: str, source: BinaryIO, target: BinaryIO, stopped: Callable[[], bool] = lambda: False) -> File:
+    size, digest = 0, xxh3_64()
+    while chunk := source.read(_CHUNK):
+        if stopped():
+            raise StoreError(f"the copying of {name} was stopped: the copy before it is still there")
+        target.write(chunk)
+        digest.update(chunk)
+        size += len(chunk)
+    return File(name, size, digest.hexdigest())
+
+
+@contextmanager
+def _mapped_errors(place: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for {place}: free some; nothing that was there is lost") from error
+        # What the clients of object stores raise of their own is no OSError. Of Python's own, the others are bugs.
+        if isinstance(error, OSError) or type(error).__module__ != "builtins":
+            text = " ".join(str(error).split())
+            raise StoreError(f"{place} cannot be read or written ({text}): check the address and its rights") from error
+        raise

@@ -1,0 +1,298 @@
+"""Partitions that move between machines, a broker that goes away, a backlog that is set aside: each effect once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from kafka import TopicPartition
+from kafka.admin import KafkaAdminClient
+
+from deploy.broker import Broker
+from online_model.examples import Block
+from online_model.positions import Intake, Position
+from replay.oracle import Rules, compare, expect, read_topic
+from streams.blocks import decode_block, encode_block
+from streams.join_store import JoinStore
+from streams.join_worker import JoinWorker
+from streams.joiner import Joiner, JoinSettings, Record
+from streams.settings import JoinWorkerSettings
+from streams.topics import MAX_BLOCK_BYTES, TopicSettings, create_topics, end_offsets
+from tests.streams.children import Child, convert, read_all, running, wait_for
+from tests.streams.joining import (
+    JOIN,
+    PARTITIONS,
+    Players,
+    blocks,
+    check_against_one_joiner,
+    joined_up_to,
+    ready,
+    rows,
+)
+from tests.streams.test_topics import set_config
+
+pytestmark = pytest.mark.broker
+
+OUTAGE_S = float(os.environ.get("BROKER_OUTAGE_S", "5"))  # of the broker; 20 is what is promised
+
+
+@pytest.fixture
+def topics(broker: str, topic_prefix: str) -> TopicSettings:
+    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
+    create_topics(broker, settings)
+    return settings
+
+
+def _settings(broker: str, topics: TopicSettings, tmp_path: Path, **more: object) -> dict:
+    """Of a worker on a machine of its own: `data_dir` is to be added."""
+    about = {"prefix": topics.prefix, "partitions": topics.partitions}
+    shared = {"snapshots": str(tmp_path / "shared"), "snapshot_interval_s": 1.0}
+    return {"bootstrap": broker, "topics": about, "join": JOIN, "ticks": "log"} | shared | more
+
+
+def _snapshots(tmp_path: Path, topics: TopicSettings) -> dict[int, list[int]]:
+    """Partition → the offsets of its whole snapshots, in order."""
+    folder = tmp_path / "shared" / f"{topics.prefix}join"
+    return {
+        p: sorted(int(path.parent.name) for path in folder.glob(f"{p}/*/manifest.json")) for p in range(PARTITIONS)
+    }
+
+
+def _wait_until_joined(broker: str, topics: TopicSettings, child: Child) -> list[int]:
+    """Until all that is in `events` now has had its effect. Returns the ends of the partitions."""
+    ends = list(end_offsets(broker, topics.events).values())
+    wait_for(lambda: joined_up_to(broker, topics) == sum(ends), child=child, what=f"joined up to {ends}")
+    return ends
+
+
+def test_workers_come_and_go_partitions_move_away_and_back_and_the_broker_stops(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first = Broker.start(tmp_path / "broker")
+        stack.callback(first.stop)
+        broker, topics = first.bootstrap, TopicSettings(prefix="moves.", partitions=PARTITIONS)
+        create_topics(broker, topics)
+        settings = _settings(broker, topics, tmp_path)
+
+        def machine(name: str) -> Child:
+            return stack.enter_context(running("join", tmp_path / f"{name}.log", data_dir=tmp_path / name, **settings))
+
+        players = stack.enter_context(Players(broker, topics.events, 6, 1_000_000, pause=0.15))
+        one = machine("one")
+        ready(one)
+        wait_for(lambda: all(_snapshots(tmp_path, topics).values()), child=one, what="first snapshots")
+        two = machine("two")
+        ready(two)
+        assert "going on from the snapshot" in two.says
+        one.kill()
+        three = machine("three")
+        ready(three)
+        one.start()
+        ready(one)  # some are back where they were before
+        assert "going on from the snapshot" in one.says or "joining it again" in one.says
+        first.stop()
+        time.sleep(OUTAGE_S)
+        stack.callback(Broker.start(tmp_path / "broker").stop)
+        there = sum(end_offsets(broker, topics.events).values())
+        wait_for(lambda: joined_up_to(broker, topics) > there, child=three, what="joining after the outage")
+        players.end()
+        _wait_until_joined(broker, topics, one)
+        for child in (one, two, three):
+            child.fail_if_ended()
+            assert child.stop() == 0, child.said
+        assert rows(check_against_one_joiner(broker, topics)) > 10_000
+
+
+def _damage(snapshot: Path) -> None:
+    """One bit of one file."""
+    path = max((p for p in snapshot.iterdir() if p.name != "manifest.json"), key=lambda p: p.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_a_lost_store_is_restored_from_the_newest_snapshot_that_is_sound(
+    broker: str, topics: TopicSettings, tmp_path: Path
+) -> None:
+    settings, stores = _settings(broker, topics, tmp_path, data_dir=tmp_path / "data"), tmp_path / "data" / "join"
+    with running("join", tmp_path / "log", **settings) as child:
+        for seed in (1, 2):
+            Players(broker, topics.events, seed, 100, last=False).play()
+            ends = [[end] for end in _wait_until_joined(broker, topics, child)]
+            wait_for(lambda: [s[-1:] for s in _snapshots(tmp_path, topics).values()] == ends, child=child)  # noqa: B023
+        assert child.stop() == 0, child.said
+    folder = tmp_path / "shared" / f"{topics.prefix}join"
+    kept = _snapshots(tmp_path, topics)
+    assert all(len(some) == 2 for some in kept.values()), "two are kept"
+    _damage(folder / "0" / str(kept[0][1]))
+    max((folder / "1" / str(kept[1][1])).glob("*.sst")).unlink()
+    shutil.rmtree(stores)
+    Players(broker, topics.events, 3, 100, last=False).play()
+    with running("join", tmp_path / "log", **settings) as child:
+        _wait_until_joined(broker, topics, child)
+        assert child.stop() == 0, child.said
+        assert "is damaged" in child.says
+        assert "lacks" in child.says
+        for partition, number in enumerate((kept[0][0], kept[1][0], kept[2][1], kept[3][1])):
+            assert f"partition {partition}: going on from the snapshot {folder}/{partition}/{number}" in child.says
+    shutil.rmtree(stores)
+    shutil.rmtree(folder)  # Kafka still has all of it
+    Players(broker, topics.events, 4, 100).play()
+    with running("join", tmp_path / "log", **settings) as child:
+        _wait_until_joined(broker, topics, child)
+        assert child.stop() == 0, child.said
+    check_against_one_joiner(broker, topics)
+
+
+def test_a_store_older_than_what_kafka_has_is_refused(broker: str, topics: TopicSettings, tmp_path: Path) -> None:
+    settings, data = _settings(broker, topics, tmp_path, snapshots=""), tmp_path / "data"
+    with running("join", tmp_path / "log", data_dir=data, **settings) as child:
+        for seed in (1, 2):
+            Players(broker, topics.events, seed, 50, last=False).play()
+            _wait_until_joined(broker, topics, child)
+            if seed == 1:
+                assert child.stop() == 0, child.said
+                shutil.copytree(data, tmp_path / "old")
+                child.start()
+        assert child.stop() == 0, child.said
+    admin = KafkaAdminClient(bootstrap_servers=broker)
+    admin.delete_records({TopicPartition(topics.events, 0): end_offsets(broker, topics.events)[0]})
+    admin.close()
+    for folder, says in (("old", "Kafka has records from"), ("none", "no join store for partition")):
+        with running("join", tmp_path / f"{folder}.log", data_dir=tmp_path / folder, **settings) as child:
+            assert child.wait(60) == 1
+            assert says in child.said.strip().splitlines()[-1]
+
+
+def test_a_store_that_committed_what_another_worker_sent_otherwise_is_replaced(
+    broker: str, topics: TopicSettings, tmp_path: Path
+) -> None:
+    """Made by hand: the zombie committed a block from where it was, while the other one's blocks went out."""
+    data, zombie = tmp_path / "data", tmp_path / "zombie"
+    settings = _settings(broker, topics, tmp_path, snapshot_interval_s=0.2)
+    with running("join", tmp_path / "log", data_dir=data, **settings) as child:
+        for seed in (1, 2):
+            Players(broker, topics.events, seed, 50, last=False).play()
+            ends = _wait_until_joined(broker, topics, child)
+            if seed == 1:
+                assert child.stop() == 0, child.said
+                shutil.copytree(data, zombie)
+                child.start()
+        wait_for(lambda: _snapshots(tmp_path, topics)[0][-1] == ends[0], child=child)
+        assert child.stop() == 0, child.said
+    Players(broker, topics.events, 3, 50).play()
+    join = convert(JOIN, JoinSettings)
+    with JoinStore(zombie / "join" / "0", join) as store:
+        joiner = Joiner(join, 0, store.next_offset or 0, store.state())
+        records = [Record(r.offset, r.timestamp, r.value) for r in read_all(broker, topics.events)[0]]
+        joined = joiner.process(records)
+        store.commit(joined, [encode_block(joined.block), *joined.dead])
+    with running("join", tmp_path / "log", data_dir=zombie, **settings) as child:
+        _wait_until_joined(broker, topics, child)
+        assert f"partition 0: going on from the snapshot {tmp_path}" in child.says
+        assert child.stop() == 0, child.said
+    check_against_one_joiner(broker, topics)
+
+
+@pytest.fixture
+def impatient(broker: str, topics: TopicSettings, tmp_path: Path) -> dict:
+    more = {"backlog": "newest", "newest_after_s": 1.5, "data_dir": tmp_path / "data"}
+    return _settings(broker, topics, tmp_path, snapshots="", **more)
+
+
+def _trained(found: Mapping[int, list[Block]]) -> dict[int, Position]:
+    """What the trainer books of the blocks, when it has learned them and was started again in the middle."""
+    positions = {}
+    for partition, some in found.items():
+        intake = Intake()
+        for number, block in enumerate(some):
+            if number == len(some) // 2:
+                state = intake.state()
+                intake = Intake()
+                intake.load(state)
+            intake.offer(block, number)
+            while intake.take(1_000, drain=False) is not None:
+                pass
+            intake.finished()
+        positions |= {partition: intake.positions[partition]}
+    return positions
+
+
+def test_newest_first_books_the_gap_as_set_aside_once_and_for_all(
+    broker: str, topics: TopicSettings, impatient: dict, tmp_path: Path
+) -> None:
+    """The trainer and the oracle agree with the joiner on what that is, also when the gap is joined again."""
+    log, store = tmp_path / "log", tmp_path / "data" / "join"
+    with running("join", log, **impatient) as child:
+        ready(child)
+        Players(broker, topics.events, 1, 300, last=False).play()
+        before = _wait_until_joined(broker, topics, child)
+        assert child.stop() == 0, child.said
+    shutil.copytree(store, tmp_path / "old")
+    Players(broker, topics.events, 2, 300, last=False).play()
+    backlog = list(end_offsets(broker, topics.events).values())
+    time.sleep(2)  # Kafka's clock: what it has stamped is old now
+    with running("join", log, **impatient) as child:
+        _wait_until_joined(broker, topics, child)
+        assert child.says.count("is set aside") == PARTITIONS
+        Players(broker, topics.events, 3, 300, last=False).play()
+        _wait_until_joined(broker, topics, child)
+        assert child.stop() == 0, child.said
+    shutil.rmtree(store)
+    (tmp_path / "old").rename(store)
+    Players(broker, topics.events, 4, 300).play()
+    with running("join", log, **impatient | {"backlog": "oldest"}) as child:
+        _wait_until_joined(broker, topics, child)
+        assert "joining it again" in child.says
+        assert child.stop() == 0, child.said
+    gap = {p: [[before[p], backlog[p]]] for p in range(PARTITIONS)}
+    found = check_against_one_joiner(broker, topics, gap)
+    assert not any(len(block.examples) for some in found.values() for block in some if block.set_aside)
+    positions = _trained(found)
+    assert {p: at.set_aside for p, at in positions.items()} == gap
+    expected = expect(read_topic(broker, topics.events), Rules.of(convert(JOIN, JoinSettings)), gap)
+    verdict = compare(expected, {p: (at.rows, at.sum) for p, at in positions.items()})
+    assert (verdict.lost, verdict.duplicated, verdict.differing) == (0, 0, [])
+    assert verdict.balance["set_aside"] > 1_000
+    counts = [at.counts for at in positions.values()]
+    assert verdict.balance == {name: sum(getattr(c, name) for c in counts) for name in verdict.balance}
+
+
+def test_what_kafka_did_not_take_and_what_it_perhaps_took_are_there_once(
+    broker: str, topics: TopicSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Players(broker, topics.events, 1, 100).play()
+    records = read_all(broker, topics.events)[0]
+    settings = _settings(broker, topics, tmp_path, data_dir=tmp_path / "data", snapshots="")
+
+    async def refused(times: int) -> None:
+        while caplog.text.count("trying again") < times:
+            await asyncio.sleep(0.01)
+
+    async def join() -> None:
+        worker = JoinWorker(convert(settings, JoinWorkerSettings))
+        await worker.start()
+        await worker.open({0})
+        lane = worker.lanes[0]
+        set_config(broker, topics.examples, "max.message.bytes", "100")
+        await lane.take(records)
+        await refused(1)
+        assert lane.next_offset == 0
+        set_config(broker, topics.examples, "max.message.bytes", str(MAX_BLOCK_BYTES))
+        while lane.next_offset < len(records):
+            await asyncio.sleep(0.01)
+        # As if the answer had been lost: it is refused now, Kafka is asked, and has it already.
+        set_config(broker, topics.examples, "max.message.bytes", "100")
+        outbox = lane._store.outbox()
+        await lane._publish(outbox, decode_block(outbox[0]))
+        await refused(2)
+        await worker.close({0})
+        await worker.stop()
+
+    asyncio.run(join())
+    assert blocks(broker, topics)[0][-1].to_offset == len(records)
