@@ -42,6 +42,7 @@ class Commit:
     blobs: dict[str, dict[int, bytes]] = field(default_factory=dict)  # family → id → bytes
     parts: list[bytes] = field(default_factory=list)  # the version's encoded parts, for the outbox; none: no entry
     version: Version | None = None  # what the parts were encoded from: its header is what a snapshot will say
+    gone: dict[str, np.ndarray] = field(default_factory=dict)  # table → int64 ids that are no more, unless in `rows`
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class CheckpointStore:
         if about and not commit.dense.keys() >= set(about.dense):
             raise ValueError("the version has dense weights that its commit has not")
         batch = self._db.batch()
+        for table, ids in commit.gone.items():
+            delete = batch.into(_family(table))
+            for key in _keys(np.unique(ids)):
+                del delete[key]
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
         for name, blobs in commit.blobs.items():
@@ -221,6 +226,14 @@ class CheckpointStore:
         if state is None and head is not None:
             state = head.state
         return digest.finish(head.dense if head else {}, state or b"")
+
+    def purge(self) -> None:
+        """Rewrites the files, so that rows that are gone and versions that were sent leave the disk as well.
+
+        Commits may go on meanwhile, in another thread.
+        """
+        for family in (_META, _BLOBS, _OUTBOX, *map(_family, self.layouts)):
+            self._db.compact(family)
 
     def checkpoint(self, path: Path) -> None:
         """A copy of the store as of the last commit as the new directory `path`, by hard links: `Db.checkpoint`."""

@@ -106,6 +106,17 @@ class EmbeddingTables:
         """Sets columns [n, …] at `rows` int64 [n] (distinct, none of them 0). Does not touch them."""
         self._tables[table].write(rows, columns)
 
+    def forget(self, table: str, ids: np.ndarray) -> None:
+        """Takes away all that is known of `ids` int64 [n], in memory and, with the next commit, in the store.
+
+        An id that comes again afterwards starts anew. Row numbers of these ids are no longer good.
+        """
+        self._tables[table].forget(np.unique(ids[ids != 0]))
+
+    def gone(self) -> dict[str, np.ndarray]:
+        """Ids int64 [n] forgotten since `clear_touched`, ascending; only tables that have any. Some may be back."""
+        return {name: table.gone for name, table in self._tables.items() if len(table.gone)}
+
     def touch(self, table: str, rows: Rows) -> None:
         """Marks rows as changed since the last commit; row 0 is left out."""
         self._tables[table].touch(rows)
@@ -119,6 +130,7 @@ class EmbeddingTables:
         """After the commit of `touched()` has succeeded, and only then, with no step in between: all rows are clean."""
         for table in self._tables.values():
             table.touched[:] = False
+            table.gone = table.gone[:0]
         self.begin_step()
 
     def load(self, table: str, rows: TableRows) -> None:
@@ -169,6 +181,7 @@ class _Table:
         self.tick = 1
         self.used = np.zeros(capacity + 1, np.int64)  # the tick of a row's last use
         self.dropped = 0
+        self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
         self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
         self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.extras.items()}
         self._store = store
@@ -190,6 +203,12 @@ class _Table:
         self.touched[0] = False
         for column in self._extras.values():
             column[0] = 0  # written along with the others, for an id that got no row
+
+    def forget(self, ids: np.ndarray) -> None:
+        rows = self.map.remove(ids)
+        self._clear(rows)
+        self.touched[rows] = False
+        self.gone = np.union1d(self.gone, ids)
 
     def room(self) -> int:
         if self._store is None:
@@ -248,7 +267,7 @@ class _Table:
             assert self._store is not None
             for stored in self._store.iter_rows(self.spec.name, _CHUNK):
                 stop = int(np.searchsorted(ids, stored.ids[-1], side="right"))
-                only_there = stored.take(~np.isin(stored.ids, ids[done:stop]))
+                only_there = stored.take(~np.isin(stored.ids, np.concatenate((ids[done:stop], self.gone))))
                 yield concat([self._read_sorted(here[done:stop]), only_there]).sorted()
                 done = stop
         for start in range(done, len(here), _CHUNK):
@@ -264,8 +283,9 @@ class _Table:
         stored = None
         if self._tiered:
             assert self._store is not None
-            found, stored = self._store.read_rows(self.spec.name, ids)
-            ids = ids if admit else ids[found]
+            kept = ids[~np.isin(ids, self.gone)]
+            found, stored = self._store.read_rows(self.spec.name, kept)
+            ids = ids if admit else kept[found]
         if len(ids) > self.map.free:
             self._evict(len(ids) - self.map.free)
         rows, _ = self.map.admit(ids)
@@ -289,7 +309,11 @@ class _Table:
         rows = np.sort(rows[order[:count]])
         self.map.remove(self.map.ids_of(rows))
         self._tiered = True
-        self.write(rows, {n: np.zeros((count, *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
+        self._clear(rows)
+
+    def _clear(self, rows: Rows) -> None:
+        """Zeroes rows: they are free."""
+        self.write(rows, {n: np.zeros((len(rows), *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
         for column in self._extras.values():
             column[rows] = 0
 

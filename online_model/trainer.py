@@ -109,6 +109,7 @@ class Trainer:
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = False  # since the last commit
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
+        self.forgot = False  # users, since its owner set it back
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
 
     @property
@@ -151,7 +152,8 @@ class Trainer:
 
         1. Negatives are drawn for positives without impressions. 2. All candidates are scored with the model and the
         statistics from before the batch, and the scores are measured. 3. The model learns from the very same scores.
-        4. Statistics, recent items, cards; blocks that are done bring their users' histories.
+        4. Statistics, recent items, cards; blocks that are done take away the users whom they forget, and bring the
+        histories of those who did something.
         Where loss or gradient is not finite, 3 is left out and its rows are counted in `not_finite`.
 
         After an exception the trainer is spent: open it again from the store.
@@ -159,7 +161,10 @@ class Trainer:
         with self._whole():
             rows = self._intake.take(self.settings.batch_size, drain)
             if rows is not None:
-                self._learn(rows)
+                self._changed = True
+                examples = rows.part != Part.FORGET
+                if examples.any():
+                    self._learn(rows if examples.all() else rows.take(examples))
             self._finish_blocks()
         return 0 if rows is None else len(rows)
 
@@ -197,18 +202,18 @@ class Trainer:
         self._need_sound()
         if not self._changed:
             return None
-        sequence, touched = self.sequence + 1, self.tables.touched()
+        sequence, touched, gone = self.sequence + 1, self.tables.touched(), self.tables.gone()
         weights = self._ranker.weights()
         version = Version(
             epoch=self.epoch, sequence=sequence, base=self._base, created_ms=self._clock(),
             positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(), dense=weights,
-            tables={name: rows.without(MOMENTUM) for name, rows in touched.items()},
+            tables={name: rows.without(MOMENTUM) for name, rows in touched.items()}, gone=gone,
             blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
         parts = encode(version)
         dense = {**weights, **self._dense_state()}
         self.store.commit(
-            Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version)
+            Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version, gone)
         )
         self.tables.clear_touched()
         self.sequence, self._base = sequence, (self.epoch, sequence)
@@ -346,9 +351,16 @@ class Trainer:
         np.add.at(self.tables.column(ITEM, column), at[at > 0], times[at > 0])
 
     def _finish_blocks(self) -> None:
-        """The histories that blocks bring, once all of their rows are learned."""
+        """The users that blocks forget and the histories that they bring, once all of their rows are learned.
+
+        In this order, block by block: the histories are from after the forgetting.
+        """
         for block in self._intake.finished():
             self._changed = True
+            forgotten = block.examples.user[block.examples.part == Part.FORGET]
+            if len(forgotten):
+                self.tables.forget(USER, forgotten)
+                self.forgot = True
             if len(block.users):
                 self.tables.begin_step()
                 at = self.tables.rows(USER, block.users, admit=True)

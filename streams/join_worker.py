@@ -100,6 +100,8 @@ class Lane:
         self._last_record = self._last_event = time.monotonic()
         self._held = False  # some records below `next_offset` wait for the watermark
         self._worker, self._settings = worker, worker.settings
+        self._purging: asyncio.Task | None = None
+        self._purge_due = time.monotonic() + worker.settings.purge_s
         self._outlet = self._new_outlet()
         self._group_offset: int | None = None  # as we know it
         self._aside: Ranges = []  # published as set aside
@@ -178,6 +180,8 @@ class Lane:
             self._changed.notify_all()
         if self._running is not None:
             await self._running
+            if self._purging is not None:
+                await self._purging
             async with self._between_slices:
                 self._store.close()
             self._lock.release()
@@ -205,6 +209,16 @@ class Lane:
             log.info("partition %s: snapshot at %s", self.partition, at)
         except StoreError as error:
             log.error("partition %s: no snapshot: %s", self.partition, error)
+
+    async def purge_if_due(self) -> None:
+        """Rewrites the store's files, if users were forgotten, while slices go on."""
+        now = time.monotonic()
+        if self._running is None or self._closing or now < self._purge_due:
+            return
+        self._purge_due = now + self._settings.purge_s
+        self._purging = asyncio.create_task(asyncio.to_thread(self._store.purge))
+        if await self._purging:
+            log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
 
     def _new_outlet(self) -> Outlet:
         return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
@@ -428,8 +442,7 @@ class JoinWorker:
             ) from error
         if self.settings.ticks == "live":
             self._tasks.append(asyncio.create_task(self._tick()))
-        if self.settings.snapshots:
-            self._tasks.append(asyncio.create_task(self._take_snapshots()))
+        self._tasks.append(asyncio.create_task(self._look_after()))
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
 
@@ -479,12 +492,13 @@ class JoinWorker:
         found = (await _answer(lambda: self._kafka.offsets_for_times({place: stamp_ms})))[place]
         return end if found is None else found.offset
 
-    async def _take_snapshots(self) -> None:
-        """Of the lanes whose time has come, one after the other."""
+    async def _look_after(self) -> None:
+        """Snapshots and purges of the lanes whose time has come, one after the other."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for lane in list(self.lanes.values()):
                 await lane.snapshot_if_due()
+                await lane.purge_if_due()
 
     async def _tick(self) -> None:
         """Carry the time in partitions that have no records: written to the log, so that a replay sees it too."""

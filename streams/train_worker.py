@@ -295,9 +295,13 @@ class TrainWorker:
 
     async def _snapshot(self) -> None:
         """In a thread of its own: the training goes on meanwhile. A failure costs replicas time, nothing else."""
-        if not self._trainer.sequence:
+        trainer = self._trainer
+        if not trainer.sequence:
             return
         try:
+            if trainer.forgot:
+                trainer.forgot = False
+                await asyncio.to_thread(trainer.store.purge)
             path = await asyncio.to_thread(
                 snapshot_of, self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept
             )

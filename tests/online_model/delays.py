@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import HISTORY, Examples, Part, Source, example_key, row_id
+from online_model.examples import Examples, Part, Source, example_key, row_id
+from online_model.history import EMPTY, as_array
 
 START = 1_700_000_000_000  # ms UTC
 HOUR = 3_600_000
@@ -55,7 +56,7 @@ def make_rows(clicks: Clicks, wait_ms: int) -> Examples:
     all_, bought = np.arange(n), np.flatnonzero(delay >= 0)
     first = _part(clicks, all_, Part.SHOWN, click=1, purchase=-1 if wait_ms else 0)
     late = _part(clicks, bought, Part.PURCHASE, purchase=1)
-    late.closed, late.play_ms = clicks.ts[bought] + delay[bought], delay[bought]
+    late.closed, late.delay_ms = clicks.ts[bought] + delay[bought], delay[bought]
     parts = [first, late]
     if wait_ms:
         slow = np.flatnonzero((delay < 0) | (delay > wait_ms))
@@ -79,6 +80,6 @@ def _part(clicks: Clicks, which: np.ndarray, part: Part, click: int = -1, purcha
         item=items[clicks.kind[which]], scenario=np.zeros(n, np.uint8), position=np.full(n, -1, np.int16),
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32),
         click=np.full(n, click, np.int8), purchase=np.full(n, purchase, np.int8),
-        play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64),
-        history=np.zeros((n, HISTORY), np.int64), item_raw=np.array([str(k) for k in clicks.kind[which]], object),
+        play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),
+        history=as_array([EMPTY] * n), item_raw=np.array([str(k) for k in clicks.kind[which]], object),
     )  # fmt: skip

@@ -16,6 +16,7 @@ from aiokafka import AIOKafkaProducer
 
 from online_model.examples import Block, Examples
 from streams.blocks import decode_block
+from streams.dead_letters import DeadLetter
 from streams.joiner import Joined, Joiner, JoinSettings, Record
 from streams.topics import TopicSettings
 from tests.streams.children import Child, convert, group_offsets, read_all, wait_for
@@ -152,8 +153,9 @@ def check_against_one_joiner(
         assert found[partition][-1].counts == whole[-1].block.counts
         assert found[partition][-1].to_offset == whole[-1].block.to_offset
         dead += [letter for joined in whole for letter in joined.dead]
-    letters = [record.value for records in read_all(broker, topics.events_dead).values() for record in records]
-    assert sorted(letters) == sorted(dead)
+    sent = [record for records in read_all(broker, topics.events_dead).values() for record in records]
+    letters = [DeadLetter.of(record.headers, record.value) for record in sent]
+    assert sorted(letters, key=_place) == sorted(dead, key=_place)
     assert dead, "no poison was sent"
     return found
 
@@ -169,3 +171,7 @@ def one_joiner(joiner: Joiner, records: list[Record], aside: Ranges) -> list[Joi
 
 def rows(found: Mapping[int, list[Block]]) -> int:
     return sum(len(block.examples) for some in found.values() for block in some)
+
+
+def _place(letter: DeadLetter) -> tuple[int, int]:
+    return letter.partition, letter.offset

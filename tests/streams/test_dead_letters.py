@@ -114,7 +114,7 @@ def test_mutated_records_are_kept_whole_and_all_between_them_are_joined(
 
 def _check_rows(events: dict[int, list], blocks: dict[int, list[Block]], good: set[bytes]) -> None:
     """Balance and rows are the oracle's, and all rows of a log of the good records alone are among them."""
-    read = ((p, record.value, record.timestamp) for p, records in events.items() for record in records)
+    read = ((p, record.offset, record.value, record.timestamp) for p, records in events.items() for record in records)
     for partition, want in expect(read, Rules.of(MUTATED)).items():
         counts = blocks[partition][-1].counts
         assert {name: getattr(counts, name) for name in want.balance} == want.balance

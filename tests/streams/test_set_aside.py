@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from online_model.examples import Block, Examples
+from online_model.examples import Block, Examples, Part
+from online_model.history import EMPTY
 from online_model.positions import Intake
 from replay.oracle import PartitionOracle, Rules
 from streams.blocks import decode_block, encode_block
-from streams.joiner import Joiner
+from streams.joiner import Joiner, JoinSettings, Record
 from tests.streams.joining import one_joiner
 from tests.streams.logs import SETTINGS, logs
 
@@ -25,8 +27,9 @@ def test_a_joiner_that_sets_aside_is_one_that_never_saw_the_records(join, log, e
     joined = one_joiner(Joiner(join, 3), log, ranges)
     never_saw = Joiner(join, 3).process(kept).block
     rows = Examples.concat([j.block.examples for j in joined])
-    assert rows.row_id.tolist() == never_saw.examples.row_id.tolist()
-    assert rows.history.tolist() == never_saw.examples.history.tolist()
+    if not any(b'"forget"' in (record.value or b"") for record in log if record not in kept):
+        assert rows.row_id.tolist() == never_saw.examples.row_id.tolist()
+        assert rows.history.tolist() == never_saw.examples.history.tolist()
 
     oracle = PartitionOracle(Rules.of(join))
     for record in log:
@@ -36,6 +39,23 @@ def test_a_joiner_that_sets_aside_is_one_that_never_saw_the_records(join, log, e
     assert all(counts[name] == n for name, n in oracle.expected.balance.items() if joined)
     parts = ("rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside")
     assert counts.get("events_in", 0) == sum(counts.get(part, 0) for part in parts)
+
+
+def test_a_user_is_forgotten_all_the_same() -> None:
+    joiner = Joiner(JoinSettings(disorder_ms=0), 0)
+    about = {"user": "u", "scenario": "shelf"}
+    click = about | {"kind": "click", "event_id": 1, "ts": 10, "item": "i"}
+    later = {"kind": "tick", "event_id": 2, "ts": 20}
+    joiner.process([Record(0, None, orjson.dumps(click)), Record(1, None, orjson.dumps(later))])
+    forget = about | {"kind": "forget", "event_id": 3, "ts": 30}
+    block = joiner.process([Record(2, None, orjson.dumps(forget))], set_aside=True).block
+    assert (block.examples.part.tolist(), block.counts.set_aside, block.counts.joined) == ([Part.FORGET], 1, 0)
+    shown = about | {"kind": "impression", "event_id": 4, "ts": 40, "request_id": "r", "items": ["j"]}
+    rows = [
+        *joiner.process([Record(3, None, orjson.dumps(shown))]).block.examples.history,
+        *joiner.process([Record(4, None, orjson.dumps(later | {"ts": 9_000}))]).block.examples.history,
+    ]
+    assert [row.tobytes() for row in rows] == [EMPTY]
 
 
 def test_a_block_says_that_its_range_was_set_aside() -> None:
