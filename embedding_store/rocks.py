@@ -15,9 +15,11 @@ from pathlib import Path
 from rocksdict import (
     AccessType,
     BlockBasedOptions,
+    BottommostLevelCompaction,
     Cache,
     Checkpoint,
     ColumnFamily,
+    CompactOptions,
     DbClosedError,
     DBCompressionType,
     Options,
@@ -113,7 +115,9 @@ class Db:
         with _mapped_errors(self.path):
             self._opened()
             self.family(family).flush()
-            self.family(family).compact_range(None, None)
+            options = CompactOptions()
+            options.set_bottommost_level_compaction(BottommostLevelCompaction.force())
+            self.family(family).compact_range(None, None, options)
 
     def batch(self) -> Batch:
         """An empty batch for `write`; after a failed write the database is opened anew first."""

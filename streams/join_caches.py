@@ -18,7 +18,7 @@ from embedding_store.rocks import Batch, Cursor, Db
 from streams.join_state import FOREVER, NEVER, Due, MemorySeen, MemoryTimers, Pair, Shown, Window
 
 LOOK_AHEAD_MS = 5_000  # of event time: timers due so soon are in memory
-CHUNKS_A_COMMIT = 4  # of ended purchase windows that a commit deletes; one commit adds at most one
+ENDED_A_COMMIT = 5_000  # purchase windows that a commit deletes; one adds fewer
 
 V = TypeVar("V")
 _UNREAD: Any = object()
@@ -80,10 +80,6 @@ class Cache(Generic[V]):
             for packed, raw in zip(order, self._db.get_many(self._family, order), strict=True):
                 self._kept[missing[packed]] = None if raw is None else self._unpack(raw)
 
-    def changed(self) -> list[int | Pair]:
-        """The keys that were put and are to be written."""
-        return list(self._dirty)
-
     def write(self, batch: Batch) -> None:
         rows = sorted((_pack_key(key), self._pack(value)) for key, value in self._dirty.items())
         batch.put_all(self._family, [key for key, _ in rows], [value for _, value in rows])
@@ -100,13 +96,28 @@ class Cache(Generic[V]):
 
 
 class WindowCache(Cache[Window]):
-    """The purchase windows. Each commit notes the windows that it put in a chunk; ended ones go with their chunk."""
+    """The purchase windows. Each is noted under the time of its last click, so that ended ones are found in order."""
 
-    before = 0  # ms; older clicks may go
+    before = NEVER  # ms; older clicks may go
 
-    def __init__(self, db: Db, family: str, chunks: str, size: int) -> None:
+    def __init__(self, db: Db, family: str, notes: str, size: int) -> None:
         super().__init__(db, family, _encode, msgspec.msgpack.Decoder(Window).decode, size)
-        self._chunks = chunks
+        self._notes = notes
+        self._noted: dict[Any, int] = {}  # of what is dirty: as it is noted on disk
+        self._obsolete: list[bytes] = []  # notes of windows that were removed
+        self._begin = key_of(NEVER)  # no note stands before it
+
+    def put(self, key: Any, value: Window, /) -> None:
+        before = self._kept.get(key)
+        if before is not None:
+            value.noted = before.noted
+        super().put(key, value)
+
+    def remove(self, key: Any, /) -> None:
+        window = self.get(key)
+        if window is not None and window.noted >= 0:
+            self._obsolete.append(key_of(window.noted, *key))
+        super().remove(key)
 
     def forget(self, before: int) -> None:
         self.before = max(self.before, before)
@@ -118,34 +129,39 @@ class WindowCache(Cache[Window]):
         found |= {pair: window for pair, window in self._kept.items() if window is not None and pair[0] == user}
         return list(found.items())
 
-    def write_chunked(self, batch: Batch, chunks: tuple[int, int]) -> tuple[int, int]:
-        """`write`, and the end of the oldest chunks. `chunks`: [first, next) of them, before and (returned) after."""
-        first, end = chunks
-        gone: list[int] = []
-        while first + len(gone) < end and len(gone) < CHUNKS_A_COMMIT:
-            raw = self._db.get(self._chunks, key_of(first + len(gone)))
-            latest, keys = _decode(raw, type=tuple[int, list[Pair]]) if raw else (NEVER, [])
-            if latest >= self.before:
-                break
-            self._end(keys)
-            gone.append(first + len(gone))
-        changed = self.changed()
-        new = batch.into(self._chunks)
-        if changed:
-            latest = max(window.clicked for window in self._dirty.values())
-            new[key_of(end)] = _encode((latest, changed))
-            end += 1
-        for number in gone:
-            del new[key_of(number)]
-        self.write(batch)
-        return first + len(gone), end
+    def write(self, batch: Batch) -> None:
+        notes = batch.into(self._notes)
+        for key in self._obsolete:
+            del notes[key]
+        for (_, *pair), key in self._ended():
+            del notes[key]
+            self._kept.pop(tuple(pair), None)
+            self._removed.add(tuple(pair))
+        for pair, window in self._dirty.items():
+            noted = self._noted.setdefault(pair, window.noted)
+            window.noted = window.clicked
+            if noted != window.clicked:
+                if noted >= 0:
+                    del notes[key_of(noted, *pair)]
+                notes[key_of(window.clicked, *pair)] = b""
+        super().write(batch)
 
-    def _end(self, keys: Iterable[Pair]) -> None:
-        """Removes those of `keys` whose windows have ended."""
-        for key in keys:
-            window = self._dirty.get(key) or self.get(key)
-            if window is not None and window.clicked < self.before:
-                self.remove(key)
+    def saved(self) -> None:
+        super().saved()
+        self._noted.clear()
+        self._obsolete.clear()
+
+    def _ended(self) -> list[tuple[tuple[int, ...], bytes]]:
+        """The notes of some windows that have ended, and are not clicked anew."""
+        found = []
+        for key, _ in islice(self._db.items(self._notes, self._begin), ENDED_A_COMMIT):
+            numbers = numbers_of(key)
+            if numbers[0] >= self.before:
+                break
+            self._begin = key
+            if numbers[1:] not in self._dirty:
+                found.append((numbers, key))
+        return found
 
 
 class SeenCache(MemorySeen):

@@ -62,6 +62,7 @@ class Window(Struct, array_like=True, gc=False):
     history: bytes
     bought: bool = False
     due: int = 0  # ms: when it is NOT_BOUGHT; 0: it has been said whether it was bought
+    noted: int = -1  # its store's
 
 
 # An event held for disorder: ts, event_id as text, offset, the event, its record's value, feature id of its user.

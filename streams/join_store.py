@@ -58,7 +58,6 @@ class _Head(Struct):
     forgotten: dict[int, int]
     chunks: tuple[int, int]  # [first, next) of the family "seen"
     generations: list[int]  # in the family "old_seen"
-    clicks: tuple[int, int]  # [first, next) of the family "clicks"
 
 
 class JoinStore:
@@ -124,8 +123,7 @@ class JoinStore:
         before, numbers = changes.before, changes.numbers
         batch = self._db.batch()
         self._seen.write(batch)
-        clicks = self._windows.write_chunked(batch, head.clicks if head else (0, 0))
-        for piece in (self._histories, self._plays, self._unbought):
+        for piece in (self._histories, self._windows, self._plays, self._unbought):
             piece.write(batch)
         _write(batch, HELD, {key_of(held[2]): held[4] for held in changes.held}, map(key_of, changes.released))
         shown = {key_of(shown.user, shown.number): _encode(shown) for shown in changes.shown.values()}
@@ -135,7 +133,7 @@ class JoinStore:
             batch.delete_range(ORDER, key_of(before.first), key_of(numbers.first))
         head = _Head(
             block.to_offset, block.watermark, replace(numbers), block.counts, dict(changes.forgotten),
-            *self._seen.written, clicks,
+            *self._seen.written,
         )  # fmt: skip
         batch.put_all(META, [b"head", b"outbox"], [_encode(head), _encode(outbox)])
         self._db.write(batch, self._sync)

@@ -48,7 +48,7 @@ def _digest(tables: EmbeddingTables) -> str:
 
 def _commit(tables: EmbeddingTables, store: CheckpointStore) -> None:
     head = store.head()
-    store.commit(Commit(1, head.sequence + 1 if head else 1, b"", rows=tables.touched()))
+    store.commit(Commit(1, head.sequence + 1 if head else 1, b"", rows=tables.touched(), gone=tables.gone()))
     tables.clear_touched()
 
 
@@ -252,6 +252,39 @@ def test_an_evicted_row_is_scored_as_it_was_learned_and_its_place_starts_from_ze
         for name, column in tables.read_rows("item", back[:1]).items():
             np.testing.assert_array_equal(column, learned[name])
         assert tables.touched() == {}
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("evicted", [False, True])
+def test_a_forgotten_id_is_nowhere_and_starts_anew(tmp_path: Path, dirty: bool, evicted: bool) -> None:
+    with _store(tmp_path / "s") as store:
+        tables = EmbeddingTables(_specs(4), store=store)
+        ids = np.array([1, 2, 3, 4])
+        rows = tables.rows("item", ids, admit=True)
+        tables.embed({"item": (rows, None)})["item"].sum().backward()
+        tables.column("item", "clicks")[rows] = 3
+        _commit(tables, store)
+        if evicted:
+            tables.rows("item", np.array([5, 6, 7, 8]), admit=True)
+            _commit(tables, store)
+        if dirty:
+            tables.touch("item", tables.rows("item", np.array([2]), admit=False))
+        tables.forget("item", np.array([2, 2, 0, 99]))
+        assert tables.gone()["item"].tolist() == [2, 99]
+        assert tables.rows("item", np.array([2]), admit=False).tolist() == [0], "not from the store either"
+        assert [i for t, rows in tables.digest_rows() if t == "item" for i in rows.ids.tolist() if i < 5] == [1, 3, 4]
+        _commit(tables, store)
+        assert tables.gone() == {}
+        assert store.read_rows("item", ids)[0].tolist() == [True, False, True, True]
+        new = tables.rows("item", np.array([2]), admit=True)
+        assert not any(column.any() for column in tables.read_rows("item", new).values())
+        tables.column("item", "clicks")[new] = 1
+        tables.forget("item", np.array([2]))
+        again = tables.rows("item", np.array([2]), admit=True)
+        assert tables.read_rows("item", again)["clicks"].tolist() == [0]
+        _commit(tables, store)
+        assert store.read_rows("item", ids)[0].all(), "forgotten and back within one commit: it is there, anew"
+        assert store.read_rows("item", np.array([2]))[1].columns["clicks"].tolist() == [0]
 
 
 def test_the_longest_unused_rows_go_first_and_those_in_use_stay(tmp_path: Path) -> None:
