@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import orjson
 from msgspec import Meta, Struct
 
 from embedding_store.errors import PositionError
@@ -41,7 +43,6 @@ from streams.join_rows import (
     SHOWN,
     WATCH,
     Rows,
-    item_of,
     window_of_click,
     window_of_impression,
 )
@@ -49,6 +50,7 @@ from streams.join_state import NEVER, Changes, JoinState, Pair, Shown, Window
 from streams.open_impressions import OpenImpressions
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
+_item_id = lru_cache(maxsize=50_000)(partial(feature_id, "item"))  # by far most are hashed again and again
 _SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
 _KIND: dict[type, int] = {
     Click: int(Kind.CLICK), Watch: int(Kind.WATCH), Cart: int(Kind.CART), Favourite: int(Kind.FAVOURITE),
@@ -279,11 +281,11 @@ class Joiner:
             self.counts.skew_checked += 1
             self.counts.skew_differs += event.feature_hash != history_hash(history)
         items, positions, propensities = event.items, event.positions, event.propensities
-        ids = [feature_id("item", item) for item in items]
+        ids = [_item_id(item) for item in items]
         self.open.need(user)
-        same = self.open.of_request(user, request)
-        if same is not None or len(set(ids)) < len(ids):
-            new = _distinct(ids, () if same is None else same if isinstance(same, dict) else same.ids)
+        same = self.open.items_of(user, request)
+        if same or len(set(ids)) < len(ids):
+            new = _distinct(ids, same)
             self.counts.duplicates += len(ids) - len(new)
             self.counts.open -= len(ids) - len(new)
             if not new:
@@ -316,10 +318,10 @@ class Joiner:
             elif play == due:
                 self._end_play(due)
             elif unbought == due:
-                (_, user, item, _), raw_item = self._unbought.pop()
+                (_, user, item, _), as_it_came = self._unbought.pop()
                 window = self._windows.get((user, item))
                 assert window is not None, "a window outlives its timer"
-                self._say_not_bought(window, (user, item), raw_item.decode("utf-8", "surrogatepass"), due)
+                self._say_not_bought(window, (user, item), orjson.loads(as_it_came), due)
                 self._windows.put((user, item), window)
             else:
                 impressions.close(self._changes)
@@ -327,9 +329,10 @@ class Joiner:
     def _end_wait(self, due: int) -> None:
         shown = self.open.end_wait()
         if shown is not None:
-            for place in range(len(shown.ids)):
-                if not shown.clicked >> place & 1:
-                    self._settle(shown, place, due, click=0)
+            places = [place for place in range(len(shown.ids)) if not shown.clicked >> place & 1]
+            self.counts.open -= len(places)
+            self.counts.joined += len(places)
+            self._rows.unclicked(shown, places, due)
 
     def _end_play(self, due: int) -> None:
         (_, user, number, place), _ = self._plays.pop()
@@ -337,12 +340,6 @@ class Joiner:
         if shown is not None:
             play_ms, duration_ms, _ = (shown.plays or {})[place]
             self._rows.example(shown, place, WATCH, due, play=play_ms, duration=duration_ms)
-
-    def _settle(self, shown: Shown, place: int, closed: int, click: int) -> None:
-        """The example's row SHOWN: it is open no more, it is joined."""
-        self.counts.open -= 1
-        self.counts.joined += 1
-        self._rows.example(shown, place, SHOWN, closed, click=click, purchase=self._not_so_far if click else -1)
 
     @property
     def _not_so_far(self) -> int:
@@ -353,14 +350,14 @@ class Joiner:
 
     def _act(self, event: Action, event_id: str, user: int, now: int, late: bool) -> None:
         """7 and 8. `now`: ts, or where it is late the watermark; all timers before it have fired."""
-        item, raw_item = item_of(event)
+        item = _item_id(event.item)
         match event:
             case Click():
-                joined = self._click(event, event_id, (user, item), raw_item, now, late)
+                joined = self._click(event, event_id, (user, item), now, late)
             case Watch():
                 joined = self._watch(event, user, item, now)
             case Purchase():
-                joined = self._purchase(event, (user, item), raw_item, now)
+                joined = self._purchase(event, (user, item), now)
             case _:
                 joined = False
         if not late:
@@ -378,7 +375,7 @@ class Joiner:
         self.open.need(user)
         return self.open.find(user, item, None if request is None else str(request), ts, ts - window_ms)
 
-    def _click(self, event: Click, event_id: str, pair: Pair, raw_item: str, now: int, late: bool) -> bool:
+    def _click(self, event: Click, event_id: str, pair: Pair, now: int, late: bool) -> bool:
         user, item = pair
         ts = event.ts
         shown = self._find(user, item, event.request_id, ts, self.settings.click_window_ms)
@@ -392,7 +389,9 @@ class Joiner:
                 if shown.ts + self.settings.wait_ms < now:
                     self._rows.example(shown, place, LATE_CLICK, now, click=1, purchase=self._not_so_far)
                 else:
-                    self._settle(shown, place, now, click=1)
+                    self.counts.open -= 1
+                    self.counts.joined += 1
+                    self._rows.example(shown, place, SHOWN, now, click=1, purchase=self._not_so_far)
             window = window_of_impression(event, shown, place)
         elif self.settings.implicit and not late:
             first = True
@@ -400,13 +399,13 @@ class Joiner:
             key = implicit_key(event_id, event.item)
             window = window_of_click(event, key, _SCENARIO[event.scenario], known.as_of(ts) if known else EMPTY)
             self._rows.window(
-                window, SHOWN, now, user, item, raw_item, row_id(key, SHOWN), click=1, purchase=self._not_so_far
+                window, SHOWN, now, user, item, event.item, row_id(key, SHOWN), click=1, purchase=self._not_so_far
             )
         else:
             return False
         if first and self.settings.purchase_wait_ms:
             window.due = ts + self.settings.purchase_wait_ms
-        self._hold(pair, window, raw_item, now)
+        self._hold(pair, window, event.item, now)
         return True
 
     def _window(self, pair: Pair, now: int) -> Window | None:
@@ -414,7 +413,7 @@ class Joiner:
         window = self._windows.get(pair)
         return window if window is not None and now <= window.clicked + self.settings.purchase_window_ms else None
 
-    def _hold(self, pair: Pair, window: Window, raw_item: str, now: int) -> None:
+    def _hold(self, pair: Pair, window: Window, item: Id, now: int) -> None:
         """The last click in event time holds the window; a further one on the same example renews it. An example that
         loses the window, or does not get it, cannot be bought any more."""
         held = self._window(pair, now)
@@ -423,23 +422,23 @@ class Joiner:
             self._windows.put(pair, held)
             return
         if held is not None and window.clicked < held.clicked:
-            self._say_not_bought(window, pair, raw_item, now)
+            self._say_not_bought(window, pair, item, now)
             return
         if held is not None and held.due:
             self._unbought.remove((held.due, *pair, 0))
-            self._say_not_bought(held, pair, raw_item, now)
+            self._say_not_bought(held, pair, item, now)
         if window.due < now:
-            self._say_not_bought(window, pair, raw_item, now)
+            self._say_not_bought(window, pair, item, now)
         elif window.due:
-            self._unbought.put((window.due, *pair, 0), raw_item.encode("utf-8", "surrogatepass"))
+            self._unbought.put((window.due, *pair, 0), orjson.dumps(item))
             self._due = min(self._due, window.due)
         self._windows.put(pair, window)
 
-    def _say_not_bought(self, window: Window, pair: Pair, raw_item: str, now: int) -> None:
+    def _say_not_bought(self, window: Window, pair: Pair, item: Id, now: int) -> None:
         """The row NOT_BOUGHT, unless that was not waited for, or is said."""
         if window.due:
             window.due = 0
-            self._rows.window(window, NOT_BOUGHT, now, *pair, raw_item, window.unbought_id, purchase=0)
+            self._rows.window(window, NOT_BOUGHT, now, *pair, item, window.unbought_id, purchase=0)
 
     def _watch(self, event: Watch, user: int, item: int, now: int) -> bool:
         shown = self._find(user, item, event.request_id, event.ts, self.settings.open_ms)
@@ -460,7 +459,7 @@ class Joiner:
         self._changes.shown[shown.number] = shown
         return True
 
-    def _purchase(self, event: Purchase, pair: Pair, raw_item: str, now: int) -> bool:
+    def _purchase(self, event: Purchase, pair: Pair, now: int) -> bool:
         window = self._window(pair, now)
         if window is None or event.ts < window.clicked:
             return False
@@ -471,7 +470,7 @@ class Joiner:
                 window.due = 0
             self._windows.put(pair, window)
             delay = event.ts - window.first
-            self._rows.window(window, PURCHASE, now, *pair, raw_item, window.row_id, purchase=1, delay=delay)
+            self._rows.window(window, PURCHASE, now, *pair, event.item, window.row_id, purchase=1, delay=delay)
         return True
 
     def _erase(self, event: Forget, event_id: str, user: int, now: int, late: bool) -> None:

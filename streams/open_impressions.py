@@ -9,11 +9,67 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from streams.join_state import FOREVER, Aside, Changes, Numbers, Shown
 
 PAGE = 1024  # numbers
+SCANNED = 16  # impressions of a user are looked through one by one, more are indexed
+
+
+class _Mine:
+    """What one user has open, by number. Where it is much, there is an index of it."""
+
+    __slots__ = ("_items", "_requests", "shown")
+
+    def __init__(self) -> None:
+        self.shown: deque[Shown] = deque()
+        self._items: dict[int, deque[Shown]] | None = None  # by item, each by number
+        self._requests: dict[str, deque[Shown]] = {}
+
+    def add(self, shown: Shown) -> None:
+        self.shown.append(shown)
+        if self._items is not None:
+            self._put(shown)
+
+    def close(self) -> Shown:
+        """Takes out the oldest."""
+        shown = self.shown.popleft()
+        items, requests = self._items, self._requests
+        if items is not None:
+            for item in shown.ids:
+                items[item].popleft()
+                if not items[item]:
+                    del items[item]
+            requests[shown.request].popleft()
+            if not requests[shown.request]:
+                del requests[shown.request]
+        return shown
+
+    def with_item(self, item: int) -> Iterator[Shown]:
+        """Those that have the item, newest first."""
+        if len(self.shown) <= SCANNED:
+            return (shown for shown in reversed(self.shown) if item in shown.ids)
+        return reversed(self._index()[0].get(item, ()))
+
+    def of_request(self, request: str) -> Iterable[Shown]:
+        if len(self.shown) <= SCANNED:
+            return [shown for shown in self.shown if shown.request == request]
+        return self._index()[1].get(request, ())
+
+    def _index(self) -> tuple[dict[int, deque[Shown]], dict[str, deque[Shown]]]:
+        if self._items is None:
+            self._items = {}
+            for shown in self.shown:
+                self._put(shown)
+        return self._items, self._requests
+
+    def _put(self, shown: Shown) -> None:
+        assert self._items is not None
+        for item in shown.ids:
+            self._items.setdefault(item, deque()).append(shown)
+        self._requests.setdefault(shown.request, deque()).append(shown)
 
 
 class OpenImpressions:
@@ -24,10 +80,7 @@ class OpenImpressions:
         self.examples = 0
         self._aside = aside
         self._shown: dict[int, Shown] = {}  # by number
-        self._users: dict[int, deque[Shown]] = {}  # by user, each by number; the last one touched is at the end
-        # One impression mostly, so that is what is there; where it is several: by item, and in order.
-        self._requests: dict[tuple[int, str], Shown | dict[int, Shown]] = {}  # by (user, request)
-        self._newest: dict[tuple[int, int], Shown | deque[Shown]] = {}  # by (user, item)
+        self._users: dict[int, _Mine] = {}  # the last one touched is at the end
         self._pages: dict[int, array[int]] = {}  # number // PAGE → ts and user of each number
         self._forgotten: set[int] = set()  # numbers of impressions that are gone before their time
 
@@ -40,7 +93,7 @@ class OpenImpressions:
             for shown in self._aside.load(user):
                 # The store has it as of the last commit.
                 if shown.number >= self.numbers.first and shown.number not in self._forgotten:
-                    self._index(shown)
+                    self._add(shown)
 
     def add(self, shown: Shown, changes: Changes) -> None:
         """A new one, with the next number; its user was needed."""
@@ -50,31 +103,33 @@ class OpenImpressions:
         page[at], page[at + 1] = shown.ts, shown.user
         changes.shown[shown.number] = shown
         changes.opened.append((shown.number, shown.ts, shown.user))
-        self._index(shown)
+        self._add(shown)
 
     def get(self, number: int, user: int) -> Shown | None:
         """The impression; None if it is closed, or the user was forgotten."""
         self.need(user)
         return self._shown.get(number)
 
-    def of_request(self, user: int, request: str) -> Shown | dict[int, Shown] | None:
-        """What (user, request) has open: one impression, or several by item. The user was needed."""
-        return self._requests.get((user, request))
+    def items_of(self, user: int, request: str) -> list[int]:
+        """The items that (user, request) has open. The user was needed."""
+        mine = self._users.get(user)
+        return [] if mine is None else [item for shown in mine.of_request(request) for item in shown.ids]
 
     def find(self, user: int, item: int, request: str | None, ts: int, since: int) -> Shown | None:
         """The impression of [since, ts] that an action at `ts` is on: the request's, else the item's newest.
 
         The user was needed.
         """
-        if request is not None:
-            same = self._requests.get((user, request))
-            shown = same.get(item) if isinstance(same, dict) else same
-            if shown is not None and since <= shown.ts <= ts and item in shown.ids:
-                return shown
-        others = self._newest.get((user, item), ())
-        newest_first = (others,) if isinstance(others, Shown) else reversed(others)
-        shown = next((shown for shown in newest_first if shown.ts <= ts), None)
-        return shown if shown is not None and shown.ts >= since else None
+        mine = self._users.get(user)
+        newest = None
+        for shown in () if mine is None else mine.with_item(item):
+            if shown.ts < since:
+                break
+            if shown.ts <= ts:
+                if request is None or shown.request == request:
+                    return shown
+                newest = newest or shown
+        return newest
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +153,11 @@ class OpenImpressions:
         self.numbers.first += 1
         user = self._user(number)
         if number in self._shown:
-            self._remove(self._shown[number])
+            mine = self._users[user]
+            self.examples -= len(mine.close().ids)
+            del self._shown[number]
+            if not mine.shown:
+                del self._users[user]
         self._forgotten.discard(number)
         changes.shown.pop(number, None)
         if number < changes.before.next:
@@ -111,8 +170,10 @@ class OpenImpressions:
     def forget(self, user: int, changes: Changes) -> list[Shown]:
         """Forgets all that the user has open, and returns it. Their numbers are closed when their time comes."""
         self.need(user)
-        gone = list(self._users.get(user, ()))
-        self._drop(user)
+        mine = self._users.get(user)
+        gone = [] if mine is None else list(mine.shown)
+        if gone:
+            self._drop(user)
         for shown in gone:
             self._forgotten.add(shown.number)
             changes.shown.pop(shown.number, None)
@@ -131,56 +192,17 @@ class OpenImpressions:
             del self._pages[page]
 
     def _drop(self, user: int) -> None:
-        for shown in self._users.pop(user, ()):
+        for shown in self._users.pop(user).shown:
             del self._shown[shown.number]
             self.examples -= len(shown.ids)
-            self._requests.pop((user, shown.request), None)
-            for item in shown.ids:
-                self._newest.pop((user, item), None)
 
-    # --- the index ----------------------------------------------------------------------------------------------
-
-    def _index(self, shown: Shown) -> None:
-        user = shown.user
+    def _add(self, shown: Shown) -> None:
         self._shown[shown.number] = shown
-        self._users.setdefault(user, deque()).append(shown)
+        mine = self._users.get(shown.user)
+        if mine is None:
+            mine = self._users[shown.user] = _Mine()
+        mine.add(shown)
         self.examples += len(shown.ids)
-        request = (user, shown.request)
-        same = self._requests.setdefault(request, shown)
-        if same is not shown:
-            if not isinstance(same, dict):
-                self._requests[request] = same = dict.fromkeys(same.ids, same)
-            same.update(dict.fromkeys(shown.ids, shown))
-        newest = self._newest
-        for item in shown.ids:
-            others = newest.setdefault((user, item), shown)
-            if others is not shown:
-                if not isinstance(others, deque):
-                    newest[user, item] = others = deque([others])
-                others.append(shown)
-
-    def _remove(self, shown: Shown) -> None:
-        """Out of the index: the oldest one of its user."""
-        user = shown.user
-        del self._shown[shown.number]
-        mine = self._users[user]
-        mine.popleft()
-        if not mine:
-            del self._users[user]
-        self.examples -= len(shown.ids)
-        request = (user, shown.request)
-        same = self._requests[request]
-        if isinstance(same, dict) and len(same) > len(shown.ids):
-            for item in shown.ids:
-                del same[item]
-        else:
-            del self._requests[request]
-        for item in shown.ids:
-            others = self._newest[user, item]
-            if isinstance(others, deque) and len(others) > 1:
-                others.popleft()
-            else:
-                del self._newest[user, item]
 
     def _ts(self, number: int) -> int:
         return FOREVER if number >= self.numbers.next else self._page(number // PAGE)[2 * (number % PAGE)]

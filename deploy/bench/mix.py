@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
@@ -10,16 +11,25 @@ import orjson
 
 SHARES = {"impression": 0.80, "click": 0.15, "watch": 0.04, "purchase": 0.01}
 START_MS = 1_760_000_000_000
+USERS = 100_000
 REMEMBERED_MS = 300_000  # actions are on what was shown up to so long before
+
+
+def _ranks(dice: random.Random, exponent: float) -> Iterator[int]:
+    """Ranks 1 … USERS, the n-th with a chance of n^-exponent."""
+    weights = list(itertools.accumulate(n**-exponent for n in range(1, USERS + 1)))
+    while True:
+        yield from dice.choices(range(1, USERS + 1), cum_weights=weights, k=10_000)
 
 
 def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterator[bytes]:
     """Records with `events` events in all (to within one page), spread evenly over `span_ms` of event time, in order.
 
-    `page`: items of an impression. Users are drawn by a Pareto law (a few do much, most little), items likewise. An
-    action is on an impression that was shown some seconds to `REMEMBERED_MS` before.
+    `page`: items of an impression. Of USERS users the n-th most active has a share of n^-0.7, the first one 0.9 %; of
+    as many items the n-th of n^-1. An action is on an impression that was shown some seconds to `REMEMBERED_MS` before.
     """
     dice = random.Random(seed)
+    users, goods = (_ranks(dice, exponent) for exponent in (0.7, 1.0))
     kinds = list(SHARES)
     weights = [SHARES[kind] / (page if kind == "impression" else 1) for kind in kinds]
     shown: deque[tuple[int, str, str, list[str]]] = deque()
@@ -32,8 +42,8 @@ def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterato
         kind = dice.choices(kinds, weights)[0] if shown else "impression"
         event: dict[str, object] = {"kind": kind, "event_id": f"e{number}", "ts": ts, "scenario": "live"}
         if kind == "impression":
-            user = f"u{min(int(dice.paretovariate(0.6)), 500_000)}"
-            items = [f"i{dice.randrange(1, int(dice.paretovariate(0.5)) % 100_000 + 50)}" for _ in range(page)]
+            user = f"u{next(users)}"
+            items = [f"i{next(goods)}" for _ in range(page)]
             shown.append((ts, user, f"r{number}", items))
             event |= {"user": user, "request_id": f"r{number}", "items": items}
         else:

@@ -55,15 +55,16 @@ def click(number: int, ts: int, user: int | str = "u") -> Click:
 @settings(max_examples=40, deadline=None)
 @given(
     SETTINGS, logs(60), st.lists(st.integers(0, 1000), max_size=8), st.lists(st.booleans(), min_size=9, max_size=9),
-    st.sampled_from([0, 0, 3, 1_000]),
+    st.sampled_from([0, 0, 3, 1_000]), st.sampled_from([0, 2, 16]),
 )  # fmt: skip
-def test_neither_restarts_nor_what_is_put_aside_change_anything(join, log, cuts, restarts, memory):
+def test_neither_restarts_nor_what_is_put_aside_change_anything(join, log, cuts, restarts, memory, scanned):
     reference = ReferenceJoiner(join)
     for record in log:
         reference.feed(record)
     with tempfile.TemporaryDirectory() as path, pytest.MonkeyPatch.context() as patch:
         patch.setattr(join_caches, "LOOK_AHEAD_MS", 2)
         patch.setattr(open_impressions, "PAGE", 4)
+        patch.setattr(open_impressions, "SCANNED", scanned)
         store, joiner = opened(Path(path), join, 1)
         blocks = []
         for batch, restart in zip(batches(log, cuts), restarts, strict=False):

@@ -18,6 +18,7 @@ from embedding_store.ids import feature_id
 from online_model.examples import Block, Examples, Part, example_key, implicit_key, row_id
 from online_model.history import HISTORY_BYTES, Kind, UserHistory, history_hash, unpack
 from replay.oracle import PartitionOracle, Rules, parse
+from streams import open_impressions
 from streams.dead_letters import DeadLetter
 from streams.events import REASONS
 from streams.join_state import NEVER
@@ -60,8 +61,14 @@ def check_chain(blocks: list[Block]) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(SETTINGS, logs(), st.lists(st.integers(0, 1000), max_size=5))
-def test_joiner_equals_the_reference_however_records_are_batched(join, log, cuts):
+@given(SETTINGS, logs(), st.lists(st.integers(0, 1000), max_size=5), st.sampled_from([0, 16]))
+def test_joiner_equals_the_reference_however_records_are_batched(join, log, cuts, scanned):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_impressions, "SCANNED", scanned)
+        _check_against_the_reference(join, log, cuts)
+
+
+def _check_against_the_reference(join: JoinSettings, log: list[Record], cuts: list[int]) -> None:
     reference = ReferenceJoiner(join)
     for record in log:
         reference.feed(record)
@@ -167,7 +174,7 @@ def test_after_the_end_nothing_is_found():
     assert log.rows().part.tolist() == [0, 1]
     assert log.counts.history_only == 1
     impressions = log.joiner.open
-    assert not any((impressions._shown, impressions._users, impressions._newest, impressions._requests))
+    assert not any((impressions._shown, impressions._users))
     assert impressions.examples == 0
 
 
@@ -379,6 +386,25 @@ def test_a_hundred_thousand_mutated_records_harm_no_other_record():
     assert (good.counts.joined, good.counts.history_only) == (7 * 5_000, 5_000)
 
 
+def test_a_click_before_its_impression_is_history_only_whatever_order_they_come_in():
+    log = Log()
+    log.add("click", 1_005, item="i", request_id="r")
+    log.add("impression", 1_000, request_id="r", items=["i"])  # later in the log, earlier in time
+    log.add("click", 999, item="i", request_id="r")
+    log.to(1_200)
+    assert (log.rows().part.tolist(), log.rows().click.tolist()) == ([0], [1])
+    assert (log.counts.joined, log.counts.history_only) == (2, 1)
+
+
+def test_at_the_end_of_a_log_what_is_held_or_open_stays_so():
+    log = Log()
+    log.shown(1_000)
+    log.add("click", 1_050, item="i")
+    assert (log.counts.open, len(log.rows())) == (2, 0)
+    log.to(1_000 + S.closing_ms)
+    assert (log.counts.open, log.rows().part.tolist()) == (0, [0])
+
+
 def test_nothing_is_known_of_a_forgotten_user():
     log = Log(JoinSettings(disorder_ms=10, wait_ms=100, purchase_wait_ms=500))
     log.shown(1_000, "r1", items=["i", "j"])
@@ -528,8 +554,8 @@ def test_memory_is_bounded_by_the_windows():
     joiner = log.joiner
     assert len(joiner._seen.first) < 500
     assert joiner.open.numbers.next - joiner.open.numbers.first == len(joiner.open._shown) < 120
-    assert len(joiner.open._requests) == len(joiner.open._shown)
-    assert len(joiner.open._newest) < 121
+    assert sum(len(mine.shown) for mine in joiner.open._users.values()) == len(joiner.open._shown)
+    assert all(mine._items is None or len(mine._items) < 121 for mine in joiner.open._users.values())
     assert len(joiner.open._pages) == 1
     assert len(joiner._windows) < 600
 
