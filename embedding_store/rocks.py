@@ -72,8 +72,8 @@ class Db:
     then in it as a whole or, nearly always, not at all: write absolute values, so that a second time does no harm.
     """
 
-    def __init__(self, path: Path, families: list[str], read_only: bool = False, write_buffers: int = 0) -> None:
-        self.path, self._write_buffers = path, write_buffers
+    def __init__(self, path: Path, families: list[str], read_only: bool = False, memory: int = 0) -> None:
+        self.path, self._memory = path, memory
         self._names = families
         self._read_only = read_only
         self._db: Rdict | None = None
@@ -183,9 +183,9 @@ class Db:
             exists = (self.path / "CURRENT").exists()
             found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
             names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
-            cache = Cache(_CACHE_BYTES)
+            cache = Cache(self._memory // 2 or _CACHE_BYTES)
             access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
-            options = {name: _options(cache, self._write_buffers) for name in (DEFAULT_FAMILY, *names)}
+            options = {name: _options(cache, self._memory) for name in (DEFAULT_FAMILY, *names)}
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
             self._handles = {n: self._db.get_column_family_handle(n) for n in names}
@@ -209,23 +209,24 @@ class Cursor:
         return found
 
 
-def open_db(path: Path | str, families: list[str], read_only: bool = False, write_buffers: int = 0) -> Db:
+def open_db(path: Path | str, families: list[str], read_only: bool = False, memory: int = 0) -> Db:
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
-    `read_only` takes no LOCK, and sees what was written up to now. `write_buffers`: bytes that may wait in memory for
-    their files, of all families together; 0: 64 MB each.
+    `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
+    waits for its file and half for what was read, its index and filters included, of all families together; 0: as
+    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB).
     """
-    return Db(Path(path), families, read_only, write_buffers)
+    return Db(Path(path), families, read_only, memory)
 
 
-def _options(cache: Cache, write_buffers: int) -> Options:
+def _options(cache: Cache, memory: int) -> Options:
     options = Options(raw_mode=True)
     options.create_if_missing(True)
     options.create_missing_column_families(True)
     options.set_compression_type(DBCompressionType.none())  # rows are random floats: nothing to win
-    if write_buffers:
-        options.set_db_write_buffer_size(write_buffers)
+    if memory:
+        options.set_db_write_buffer_size(memory // 2)
     options.set_max_total_wal_size(256 << 20)  # a family that is seldom written must not keep all logs alive
     options.set_max_log_file_size(4 << 20)
     options.set_keep_log_file_num(2)
@@ -234,6 +235,7 @@ def _options(cache: Cache, write_buffers: int) -> Options:
     options.set_max_open_files(512)
     blocks = BlockBasedOptions()
     blocks.set_block_cache(cache)
+    blocks.set_cache_index_and_filter_blocks(bool(memory))
     blocks.set_bloom_filter(10, False)  # a new id is looked up once, and missing: 0.4 µs
     options.set_block_based_table_factory(blocks)
     return options

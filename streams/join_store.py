@@ -33,7 +33,7 @@ from streams.joiner import Joined, JoinSettings
 
 FORMAT = 2
 CACHED = 50_000  # event ids, histories and purchase windows in memory: together about 60 MB
-WRITE_BUFFER_BYTES = 64 << 20  # of all families together, before they go to files
+MEMORY_BYTES = 64 << 20  # of RocksDB
 
 META, HELD, SHOWN, ORDER, SEEN, OLD_SEEN = "meta", "held", "shown", "order", "seen", "old_seen"
 HISTORIES, WINDOWS, CLICKS, PLAYS, UNBOUGHT = "histories", "windows", "clicks", "plays", "unbought"
@@ -70,7 +70,7 @@ class JoinStore:
 
     def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False, cached: int = CACHED) -> None:
         self.path, self._sync = Path(path), sync
-        self._db = db = open_db(path, FAMILIES, write_buffers=WRITE_BUFFER_BYTES)
+        self._db = db = open_db(path, FAMILIES, memory=MEMORY_BYTES)
         self._histories = Cache(db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, cached)
         self._windows = WindowCache(db, WINDOWS, CLICKS, cached)
         self._seen = SeenCache(db, SEEN, OLD_SEEN, settings.open_ms, cached)

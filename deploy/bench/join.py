@@ -84,11 +84,13 @@ def _settings(open_ms: int) -> Any:
 
 
 def _joiner(log: str, store: str, open_ms: int) -> dict[str, Any]:
+    from streams.app import settle
     from streams.blocks import encode_block
     from streams.join_store import JoinStore
     from streams.joiner import Joiner, Record
     from streams.settings import JoinWorkerSettings
 
+    settle()  # as a worker does
     in_memory = JoinWorkerSettings(bootstrap="", data_dir=Path()).in_memory
     settings = _settings(open_ms)
     kept = JoinStore(store, settings, cached=in_memory)
