@@ -92,13 +92,14 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
     settings = connected(settings_for(config, **flags))
     from streams.topics import check_topics, wait_for_broker
 
+    join, train = settings.join, settings.train  # what is wrong with them is said before Kafka is looked for
     wait_for_broker(settings.bootstrap)
     check_topics(
         settings.bootstrap,
         settings.topics,
-        purchase_window_ms=settings.join.join.purchase_window_ms,
-        snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
-        join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
+        purchase_window_ms=join.join.purchase_window_ms,
+        snapshot_interval_ms=int(train.snapshot_interval_s * 1000),
+        join_interval_ms=int(join.snapshot_interval_s * 1000),
     )
     getattr(_load(kind), f"run_{kind}")(getattr(settings, kind))
 
