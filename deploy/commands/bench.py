@@ -47,7 +47,7 @@ def intake(
 
 @app.command(epilog="Example: headrace bench join --events 400000 --runs 3")
 def join(
-    events: Annotated[int, typer.Option(min=10_000, help="Events in the log.")] = 1_500_000,
+    events: Annotated[int, typer.Option(min=10_000, help="Events in the log.")] = 2_000_000,
     page: Annotated[int, typer.Option(min=1, max=100, help="Items of an impression.")] = 10,
     runs: RunsOption = 1,
     json: JsonOption = False,
