@@ -109,7 +109,7 @@ class Trainer:
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = False  # since the last commit
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
-        self.forgot = False  # users, since its owner set it back
+        self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
 
     @property
@@ -211,6 +211,7 @@ class Trainer:
             blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
         parts = encode(version)
+        self.erasures += bool(gone)
         dense = {**weights, **self._dense_state()}
         self.store.commit(
             Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version, gone)
@@ -241,7 +242,7 @@ class Trainer:
         self._evaluation.load(_part(head.dense, "scores."))
         self.tables.restore()
         self._intake.load(state["intake"])
-        self._totals, self.mark = state["totals"], state["mark"]
+        self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
         self._unclicked_rate = state["unclicked_rate"]
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
@@ -360,7 +361,6 @@ class Trainer:
             forgotten = block.examples.user[block.examples.part == Part.FORGET]
             if len(forgotten):
                 self.tables.forget(USER, forgotten)
-                self.forgot = True
             if len(block.users):
                 self.tables.begin_step()
                 at = self.tables.rows(USER, block.users, admit=True)
@@ -383,7 +383,8 @@ class Trainer:
         return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
 
     def _state(self) -> bytes:
-        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark}
+        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
+                 "erased": int(self.erasures > self.purged)}
         state["unclicked_rate"] = self._unclicked_rate
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
 

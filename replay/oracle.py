@@ -253,11 +253,12 @@ class PartitionOracle:
         balance["events_in"] += units
         if set_aside:
             balance["set_aside"] += units
-            if event["kind"] == "forget":
+            if event["kind"] == "forget" and not self._is_duplicate(str(event["event_id"])):
+                self.seen[str(event["event_id"])] = event["ts"]
                 self._forget(event, str(event["user"]), late=True)
             return
         name, now = str(event["event_id"]), self.watermark
-        if name in self.seen and (now is None or now <= self.seen[name] + self.rules.open_ms):
+        if self._is_duplicate(name):
             balance["duplicates"] += units
             return
         self.seen[name] = event["ts"]
@@ -271,6 +272,10 @@ class PartitionOracle:
         heapq.heappush(self.held, (event["ts"], name, self.arrivals, event))
         self._rise(event["ts"])
 
+    def _is_duplicate(self, name: str) -> bool:
+        now = self.watermark
+        return name in self.seen and (now is None or now <= self.seen[name] + self.rules.open_ms)
+
     def _rise(self, ts: int) -> None:
         """Raise the watermark, then handle what is below it: events in order, timers in between."""
         mark = ts - self.rules.disorder_ms
@@ -280,7 +285,11 @@ class PartitionOracle:
         while self.held and self.held[0][0] < mark:
             ts, _, _, event = heapq.heappop(self.held)
             self._fire(ts)
-            if event["kind"] == "impression":
+            if ts < self.forgotten.get(str(event["user"]), -1) and event["kind"] != "forget":  # in a range set aside
+                units = len(event["items"]) if event["kind"] == "impression" else 1
+                self.expected.balance["open"] -= units
+                self.expected.balance["history_only"] += units
+            elif event["kind"] == "impression":
                 self._show(event)
             else:
                 self.expected.balance["open"] -= 1
@@ -339,8 +348,12 @@ class PartitionOracle:
         user = str(event["user"])
         if event["kind"] == "forget":
             self._forget(event, user, late)
-        elif not (late and event["ts"] <= self.forgotten.get(user, -1)):
+        elif not (late and event["ts"] <= self.forgotten.get(user, -1) and self._is_fresh(self.forgotten[user])):
             self._act(event, late)
+
+    def _is_fresh(self, ts: int) -> bool:
+        """Whether time has not gone more than `open_ms` past it."""
+        return self.watermark is None or self.watermark <= ts + self.rules.open_ms
 
     def _forget(self, event: dict, user: str, late: bool) -> None:
         for entry in [entry for place, entry in self.open.items() if place[0] == user]:

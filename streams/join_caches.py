@@ -105,7 +105,7 @@ class WindowCache(Cache[Window]):
         self._notes = notes
         self._noted: dict[Any, int] = {}  # of what is dirty: as it is noted on disk
         self._obsolete: list[bytes] = []  # notes of windows that were removed
-        self._begin = key_of(NEVER)  # no note stands before it
+        self._begin = self._next_begin = key_of(NEVER)  # no note stands before it
 
     def put(self, key: Any, value: Window, /) -> None:
         before = self._kept.get(key)
@@ -133,35 +133,46 @@ class WindowCache(Cache[Window]):
         notes = batch.into(self._notes)
         for key in self._obsolete:
             del notes[key]
-        for (_, *pair), key in self._ended():
+        for pair, key in self._ended():
             del notes[key]
-            self._kept.pop(tuple(pair), None)
-            self._removed.add(tuple(pair))
+            if pair is not None:
+                self._kept.pop(pair, None)
+                self._dirty.pop(pair, None)
+                self._removed.add(pair)
         for pair, window in self._dirty.items():
             noted = self._noted.setdefault(pair, window.noted)
             window.noted = window.clicked
             if noted != window.clicked:
                 if noted >= 0:
                     del notes[key_of(noted, *pair)]
-                notes[key_of(window.clicked, *pair)] = b""
+                key = key_of(window.clicked, *pair)
+                notes[key] = b""
+                self._next_begin = min(self._next_begin, key)  # of a late click
         super().write(batch)
 
     def saved(self) -> None:
         super().saved()
         self._noted.clear()
         self._obsolete.clear()
+        self._begin = self._next_begin
 
-    def _ended(self) -> list[tuple[tuple[int, ...], bytes]]:
-        """The notes of some windows that have ended, and are not clicked anew."""
-        found = []
+    def _ended(self) -> list[tuple[Pair | None, bytes]]:
+        """The notes of some windows that have ended, each with the pair, None where the window has another note."""
+        notes = []
+        self._next_begin = self._begin
         for key, _ in islice(self._db.items(self._notes, self._begin), ENDED_A_COMMIT):
-            numbers = numbers_of(key)
-            if numbers[0] >= self.before:
+            clicked, user, item = numbers_of(key)
+            if clicked >= self.before:
                 break
-            self._begin = key
-            if numbers[1:] not in self._dirty:
-                found.append((numbers, key))
-        return found
+            notes.append((clicked, (user, item), key))
+            self._next_begin = key
+        self.fetch(pair for _, pair, _ in notes)
+        ended: list[tuple[Pair | None, bytes]] = []
+        for clicked, pair, key in notes:
+            window = self._kept[pair]
+            own = window is not None and window.clicked == clicked
+            ended.append((pair if own else None, key))
+        return ended
 
 
 class SeenCache(MemorySeen):
@@ -329,7 +340,8 @@ class AsideStore:
             ts, user = numbers_of(raw)
             yield number, ts, user
 
-    def saved(self) -> None:
+    def let_go(self) -> None:
+        """Of the store as it was at the last commit: RocksDB could not be closed, or opened anew, meanwhile."""
         self._cursor = None
 
 

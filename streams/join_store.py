@@ -13,7 +13,7 @@ windows are read one by one through bounded caches, the rest is read when the st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +56,7 @@ class _Head(Struct):
     numbers: Numbers
     counts: Counts
     forgotten: dict[int, int]
+    erased: bool  # since the files were rewritten last
     chunks: tuple[int, int]  # [first, next) of the family "seen"
     generations: list[int]  # in the family "old_seen"
 
@@ -76,11 +77,12 @@ class JoinStore:
         self._seen = SeenCache(db, SEEN, OLD_SEEN, settings.open_ms, cached)
         self._plays, self._unbought = TimerCache(db, PLAYS), TimerCache(db, UNBOUGHT)
         self._aside = AsideStore(db, SHOWN, ORDER)
-        self._erased = False
+        self._erasures = self._purged = 0  # commits with users forgotten; those before which the files were rewritten
         try:
             self._check(settings)
             raw = self._db.get(META, b"head")
             self._head = _decode(raw, type=_Head) if raw else None
+            self._erasures = int(self._head is not None and self._head.erased)
         except (UsageError, StoreError):
             self._db.close()
             raise
@@ -121,6 +123,7 @@ class JoinStore:
                 f"to be committed: open the store and the joiner anew"
             )
         before, numbers = changes.before, changes.numbers
+        self._aside.let_go()
         batch = self._db.batch()
         self._seen.write(batch)
         for piece in (self._histories, self._windows, self._plays, self._unbought):
@@ -131,27 +134,33 @@ class JoinStore:
         _write(batch, ORDER, {key_of(number): key_of(ts, user) for number, ts, user in changes.opened}, ())
         if numbers.first > before.first:
             batch.delete_range(ORDER, key_of(before.first), key_of(numbers.first))
+        erasures = self._erasures + changes.erased
         head = _Head(
             block.to_offset, block.watermark, replace(numbers), block.counts, dict(changes.forgotten),
+            erasures > self._purged,
             *self._seen.written,
         )  # fmt: skip
         batch.put_all(META, [b"head", b"outbox"], [_encode(head), _encode(outbox)])
         self._db.write(batch, self._sync)
         self._head = head
-        self._erased = self._erased or changes.erased
-        for part in (self._histories, self._windows, self._seen, self._plays, self._unbought, self._aside):
+        self._erasures = erasures
+        for part in (self._histories, self._windows, self._seen, self._plays, self._unbought):
             part.saved()
 
-    def purge(self) -> bool:
-        """Rewrites the files, if users were forgotten: what was known of them leaves the disk too. False: none was.
+    def purge(self, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Rewrites the files, if users were forgotten: what was known of them leaves the disk too. False: none was,
+        or `stop` said so before the end; it is then still to be done, also after a restart.
 
         Commits may go on meanwhile, in another thread.
         """
-        if not self._erased:
+        erasures = self._erasures
+        if erasures == self._purged:
             return False
-        self._erased = False
         for family in FAMILIES:
+            if stop():
+                return False
             self._db.compact(family)
+        self._purged = erasures
         return True
 
     def checkpoint(self, path: Path) -> None:
@@ -160,6 +169,7 @@ class JoinStore:
 
     def close(self) -> None:
         """Lets go of the store. Idempotent."""
+        self._aside.let_go()
         self._db.close()
 
     def __enter__(self) -> JoinStore:

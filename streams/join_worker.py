@@ -181,7 +181,7 @@ class Lane:
         if self._running is not None:
             await self._running
             if self._purging is not None:
-                await self._purging
+                await asyncio.wait([self._purging])
             async with self._between_slices:
                 self._store.close()
             self._lock.release()
@@ -216,9 +216,12 @@ class Lane:
         if self._running is None or self._closing or now < self._purge_due:
             return
         self._purge_due = now + self._settings.purge_s
-        self._purging = asyncio.create_task(asyncio.to_thread(self._store.purge))
-        if await self._purging:
-            log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
+        self._purging = asyncio.create_task(asyncio.to_thread(self._store.purge, lambda: self._closing))
+        try:
+            if await self._purging:
+                log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
+        except StoreError as error:
+            log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
 
     def _new_outlet(self) -> Outlet:
         return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")

@@ -199,17 +199,25 @@ class Joiner:
                 if not set_aside:
                     self._rise(event.ts)
             elif set_aside:
-                self._set_aside(event, ids[event.user])
+                self._set_aside(event, ids[event.user], found)
             else:
                 self._take(record, event, str(event.event_id), ids[event.user], found)
 
-    def _set_aside(self, event: Impression | Action | Forget, user: int) -> None:
+    def _set_aside(self, event: Impression | Action | Forget, user: int, found: dict[str, int]) -> None:
         units = len(event.items) if isinstance(event, Impression) else 1
         self.counts.events_in += units
         self.counts.set_aside += units
-        if isinstance(event, Forget):
+        event_id = str(event.event_id)
+        if isinstance(event, Forget) and not self._is_duplicate(event_id, found):
+            self._changes.seen[event_id] = event.ts
             self._release()
-            self._erase(event, str(event.event_id), user, max(self.watermark, event.ts), late=True)
+            self._erase(event, event_id, user, max(self.watermark, event.ts), late=True)
+
+    def _is_duplicate(self, event_id: str, found: dict[str, int]) -> bool:
+        first = self._changes.seen.get(event_id)
+        if first is None:
+            first = found.get(event_id)
+        return first is not None and self.watermark - first <= self.settings.open_ms
 
     def _take(
         self, record: Record, event: Impression | Action | Forget, event_id: str, user: int, found: dict[str, int]
@@ -217,10 +225,7 @@ class Joiner:
         counts, ts, watermark = self.counts, event.ts, self.watermark
         units = len(event.items) if isinstance(event, Impression) else 1
         counts.events_in += units  # 2
-        first = self._changes.seen.get(event_id)
-        if first is None:
-            first = found.get(event_id)
-        if first is not None and watermark - first <= self.settings.open_ms:  # 3
+        if self._is_duplicate(event_id, found):  # 3
             counts.duplicates += units
             return
         self._changes.seen[event_id] = ts
@@ -247,7 +252,11 @@ class Joiner:
                 self._changes.released.append(offset)
             if self._due < ts:
                 self._fire(ts)
-            if isinstance(event, Impression):
+            if ts < self._forgotten.get(user, NEVER) and not isinstance(event, Forget):
+                units = len(event.items) if isinstance(event, Impression) else 1  # forgotten in a range set aside
+                self.counts.open -= units
+                self.counts.history_only += units
+            elif isinstance(event, Impression):
                 self._show(event, user)
             else:
                 self._handle(event, event_id, user, ts, late=False)
@@ -257,8 +266,13 @@ class Joiner:
     def _handle(self, event: Action | Forget, event_id: str, user: int, now: int, late: bool) -> None:
         if isinstance(event, Forget):
             self._erase(event, event_id, user, now, late)
-        elif not late or user not in self._forgotten or event.ts > self._forgotten[user]:
+        elif not (late and self._is_forgotten(user, event.ts)):
             self._act(event, event_id, user, now, late)
+
+    def _is_forgotten(self, user: int, ts: int) -> bool:
+        """Whether a late action is from before its user was forgotten. (When the entry goes must change nothing.)"""
+        at = self._forgotten.get(user)
+        return at is not None and ts <= at and self.watermark - at <= self.settings.open_ms
 
     def _forget_what_ended(self) -> None:
         """What can no longer matter. When that happens changes nothing: it is looked at with the times in it."""

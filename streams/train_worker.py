@@ -299,9 +299,10 @@ class TrainWorker:
         if not trainer.sequence:
             return
         try:
-            if trainer.forgot:
-                trainer.forgot = False
+            erasures = trainer.erasures
+            if erasures > trainer.purged:
                 await asyncio.to_thread(trainer.store.purge)
+                trainer.purged = erasures
             path = await asyncio.to_thread(
                 snapshot_of, self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept
             )

@@ -132,11 +132,15 @@ def test_a_forgotten_user_is_nowhere_and_starts_anew(system: System) -> None:
     assert all(system.knows(STAYS).values())
     unknown = [r.click for r in system.replica.rank("somebody else", "shelf", ["i1", "i2"]).items]
     assert [r.click for r in system.replica.rank(GOES, "shelf", ["i1", "i2"]).items] == unknown
-    assert (system.trainer.positions[0].rows, system.trainer.forgot) == (len(system.rows), True)
+    assert (system.trainer.positions[0].rows, system.trainer.erasures) == (len(system.rows), 1)
 
     system.send(tick(90_000))  # the time is over in which late events of the user would have to be known as such
     after = system.rows.take(system.rows.closed >= T0 + 2_100)
     assert after.part[after.user == feature_id("user", GOES)].tolist() == [Part.FORGET], "no timer was left"
+    assert not system.store.purge(stop=lambda: True)
+    system.close()
+    system.start()  # what is still to be done is remembered
+    assert system.trainer.erasures > system.trainer.purged
     assert system.store.purge()
     assert not system.store.purge(), "once is enough"
     system.trainer.store.purge()

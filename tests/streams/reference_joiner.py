@@ -91,7 +91,7 @@ class ReferenceJoiner:
         user = str(event.user)
         if isinstance(event, Forget):  # rule 9
             self.forget(event, user, now, late)
-        elif not late or event.ts > self.forgotten.get(user, -1):
+        elif not late or event.ts > (at := self.forgotten.get(user, -1)) or self.watermark - at > self.s.open_ms:
             self.act(event, now, late)
 
     def forget(self, event, user, now, late) -> None:

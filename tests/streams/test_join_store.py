@@ -134,11 +134,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     step(store, joiner, records_of(Impression(event_id="s", ts=100, user="u", request_id="r", items=["i"])))
     joined = joiner.process(records_of(click(0, 110), Tick(event_id="t", ts=200), first=1))
 
-    def full(self, batch, sync=True):
-        raise DiskFull("no space left")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Db, "write", full)
+        patch.setattr(Db, "write", _full)
         with pytest.raises(DiskFull):
             store.commit(joined, [b"x"])
     assert (store.next_offset, len(store.outbox())) == (1, 1)
@@ -183,6 +180,39 @@ def test_what_has_ended_leaves_the_disk(tmp_path):
     assert left == {"held": 2, "shown": 10, "seen": 11, "windows": 5, "clicks": 5}
     assert all(len(key) + len(value) <= 512 for key, value in store._db.items("windows"))
     store.close()
+
+
+def test_windows_that_end_with_their_purchase_wait_leave_the_disk(tmp_path):
+    """What the timer changes in the very batch in which a window ends must not keep it."""
+    join = msgspec.structs.replace(S, purchase_wait_ms=S.purchase_window_ms)
+    store, joiner = opened(tmp_path, join)
+    for n in range(100):
+        shown = Impression(event_id=f"s{n}", ts=n * 10, user=n, request_id=f"r{n}", items=["i"])
+        clicked = Click(event_id=f"c{n}", ts=n * 10 + 1, user=n, item="i")
+        step(store, joiner, records_of(shown, clicked, first=2 * n))
+    left = {name: len(list(store._db.items(name))) for name in ("windows", "clicks", "unbought")}
+    assert max(left.values()) <= 7, left
+    store.close()
+
+
+def test_a_commit_that_failed_ends_the_windows_that_had_ended(tmp_path, monkeypatch):
+    """Their notes too: one that stayed would take a later window of the same user and item with it."""
+    store, joiner = opened(tmp_path)
+    shown = Impression(event_id="s", ts=100, user="u", request_id="r", items=["i"])
+    step(store, joiner, records_of(shown, click(0, 101)))
+    step(store, joiner, records_of(Tick(event_id="t", ts=120), first=2))
+    joined = joiner.process(records_of(Tick(event_id="t", ts=180), first=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Db, "write", _full)
+        with pytest.raises(DiskFull):
+            store.commit(joined, [b"x"])
+    store.commit(joined, [b"x"])
+    assert [list(store._db.items(name)) for name in ("windows", "clicks")] == [[], []]
+    store.close()
+
+
+def _full(self, batch, sync=True):
+    raise DiskFull("no space left")
 
 
 CHILD = """

@@ -58,6 +58,19 @@ def test_a_user_is_forgotten_all_the_same() -> None:
     assert [row.tobytes() for row in rows] == [EMPTY]
 
 
+def test_what_is_held_from_before_a_forgetting_in_the_range_has_no_effect() -> None:
+    joiner, about = Joiner(JoinSettings(disorder_ms=250, implicit=True), 0), {"user": "u", "scenario": "shelf"}
+    click = about | {"kind": "click", "event_id": 1, "ts": 1_000, "item": "i"}
+    forget = about | {"kind": "forget", "event_id": 2, "ts": 5_000}
+    tick = {"kind": "tick", "event_id": 3, "ts": 9_000}
+    joiner.process([Record(0, None, orjson.dumps(click))])
+    for offset in (1, 2):  # it comes twice
+        block = joiner.process([Record(offset, None, orjson.dumps(forget))], set_aside=True).block
+        assert len(block.examples) == (offset == 1)
+    block = joiner.process([Record(3, None, orjson.dumps(tick))]).block
+    assert (len(block.examples), len(block.users), block.counts.history_only, block.counts.open) == (0, 0, 1, 0)
+
+
 def test_a_block_says_that_its_range_was_set_aside() -> None:
     for aside in (False, True):
         assert decode_block(encode_block(Block(0, 3, 9, 9, 0, set_aside=aside))).set_aside is aside
