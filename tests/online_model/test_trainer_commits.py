@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import orjson
 import pytest
-import torch
 
 from embedding_store.delta import Assembler
 from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked, UsageError
@@ -23,12 +22,7 @@ from tests.online_model.test_trainer import SMALL, catalogue
 BLOCKS, BLOCK = 10, 100
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def log():
