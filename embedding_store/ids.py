@@ -5,10 +5,13 @@ No modulo is taken anywhere, so two ids meet only if their 64-bit hashes do (abo
 
 from __future__ import annotations
 
+import numpy as np
 import xxhash
 
 DEFAULT_ID = 0  # never a hash: the id of padding and of the default row
 _SIGN, _WRAP = 1 << 63, 1 << 64
+_MASK = _WRAP - 1
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def feature_id(feature: str, raw: str | int) -> int:
@@ -24,3 +27,26 @@ def hash_text(text: str) -> int:
     """xxh3 of the UTF-8 text, as a signed 64-bit integer, 0 replaced by 1."""
     value = xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
     return (value - _WRAP if value & _SIGN else value) or 1
+
+
+def combine(first: int, second: int) -> int:
+    """The signed 64-bit id of a pair of integers of 64 bits, signed or not; never 0.
+
+    splitmix64's finaliser (Steele et al., OOPSLA 2014) over first · golden ratio + second. Pairs that differ in one of
+    the two alone have different ids, but for the two that would be 0 and 1.
+    """
+    x = (first * _GOLDEN + second) & _MASK
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
+    x ^= x >> 31
+    return (x - _WRAP if x & _SIGN else x) or 1
+
+
+def combine_all(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`combine` of each pair: int64 [n], [n] → int64 [n]."""
+    x = first.astype(np.uint64) * np.uint64(_GOLDEN) + second.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
+    x ^= x >> np.uint64(31)
+    x[x == 0] = 1
+    return x.view(np.int64)

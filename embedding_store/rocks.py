@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from rocksdict import (
@@ -25,6 +25,8 @@ from rocksdict import (
     Options,
     Rdict,
     RdictIter,
+    ReadOptions,
+    SliceTransform,
     WriteBatch,
     WriteOptions,
 )
@@ -33,6 +35,7 @@ from embedding_store.errors import DiskFull, StoreError, StoreLocked
 
 DEFAULT_FAMILY = "default"  # RocksDB always has this one
 _CACHE_BYTES = 64 << 20
+PREFIX = 8  # bytes: of the keys of families that are looked at by their beginnings
 
 
 class Batch:
@@ -72,8 +75,11 @@ class Db:
     then in it as a whole or, nearly always, not at all: write absolute values, so that a second time does no harm.
     """
 
-    def __init__(self, path: Path, families: list[str], read_only: bool = False, memory: int = 0) -> None:
-        self.path, self._memory = path, memory
+    def __init__(
+        self, path: Path, families: list[str], read_only: bool = False, memory: int = 0,
+        by_prefix: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.path, self._memory, self._by_prefix = path, memory, by_prefix
         self._names = families
         self._read_only = read_only
         self._db: Rdict | None = None
@@ -102,13 +108,17 @@ class Db:
         """(key, value) in the order of the keys from `from_key` on. Holds the LOCK until it is exhausted or gone."""
         with _mapped_errors(self.path):
             self._opened()
-            yield from self.family(family).items(from_key=from_key)
+            options = ReadOptions()
+            options.set_total_order_seek(True)
+            yield from self.family(family).items(from_key=from_key, read_opt=options)
 
     def cursor(self, family: str) -> Cursor:
         """For many short looks at a family as it is now. Holds the LOCK until it is gone."""
         with _mapped_errors(self.path):
             self._opened()
-            return Cursor(self.path, self.family(family).iter())
+            options = ReadOptions()
+            options.set_prefix_same_as_start(family in self._by_prefix)
+            return Cursor(self.path, self.family(family).iter(options))
 
     def compact(self, family: str) -> None:
         """Rewrites a family, so that what was overwritten or deleted leaves the disk too. Takes its time."""
@@ -186,6 +196,9 @@ class Db:
             cache = Cache(self._memory // 2 or _CACHE_BYTES)
             access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
             options = {name: _options(cache, self._memory) for name in (DEFAULT_FAMILY, *names)}
+            for name in self._by_prefix:
+                options[name].set_prefix_extractor(SliceTransform.create_fixed_prefix(PREFIX))
+                options[name].set_memtable_prefix_bloom_ratio(0.05)
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
             self._handles = {n: self._db.get_column_family_handle(n) for n in names}
@@ -209,15 +222,18 @@ class Cursor:
         return found
 
 
-def open_db(path: Path | str, families: list[str], read_only: bool = False, memory: int = 0) -> Db:
+def open_db(
+    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0, by_prefix: Collection[str] = ()
+) -> Db:
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
     `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
-    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB).
+    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: families whose
+    cursors are asked for keys that begin with the same PREFIX bytes; where there are none that is known at once.
     """
-    return Db(Path(path), families, read_only, memory)
+    return Db(Path(path), families, read_only, memory, by_prefix)
 
 
 def _options(cache: Cache, memory: int) -> Options:

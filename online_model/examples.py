@@ -12,7 +12,7 @@ from enum import IntEnum
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from embedding_store.ids import hash_text
+from embedding_store.ids import combine, hash_text
 from online_model.history import HISTORY_BYTES
 
 
@@ -34,32 +34,37 @@ class Source(IntEnum):
     IMPLICIT = 1  # a log without impressions: a positive; the trainer draws the negatives
 
 
-def example_key(request_id: str | int, item: str | int) -> str:
-    """The name of an example from an impression."""
-    return f"{request_id}\x00{item}"
+def request_name(request_id: str | int) -> int:
+    """What names the examples of an impression, beside their items: int64."""
+    return hash_text(str(request_id))
 
 
-def implicit_key(event_id: str | int, item: str | int) -> str:
-    """The name of an example from an action without an impression."""
-    return f"event:{event_id}\x00{item}"
+def implicit_name(event_id: str | int) -> int:
+    """What names the example of an action without an impression, beside its item: int64."""
+    return hash_text(f"event:{event_id}")
 
 
-def forget_key(event_id: str | int, user: str | int) -> str:
-    """The name under which a user's erasure is counted."""
-    return f"forget:{event_id}\x00{user}"
+def forget_name(event_id: str | int) -> int:
+    """What names a user's erasure, beside the user: int64."""
+    return hash_text(f"forget:{event_id}")
 
 
-def row_id(key: str, part: int) -> int:
-    """The signed 64-bit id of one part of the example `key`: what the balance counts and sums."""
-    return hash_text(f"{key}\x00{part}")
+def example_id(name: int, item: int) -> int:
+    """The signed 64-bit id of an example, the same in all of its parts. `item`: its feature id."""
+    return combine(name, item)
+
+
+def row_id(example: int, part: int) -> int:
+    """The signed 64-bit id of one part of an example: what the balance counts and sums."""
+    return combine(example, part)
 
 
 @dataclass
 class Examples:
     """Columns of n rows. Ids are int64 of `embedding_store.ids`; times ms UTC."""
 
-    row_id: np.ndarray  # int64 [n] row_id(key, part)
-    example_id: np.ndarray  # int64 [n] hash_text(key): the same in all parts of an example
+    row_id: np.ndarray  # int64 [n] row_id(example_id, part)
+    example_id: np.ndarray  # int64 [n] example_id(name, item): the same in all parts of an example
     part: np.ndarray  # uint8 [n] Part
     source: np.ndarray  # uint8 [n] Source
     ts: np.ndarray  # int64 [n] time of the impression (of the action, where implicit)

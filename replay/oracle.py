@@ -330,7 +330,7 @@ class PartitionOracle:
                 self.expected.balance["duplicates"] += 1
                 self.expected.balance["open"] -= 1
                 continue
-            entry = {"key": f"{request}\x00{item}", "place": place, "pair": pair, "ts": ts}
+            entry = {"key": (request, f"item\x00{item}"), "place": place, "pair": pair, "ts": ts}
             entry["event_id"] = str(event["event_id"])
             entry |= dict.fromkeys(("shown", "clicked", "watched", "gone"), False)
             self.open[place] = entry
@@ -366,7 +366,7 @@ class PartitionOracle:
         self.forgotten[user] = self._now(event, late)
         if not late:
             self.expected.balance["joined"] += 1
-        self._emit(f"forget:{event['event_id']}\x00{event['user']}", FORGET)
+        self._emit((f"forget:{event['event_id']}", f"user\x00{event['user']}"), FORGET)
 
     def _now(self, event: dict, late: bool) -> int:
         return max(self.watermark or 0, event["ts"]) if late else event["ts"]
@@ -400,7 +400,7 @@ class PartitionOracle:
         if entry is None:
             if late or not self.rules.implicit:
                 return False
-            key, first = f"event:{event['event_id']}\x00{event['item']}", True
+            key, first = (f"event:{event['event_id']}", f"item\x00{event['item']}"), True
             self._emit(key, SHOWN)
         else:
             key, first = entry["key"], not entry["clicked"]
@@ -418,7 +418,7 @@ class PartitionOracle:
         now = self._now(event, late)
         return held if held is not None and now <= held["ts"] + self.rules.purchase_window_ms else None
 
-    def _hold_click(self, event: dict, key: str, late: bool, first: bool) -> None:
+    def _hold_click(self, event: dict, key: tuple[str, str], late: bool, first: bool) -> None:
         """`first`: on its example, which then waits for a purchase, where that is set."""
         pair, ts = (str(event["user"]), str(event["item"])), event["ts"]
         held = self._held_click(event, late)
@@ -462,12 +462,24 @@ class PartitionOracle:
             self._emit(held["key"], PURCHASE)
         return True
 
-    def _emit(self, key: str, part: int, one_of: int = 1) -> None:
-        row = xxhash.xxh3_64_intdigest(f"{key}\x00{part}".encode("utf-8", "surrogatepass")) or 1
+    def _emit(self, key: tuple[str, str], part: int, one_of: int = 1) -> None:
+        row = _mixed(_mixed(_hash(key[0]), _hash(key[1])), part)
         if row % one_of:
             return
         self.expected.rows += 1
         self.expected.sum = (self.expected.sum + row) % WRAP
+
+
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) or 1
+
+
+def _mixed(a: int, b: int) -> int:
+    """splitmix64 of a pair, as "Row ids" has it."""
+    z = (a * 0x9E3779B97F4A7C15 + b) % WRAP
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z = (z ^ z >> shift) * factor % WRAP
+    return z or 1
 
 
 def expect(

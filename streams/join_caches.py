@@ -269,10 +269,6 @@ class TimerCache(MemoryTimers):
         self._new: dict[Due, bytes] = {}  # since `saved`
         self._old: set[Due] = set()  # out since then, and perhaps on disk
 
-    @property
-    def earliest(self) -> int:
-        return min(super().earliest, self._near)
-
     def put(self, due: Due, value: bytes = b"") -> None:
         self._new[due] = value
         self._old.discard(due)
@@ -351,5 +347,3 @@ def _hash(text: str) -> bytes:
 
 def _pack_key(key: int | Pair) -> bytes:
     return key_of(key) if isinstance(key, int) else key_of(*key)
-
-

@@ -7,142 +7,147 @@ from typing import Any
 
 import numpy as np
 import orjson
-from xxhash import xxh3_64_intdigest
 
-from embedding_store.ids import hash_text
-from online_model.examples import COLUMNS, Counts, Examples, Part, Source, example_key, forget_key, row_id
+from embedding_store.ids import combine_all
+from online_model.examples import COLUMNS, Counts, Examples, Part, Source, forget_name, implicit_name
 from online_model.history import EMPTY, as_array
-from streams.events import Click, Forget
+from streams.events import SCENARIOS, Click, Forget
 from streams.join_state import Shown, Window
 
 # An enum is slow to hash and to pack.
 SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = map(int, Part)
 IMPRESSION, IMPLICIT = map(int, Source)
-_WRAP = (1 << 64) - 1
+SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
 COMMON = (
-    "part", "source", "ts", "closed", "user", "scenario", "rate", "click", "purchase", "play_ms", "duration_ms",
+    "name", "part", "source", "ts", "closed", "user", "scenario", "rate", "click", "purchase", "play_ms", "duration_ms",
     "delay_ms", "history",
 )  # fmt: skip
-_PARTS = [f"\x00{part}".encode() for part in map(int, Part)]
 
 
 class Rows:
-    """The rows of one call of `process`; `counts.rows` counts them. Of `unclicked_of` rows SHOWN without a click one
-    is kept, by its id.
+    """The rows of one call of `process`. Of `unclicked_of` rows SHOWN without a click one is kept, by its id.
 
     The rows of an impression that nobody clicked share most of their columns: rows are kept in groups, each with its
     length, its common columns (COMMON), and the others row by row.
     """
 
-    def __init__(self, counts: Counts, unclicked_of: int) -> None:
-        self._counts = counts
+    def __init__(self, unclicked_of: int) -> None:
         self._unclicked_of, self._rate = unclicked_of, 1.0 / unclicked_of
         self._lengths: list[int] = []
         self._common: list[tuple] = []
-        self._own: list[tuple] = []  # row_id and example_id (unsigned), item, position, propensity, item_raw
+        self._items: list[int] = []
+        self._as_they_came: list[str | int | None] = []
+        self._positions: list[int] = []
+        self._propensities: list[float] = []
 
-    def unclicked(self, shown: Shown, places: list[int], closed: int) -> None:
-        """Rows SHOWN of examples of an impression, not clicked."""
-        before, of = len(self._own), self._unclicked_of
-        positions, propensities, suffix = shown.positions, shown.propensities, _PARTS[SHOWN]
-        for place in places:
-            # As `row_id` and `hash_text` have it, at half the cost: the key is encoded once, and numpy makes the
-            # numbers signed.
-            item = shown.items[place]
-            key = example_key(shown.request, item).encode("utf-8", "surrogatepass")
-            id_ = xxh3_64_intdigest(key + suffix)
-            if of == 1 or id_ % of == 0:
-                self._own.append((
-                    id_, xxh3_64_intdigest(key), shown.ids[place], positions[place] if positions else -1,
-                    propensities[place] if propensities else math.nan, item,
-                ))  # fmt: skip
-        self._group(
-            len(self._own) - before, SHOWN, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, self._rate,
-            0, -1, -1, -1, -1, shown.history,
-        )  # fmt: skip
+    def unclicked(self, shown: Shown, closed: int) -> int:
+        """Rows SHOWN of the examples of an impression that were not clicked. Returns how many these are."""
+        if not shown.clicked:
+            n = len(shown.ids)
+            self._items += shown.ids
+            self._as_they_came += shown.items
+            self._positions += shown.positions or (-1,) * n
+            self._propensities += shown.propensities or (math.nan,) * n
+        else:
+            places = [place for place in range(len(shown.ids)) if not shown.clicked >> place & 1]
+            n = len(places)
+            for place in places:
+                self._example(shown, place)
+        if n:
+            self._lengths.append(n)
+            self._common.append((
+                shown.request, SHOWN, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, self._rate,
+                0, -1, -1, -1, -1, shown.history,
+            ))  # fmt: skip
+        return n
 
     def example(
         self, shown: Shown, place: int, part: int, closed: int,
         click: int = -1, purchase: int = -1, play: int = -1, duration: int = -1,
     ) -> None:  # fmt: skip
         """A row of an impression's example."""
-        item = shown.items[place]
-        key = example_key(shown.request, item).encode("utf-8", "surrogatepass")
-        self._own.append((
-            xxh3_64_intdigest(key + _PARTS[part]), xxh3_64_intdigest(key), shown.ids[place],
-            shown.positions[place] if shown.positions else -1,
-            shown.propensities[place] if shown.propensities else math.nan, item,
+        self._example(shown, place)
+        self._lengths.append(1)
+        self._common.append((
+            shown.request, part, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, 1.0, click, purchase, play,
+            duration, -1, shown.history,
         ))  # fmt: skip
-        self._group(
-            1, part, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, 1.0, click, purchase, play, duration, -1,
-            shown.history,
-        )  # fmt: skip
 
     def window(
-        self, window: Window, part: int, closed: int, user: int, item: int, as_it_came: str | int, id_: int,
+        self, window: Window, part: int, closed: int, user: int, item: int, as_it_came: str | int,
         click: int = -1, purchase: int = -1, delay: int = -1,
     ) -> None:  # fmt: skip
-        """A row of an example that was clicked, and is not, or no longer, open. `id_`: of the row."""
-        self._own.append((
-            id_ & _WRAP, window.example_id & _WRAP, item, window.position,
-            math.nan if window.propensity is None else window.propensity, as_it_came,
+        """A row of an example that was clicked, and is not, or no longer, open."""
+        propensity = math.nan if window.propensity is None else window.propensity
+        self._own(item, as_it_came, window.position, propensity)
+        self._lengths.append(1)
+        self._common.append((
+            window.name, part, window.source, window.ts, closed, user, window.scenario, 1.0, click, purchase, -1, -1,
+            delay, window.history,
         ))  # fmt: skip
-        self._group(
-            1, part, window.source, window.ts, closed, user, window.scenario, 1.0, click, purchase, -1, -1, delay,
-            window.history,
-        )  # fmt: skip
 
     def forget(self, event: Forget, event_id: str, user: int, closed: int) -> None:
         """The row that says that a user is to be forgotten."""
-        key = forget_key(event_id, event.user)
-        self._own.append((row_id(key, FORGET) & _WRAP, hash_text(key) & _WRAP, 0, -1, math.nan, None))
-        self._group(1, FORGET, IMPRESSION, event.ts, closed, user, 0, 1.0, -1, -1, -1, -1, -1, EMPTY)
+        self._own(user, None, -1, math.nan)
+        self._lengths.append(1)
+        self._common.append((
+            forget_name(event_id), FORGET, IMPRESSION, event.ts, closed, user, 0, 1.0, -1, -1, -1, -1, -1, EMPTY,
+        ))  # fmt: skip
 
-    def columns(self) -> Examples:
-        """All of them."""
-        if not self._own:
+    def columns(self, counts: Counts) -> Examples:
+        """All of them, in the order of `closed`, at one time in the order in which they were made; counted."""
+        if not self._lengths:
             return Examples.empty()
         lengths = np.array(self._lengths)
-        common = dict(zip(COMMON, zip(*self._common, strict=True), strict=True))
-        history = as_array(list(common.pop("history"))).repeat(lengths, axis=0)
-        columns: dict[str, Any] = {}
-        for name, values in common.items():
-            columns[name] = np.array(values, COLUMNS[name][0]).repeat(lengths)
-        row_ids, example_ids, items, positions, propensities, as_they_came = zip(*self._own, strict=True)
-        texts = {item: orjson.dumps(item).decode() for item in set(as_they_came)}
+        common: dict[str, Any] = dict(zip(COMMON, zip(*self._common, strict=True), strict=True))
+        histories = as_array(list(common.pop("history")))
+        names = np.array(common.pop("name"), np.int64)
+        groups = np.arange(len(lengths)).repeat(lengths)
+        order = np.argsort(np.array(common["closed"], np.int64)[groups], kind="stable")
+        groups = groups[order]
+        parts, items = np.array(common["part"], np.uint8)[groups], np.array(self._items, np.int64)[order]
+        example_ids = combine_all(names[groups], items)
+        row_ids = combine_all(example_ids, parts)
+        if self._unclicked_of > 1:
+            unclicked = np.array(common["click"], np.int8)[groups] == 0
+            kept = ~unclicked | (row_ids.view(np.uint64) % np.uint64(self._unclicked_of) == 0)
+            order, groups, items, parts = order[kept], groups[kept], items[kept], parts[kept]
+            example_ids, row_ids = example_ids[kept], row_ids[kept]
+        items[parts == FORGET] = 0
+        texts = {item: orjson.dumps(item).decode() for item in set(self._as_they_came)}
+        as_they_came = np.array([texts[item] for item in self._as_they_came], object)
+        counts.rows += len(order)
         return Examples(
-            row_id=_signed(row_ids), example_id=_signed(example_ids), item=np.array(items, np.int64),
-            position=np.array(positions, np.int16), propensity=np.array(propensities, np.float32),
-            history=history, item_raw=np.array([texts[item] for item in as_they_came], object), **columns,
+            row_id=row_ids, example_id=example_ids, item=items, history=histories[groups], item_raw=as_they_came[order],
+            position=np.array(self._positions, np.int16)[order],
+            propensity=np.array(self._propensities, np.float32)[order],
+            **{name: np.array(values, COLUMNS[name][0])[groups] for name, values in common.items()},
         )  # fmt: skip
 
-    def _group(self, length: int, *common: Any) -> None:
-        if length:
-            self._counts.rows += length
-            self._lengths.append(length)
-            self._common.append(common)
+    def _example(self, shown: Shown, place: int) -> None:
+        self._own(
+            shown.ids[place], shown.items[place], shown.positions[place] if shown.positions else -1,
+            shown.propensities[place] if shown.propensities else math.nan,
+        )  # fmt: skip
 
-
-def _signed(ids: tuple[int, ...]) -> np.ndarray:
-    """int64 [n] of unsigned 64-bit hashes, 0 replaced by 1: as `hash_text` has it."""
-    signed = np.array(ids, np.uint64).view(np.int64)
-    signed[signed == 0] = 1
-    return signed
+    def _own(self, item: int, as_it_came: str | int | None, position: int, propensity: float) -> None:
+        self._items.append(item)
+        self._as_they_came.append(as_it_came)
+        self._positions.append(position)
+        self._propensities.append(propensity)
 
 
 def window_of_impression(event: Click, shown: Shown, place: int) -> Window:
     """What a purchase of what was shown and clicked makes a row from."""
-    key = example_key(shown.request, shown.items[place])
     return Window(
-        event.ts, event.ts, row_id(key, PURCHASE), row_id(key, NOT_BOUGHT), hash_text(key), IMPRESSION, shown.ts,
-        shown.scenario, shown.positions[place] if shown.positions else -1,
+        event.ts, event.ts, shown.request, IMPRESSION, shown.ts, shown.scenario,
+        shown.positions[place] if shown.positions else -1,
         shown.propensities[place] if shown.propensities else None, shown.history,
     )  # fmt: skip
 
 
-def window_of_click(event: Click, key: str, scenario: int, history: bytes) -> Window:
-    """The same of a click that is an example by itself, named `key`."""
+def window_of_click(event: Click, event_id: str, history: bytes) -> Window:
+    """The same of a click that is an example by itself."""
     return Window(
-        event.ts, event.ts, row_id(key, PURCHASE), row_id(key, NOT_BOUGHT), hash_text(key), IMPLICIT, event.ts,
-        scenario, -1, None, history,
-    )  # fmt: skip
+        event.ts, event.ts, implicit_name(event_id), IMPLICIT, event.ts, SCENARIO[event.scenario], -1, None, history
+    )

@@ -34,7 +34,7 @@ class Shown(Struct, array_like=True, gc=False):
 
     number: int  # counts the impressions of the partition: in order of (ts, event_id)
     user: int  # feature id
-    request: str
+    request: int  # request_name
     ts: int  # ms
     scenario: int  # index in SCENARIOS
     history: bytes  # packed, as of ts
@@ -51,9 +51,7 @@ class Window(Struct, array_like=True, gc=False):
 
     clicked: int  # time of the last click on the example, ms
     first: int  # of the first one
-    row_id: int  # of the row PURCHASE
-    unbought_id: int  # of the row NOT_BOUGHT
-    example_id: int
+    name: int  # of the example, beside its item
     source: int
     ts: int  # of the example, ms
     scenario: int
@@ -108,10 +106,6 @@ class SeenIds(Protocol):
 
 class Timers(Protocol):
     """What is due when, in order of (ms, user, what); each carries a few bytes."""
-
-    @property
-    def earliest(self) -> int:
-        """Nothing is due before it."""
 
     def put(self, due: Due, value: bytes = b"") -> None: ...
 
@@ -201,10 +195,6 @@ class MemoryTimers:
     def __init__(self) -> None:
         self._heap: list[Due] = []
         self._values: dict[Due, bytes] = {}  # of those that were not removed
-
-    @property
-    def earliest(self) -> int:
-        return self._heap[0][0] if self._heap else FOREVER
 
     def put(self, due: Due, value: bytes = b"") -> None:
         if due not in self._values:

@@ -31,7 +31,7 @@ from streams.join_caches import AsideStore, Cache, SeenCache, TimerCache, Window
 from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
-FORMAT = 2
+FORMAT = 3
 CACHED = 50_000  # event ids, histories and purchase windows in memory: together about 60 MB
 MEMORY_BYTES = 64 << 20  # of RocksDB
 
@@ -71,7 +71,7 @@ class JoinStore:
 
     def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False, cached: int = CACHED) -> None:
         self.path, self._sync = Path(path), sync
-        self._db = db = open_db(path, FAMILIES, memory=MEMORY_BYTES)
+        self._db = db = open_db(path, FAMILIES, memory=MEMORY_BYTES, by_prefix=[SHOWN])
         self._histories = Cache(db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, cached)
         self._windows = WindowCache(db, WINDOWS, CLICKS, cached)
         self._seen = SeenCache(db, SEEN, OLD_SEEN, settings.open_ms, cached)

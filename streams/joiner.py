@@ -18,11 +18,10 @@ from msgspec import Meta, Struct
 
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
-from online_model.examples import Block, implicit_key, row_id
+from online_model.examples import Block, request_name
 from online_model.history import EMPTY, Kind, UserHistory, as_array, history_hash
 from streams.dead_letters import DeadLetter
 from streams.events import (
-    SCENARIOS,
     Action,
     Cart,
     Click,
@@ -40,6 +39,7 @@ from streams.join_rows import (
     LATE_CLICK,
     NOT_BOUGHT,
     PURCHASE,
+    SCENARIO,
     SHOWN,
     WATCH,
     Rows,
@@ -51,11 +51,13 @@ from streams.open_impressions import OpenImpressions
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
 _item_id = lru_cache(maxsize=50_000)(partial(feature_id, "item"))  # by far most are hashed again and again
-_SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
 _KIND: dict[type, int] = {
     Click: int(Kind.CLICK), Watch: int(Kind.WATCH), Cart: int(Kind.CART), Favourite: int(Kind.FAVOURITE),
     Purchase: int(Kind.PURCHASE),
 }  # fmt: skip
+
+
+_BUYING = (Click, Purchase)  # they look at the purchase window
 
 
 class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -122,7 +124,6 @@ class Joiner:
         self._forgotten = state.forgotten
         self._held = state.held
         heapify(self._held)
-        self._due = NEVER  # no timer fires before it
         self._begin()
 
     def process(self, records: Iterable[Record], to_offset: int | None = None, set_aside: bool = False) -> Joined:
@@ -149,6 +150,7 @@ class Joiner:
         self.next_offset = to_offset
         self._forget_what_ended()
         users = sorted(self._pushed)
+        examples = self._rows.columns(self.counts)
         block = Block(
             partition=self.partition,
             from_offset=start,
@@ -156,7 +158,7 @@ class Joiner:
             handled=min((held[2] for held in self._held), default=to_offset),
             watermark=self.watermark,
             counts=replace(self.counts),
-            examples=self._rows.columns(),
+            examples=examples,
             users=np.array(users, np.int64),
             histories=as_array([self._pushed[user].latest() for user in users]),
             set_aside=set_aside,
@@ -170,7 +172,7 @@ class Joiner:
     # --- records ------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._rows = Rows(self.counts, self.settings.unclicked_of)
+        self._rows = Rows(self.settings.unclicked_of)
         self._dead: list[DeadLetter] = []
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, replace(self.open.numbers), self.open.numbers, self._forgotten)
@@ -184,6 +186,7 @@ class Joiner:
         users = {event.user for event in named}
         ids = {user: feature_id("user", user) for user in users}
         self._histories.fetch(set(ids.values()))
+        self._windows.fetch({(ids[event.user], _item_id(event.item)) for event in named if type(event) in _BUYING})
         for record, event in zip(records, events, strict=True):
             stamp = record.timestamp_ms
             if not isinstance(event, Rejected) and stamp is not None and event.ts > stamp + self.settings.future_ms:
@@ -244,15 +247,17 @@ class Joiner:
 
     def _release(self) -> None:
         """5. All that is below the watermark, in order. Once for many records is the same as after each of them:
-        what came later and was not late has a larger ts than what an earlier watermark let go."""
+        what came later and was not late has a larger ts than what an earlier watermark let go.
+
+        Timers fire when all is released, or before what they could change: the rows are put in the order of their
+        times in the end.
+        """
         held, watermark, stored_below = self._held, self.watermark, self._changes.from_offset
         while held and held[0][0] < watermark:
             ts, event_id, offset, event, _, user = heappop(held)
             if offset < stored_below:
                 self._changes.released.append(offset)
-            if self._due < ts:
-                self._fire(ts)
-            if ts < self._forgotten.get(user, NEVER) and not isinstance(event, Forget):
+            if self._forgotten and ts < self._forgotten.get(user, NEVER) and not isinstance(event, Forget):
                 units = len(event.items) if isinstance(event, Impression) else 1  # forgotten in a range set aside
                 self.counts.open -= units
                 self.counts.history_only += units
@@ -260,8 +265,7 @@ class Joiner:
                 self._show(event, user)
             else:
                 self._handle(event, event_id, user, ts, late=False)
-        if self._due < watermark:
-            self._fire(watermark)
+        self._fire(watermark)
 
     def _handle(self, event: Action | Forget, event_id: str, user: int, now: int, late: bool) -> None:
         if isinstance(event, Forget):
@@ -288,7 +292,7 @@ class Joiner:
 
     def _show(self, event: Impression, user: int) -> None:
         """6. Opens the examples of an impression."""
-        ts, request = event.ts, str(event.request_id)
+        ts, request = event.ts, request_name(event.request_id)
         known = self._histories.get(user)
         history = known.as_of(ts) if known else EMPTY
         if event.feature_hash is not None:
@@ -297,7 +301,7 @@ class Joiner:
         items, positions, propensities = event.items, event.positions, event.propensities
         ids = [_item_id(item) for item in items]
         self.open.need(user)
-        same = self.open.items_of(user, request)
+        same = self.open.items_of(user, request, ts - self.settings.open_ms)
         if same or len(set(ids)) < len(ids):
             new = _distinct(ids, same)
             self.counts.duplicates += len(ids) - len(new)
@@ -308,45 +312,31 @@ class Joiner:
             positions = positions and [positions[i] for i in new]
             propensities = propensities and [propensities[i] for i in new]
         shown = Shown(
-            self.open.numbers.next, user, request, ts, _SCENARIO[event.scenario], history, tuple(items), tuple(ids),
+            self.open.numbers.next, user, request, ts, SCENARIO[event.scenario], history, tuple(items), tuple(ids),
             None if positions is None else tuple([min(max(place, -1), 32_767) for place in positions]),  # int16
             None if propensities is None else tuple(propensities),
         )  # fmt: skip
         self.open.add(shown, self._changes)
-        self._due = min(self._due, ts + self.settings.wait_ms)
 
     def _fire(self, limit: int) -> None:
-        """Fires all timers before `limit`, in order; at one time waits first, then watches, purchase waits, ends."""
-        settings, impressions = self.settings, self.open
-        while True:
-            wait = impressions.next_wait() + settings.wait_ms
-            play = self._plays.peek(limit)
-            unbought = self._unbought.peek(limit)
-            end = impressions.next_end() + settings.open_ms
-            due = min(wait, play, unbought, end)
-            if due >= limit:
-                self._due = min(wait, end, self._plays.earliest, self._unbought.earliest)
-                return
-            if wait == due:
-                self._end_wait(due)
-            elif play == due:
-                self._end_play(due)
-            elif unbought == due:
-                (_, user, item, _), as_it_came = self._unbought.pop()
-                window = self._windows.get((user, item))
-                assert window is not None, "a window outlives its timer"
-                self._say_not_bought(window, (user, item), orjson.loads(as_it_came), due)
-                self._windows.put((user, item), window)
-            else:
-                impressions.close(self._changes)
-
-    def _end_wait(self, due: int) -> None:
-        shown = self.open.end_wait()
-        if shown is not None:
-            places = [place for place in range(len(shown.ids)) if not shown.clicked >> place & 1]
-            self.counts.open -= len(places)
-            self.counts.joined += len(places)
-            self._rows.unclicked(shown, places, due)
+        """Fires all timers before `limit`. Of one impression its wait ends first, then its watches, then itself."""
+        impressions, plays, unbought = self.open, self._plays, self._unbought
+        while (due := impressions.next_wait() + self.settings.wait_ms) < limit:
+            shown = impressions.end_wait()
+            if shown is not None:
+                joined = self._rows.unclicked(shown, due)
+                self.counts.open -= joined
+                self.counts.joined += joined
+        while (due := plays.peek(limit)) < limit:
+            self._end_play(due)
+        while (due := unbought.peek(limit)) < limit:
+            (_, user, item, _), as_it_came = unbought.pop()
+            window = self._windows.get((user, item))
+            assert window is not None, "a window outlives its timer"
+            self._say_not_bought(window, (user, item), orjson.loads(as_it_came), due)
+            self._windows.put((user, item), window)
+        while impressions.next_end() + self.settings.open_ms < limit:
+            impressions.close(self._changes)
 
     def _end_play(self, due: int) -> None:
         (_, user, number, place), _ = self._plays.pop()
@@ -363,7 +353,7 @@ class Joiner:
     # --- actions ------------------------------------------------------------------------------------------------
 
     def _act(self, event: Action, event_id: str, user: int, now: int, late: bool) -> None:
-        """7 and 8. `now`: ts, or where it is late the watermark; all timers before it have fired."""
+        """7 and 8. `now`: ts, or where it is late the watermark."""
         item = _item_id(event.item)
         match event:
             case Click():
@@ -385,22 +375,26 @@ class Joiner:
             self._histories.put(user, history)
             self._pushed[user] = history
 
-    def _find(self, user: int, item: int, request: Id | None, ts: int, window_ms: int) -> Shown | None:
+    def _find(self, user: int, item: int, request: Id | None, ts: int, window_ms: int, now: int) -> Shown | None:
         self.open.need(user)
-        return self.open.find(user, item, None if request is None else str(request), ts, ts - window_ms)
+        since = max(ts - window_ms, now - self.settings.open_ms)
+        return self.open.find(user, item, None if request is None else request_name(request), ts, since)
 
     def _click(self, event: Click, event_id: str, pair: Pair, now: int, late: bool) -> bool:
         user, item = pair
         ts = event.ts
-        shown = self._find(user, item, event.request_id, ts, self.settings.click_window_ms)
+        shown = self._find(user, item, event.request_id, ts, self.settings.click_window_ms, now)
         first = False  # click on its example
         if shown is not None:
             place = shown.ids.index(item)
             if not shown.clicked >> place & 1:
                 first = True
+                over = shown.ts + self.settings.wait_ms < now
+                if over and shown.number >= self.open.numbers.waiting:
+                    self._fire(now)
                 shown.clicked |= 1 << place
                 self._changes.shown[shown.number] = shown
-                if shown.ts + self.settings.wait_ms < now:
+                if over:
                     self._rows.example(shown, place, LATE_CLICK, now, click=1, purchase=self._not_so_far)
                 else:
                     self.counts.open -= 1
@@ -410,11 +404,8 @@ class Joiner:
         elif self.settings.implicit and not late:
             first = True
             known = self._histories.get(user)
-            key = implicit_key(event_id, event.item)
-            window = window_of_click(event, key, _SCENARIO[event.scenario], known.as_of(ts) if known else EMPTY)
-            self._rows.window(
-                window, SHOWN, now, user, item, event.item, row_id(key, SHOWN), click=1, purchase=self._not_so_far
-            )
+            window = window_of_click(event, event_id, known.as_of(ts) if known else EMPTY)
+            self._rows.window(window, SHOWN, now, user, item, event.item, click=1, purchase=self._not_so_far)
         else:
             return False
         if first and self.settings.purchase_wait_ms:
@@ -425,13 +416,17 @@ class Joiner:
     def _window(self, pair: Pair, now: int) -> Window | None:
         """The purchase window of (user, item), unless it has ended."""
         window = self._windows.get(pair)
-        return window if window is not None and now <= window.clicked + self.settings.purchase_window_ms else None
+        if window is None:
+            return None
+        if window.due and window.due < now:
+            self._fire(now)
+        return window if now <= window.clicked + self.settings.purchase_window_ms else None
 
     def _hold(self, pair: Pair, window: Window, item: Id, now: int) -> None:
         """The last click in event time holds the window; a further one on the same example renews it. An example that
         loses the window, or does not get it, cannot be bought any more."""
         held = self._window(pair, now)
-        if held is not None and held.example_id == window.example_id:
+        if held is not None and held.name == window.name:
             held.clicked = max(held.clicked, window.clicked)
             self._windows.put(pair, held)
             return
@@ -445,17 +440,16 @@ class Joiner:
             self._say_not_bought(window, pair, item, now)
         elif window.due:
             self._unbought.put((window.due, *pair, 0), orjson.dumps(item))
-            self._due = min(self._due, window.due)
         self._windows.put(pair, window)
 
     def _say_not_bought(self, window: Window, pair: Pair, item: Id, now: int) -> None:
         """The row NOT_BOUGHT, unless that was not waited for, or is said."""
         if window.due:
             window.due = 0
-            self._rows.window(window, NOT_BOUGHT, now, *pair, item, window.unbought_id, purchase=0)
+            self._rows.window(window, NOT_BOUGHT, now, *pair, item, purchase=0)
 
     def _watch(self, event: Watch, user: int, item: int, now: int) -> bool:
-        shown = self._find(user, item, event.request_id, event.ts, self.settings.open_ms)
+        shown = self._find(user, item, event.request_id, event.ts, self.settings.open_ms, now)
         if shown is None:
             return False
         place = shown.ids.index(item)
@@ -464,7 +458,6 @@ class Joiner:
             due = min(event.ts + self.settings.watch_wait_ms, shown.ts + self.settings.open_ms)
             due = max(due, now)  # of a late watch: the timers before now have fired
             self._plays.put((due, user, shown.number, place))
-            self._due = min(self._due, due)
         else:
             play, _, due = plays[place]
             if due < now or event.play_ms <= play:
@@ -484,11 +477,13 @@ class Joiner:
                 window.due = 0
             self._windows.put(pair, window)
             delay = event.ts - window.first
-            self._rows.window(window, PURCHASE, now, *pair, event.item, window.row_id, purchase=1, delay=delay)
+            self._rows.window(window, PURCHASE, now, *pair, event.item, purchase=1, delay=delay)
         return True
 
     def _erase(self, event: Forget, event_id: str, user: int, now: int, late: bool) -> None:
         """9. From here on nothing is known of the user."""
+        if not late:
+            self._fire(now)
         counts = self.counts
         for shown in self.open.forget(user, self._changes):
             if shown.number >= self.open.numbers.waiting:

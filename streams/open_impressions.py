@@ -26,7 +26,7 @@ class _Mine:
     def __init__(self) -> None:
         self.shown: deque[Shown] = deque()
         self._items: dict[int, deque[Shown]] | None = None  # by item, each by number
-        self._requests: dict[str, deque[Shown]] = {}
+        self._requests: dict[int, deque[Shown]] = {}
 
     def add(self, shown: Shown) -> None:
         self.shown.append(shown)
@@ -53,12 +53,12 @@ class _Mine:
             return (shown for shown in reversed(self.shown) if item in shown.ids)
         return reversed(self._index()[0].get(item, ()))
 
-    def of_request(self, request: str) -> Iterable[Shown]:
+    def of_request(self, request: int) -> Iterable[Shown]:
         if len(self.shown) <= SCANNED:
             return [shown for shown in self.shown if shown.request == request]
         return self._index()[1].get(request, ())
 
-    def _index(self) -> tuple[dict[int, deque[Shown]], dict[str, deque[Shown]]]:
+    def _index(self) -> tuple[dict[int, deque[Shown]], dict[int, deque[Shown]]]:
         if self._items is None:
             self._items = {}
             for shown in self.shown:
@@ -110,12 +110,14 @@ class OpenImpressions:
         self.need(user)
         return self._shown.get(number)
 
-    def items_of(self, user: int, request: str) -> list[int]:
-        """The items that (user, request) has open. The user was needed."""
+    def items_of(self, user: int, request: int, since: int) -> list[int]:
+        """The items that (user, request) has open from impressions not older than `since`. The user was needed."""
         mine = self._users.get(user)
-        return [] if mine is None else [item for shown in mine.of_request(request) for item in shown.ids]
+        if mine is None:
+            return []
+        return [item for shown in mine.of_request(request) if shown.ts >= since for item in shown.ids]
 
-    def find(self, user: int, item: int, request: str | None, ts: int, since: int) -> Shown | None:
+    def find(self, user: int, item: int, request: int | None, ts: int, since: int) -> Shown | None:
         """The impression of [since, ts] that an action at `ts` is on: the request's, else the item's newest.
 
         The user was needed.

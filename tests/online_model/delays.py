@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding_store.ids import feature_id, hash_text
-from online_model.examples import Examples, Part, Source, example_key, row_id
+from embedding_store.ids import feature_id
+from online_model.examples import Examples, Part, Source, example_id, request_name, row_id
 from online_model.history import EMPTY, as_array
 
 START = 1_700_000_000_000  # ms UTC
@@ -71,10 +71,10 @@ def _part(clicks: Clicks, which: np.ndarray, part: Part, click: int = -1, purcha
     n = len(which)
     items = np.array([feature_id("item", k) for k in range(KINDS)], np.int64)
     users = np.array([feature_id("user", u) for u in range(int(clicks.user.max()) + 1)], np.int64)
-    keys = [example_key(int(i), int(clicks.kind[i])) for i in which]
+    keys = [example_id(request_name(int(i)), feature_id("item", int(clicks.kind[i]))) for i in which]
     return Examples(
         row_id=np.array([row_id(k, part) for k in keys], np.int64),
-        example_id=np.array([hash_text(k) for k in keys], np.int64),
+        example_id=np.array(keys, np.int64),
         part=np.full(n, part, np.uint8), source=np.full(n, Source.IMPRESSION, np.uint8),
         ts=clicks.ts[which], closed=clicks.ts[which].copy(), user=users[clicks.user[which]],
         item=items[clicks.kind[which]], scenario=np.zeros(n, np.uint8), position=np.full(n, -1, np.int16),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import Block, Counts, Examples, Part, Source, example_key, row_id
+from online_model.examples import Block, Counts, Examples, Part, Source, example_id, row_id
 from online_model.history import EMPTY, HISTORY, HISTORY_BYTES, HISTORY_DTYPE, PANE_S, RECENT, as_array
 
 START = 1_700_000_000_000  # ms UTC
@@ -41,12 +41,15 @@ def make_rows(
     history = np.where(rng.random((from_row + n, HISTORY)) < 0.5, rng.choice(ids, (from_row + n, HISTORY)), 0)[
         request - request[0] if n else request
     ]
-    keys = [example_key(f"{seed}.{r}", f"{i}-{j}") for j, (r, i) in enumerate(zip(request, item, strict=True))]
+    keys = [
+        example_id(hash_text(f"{seed}.{r}"), hash_text(f"{i}-{j}"))
+        for j, (r, i) in enumerate(zip(request, item, strict=True))
+    ]
     click = np.ones(n, np.int8) if source == Source.IMPLICIT else (rng.random(n) < 0.2).astype(np.int8)
     ts = START + request * 1000
     return Examples(
         row_id=np.array([row_id(k, Part.SHOWN) for k in keys], np.int64),
-        example_id=np.array([hash_text(k) for k in keys], np.int64),
+        example_id=np.array(keys, np.int64),
         part=np.full(n, Part.SHOWN, np.uint8), source=np.full(n, source, np.uint8),
         ts=ts.astype(np.int64), closed=(ts + 500).astype(np.int64),
         user=np.array([feature_id("user", int(u)) for u in user_of], np.int64), item=ids[item],
@@ -70,9 +73,7 @@ def later(rows: Examples, index: np.ndarray, part: Part, **columns: int) -> Exam
     return out
 
 
-def make_blocks(
-    rows: Examples, size: int, partition: int = 0, first: int = 0, users: bool = True
-) -> list[Block]:
+def make_blocks(rows: Examples, size: int, partition: int = 0, first: int = 0, users: bool = True) -> list[Block]:
     """The rows cut into blocks of `size`, each of ten offsets; each brings the histories of its users."""
     blocks = []
     for number, start in enumerate(range(0, len(rows), size)):

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from embedding_store.ids import feature_id, hash_text
+from embedding_store.ids import combine, feature_id, hash_text
 from online_model.examples import Counts
 from online_model.history import history_hash
 from streams.events import SCENARIOS, Click, Forget, Impression, Purchase, Refund, Rejected, Tick, Watch, decode
@@ -106,8 +106,7 @@ class ReferenceJoiner:
         self.log.pop(user, None)
         self.forgotten[user] = now
         self.counts.joined += not late
-        key = f"forget:{event.event_id}\0{event.user}"
-        x = self.example(event, key, 0, plain_state([]).tolist(), 0) | {"scenario": 0}
+        x = self.example(event, f"forget:{event.event_id}", 0, plain_state([]).tolist(), 0) | {"scenario": 0}
         self.row(x, 5, now)
 
     def show(self, event) -> None:  # rule 6
@@ -120,7 +119,7 @@ class ReferenceJoiner:
             if any(x["place"] == place for x in self.examples):
                 self.counts.duplicates, self.counts.open = self.counts.duplicates + 1, self.counts.open - 1
                 continue
-            x = self.example(event, f"{event.request_id}\0{item}", item, history, 0)
+            x = self.example(event, str(event.request_id), item, history, 0)
             x["place"] = place
             x["position"] = -1 if event.positions is None else max(-1, min(32_767, event.positions[i]))
             x["propensity"] = None if event.propensities is None else event.propensities[i]
@@ -166,14 +165,14 @@ class ReferenceJoiner:
             if late or not self.s.implicit:
                 return False
             history = self.history(event.user, event.ts)
-            x = self.example(event, f"event:{event.event_id}\0{event.item}", event.item, history, 1)
+            x = self.example(event, f"event:{event.event_id}", event.item, history, 1)
         wait = self.s.purchase_wait_ms
         new = {"ts": event.ts, "first": event.ts, "bought": False, "x": x, "item": event.item, "due": None}
         if not x["clicked"]:
             x["clicked"] = True
             self.row(x, 1 if x["shown"] else 0, now, click=1, purchase=-1 if wait else 0)
             new["due"] = event.ts + wait if wait else None
-        if window is not None and window["x"]["key"] == x["key"]:
+        if window is not None and window["x"]["name"] == x["name"]:
             window["ts"] = max(window["ts"], event.ts)
             return True
         if window is None or event.ts >= window["ts"]:
@@ -203,9 +202,9 @@ class ReferenceJoiner:
     def history(self, user, before=math.inf) -> list[int]:
         return plain_state([a for a in self.log.get(str(user), []) if a[1] < before]).tolist()
 
-    def example(self, event, key, item, history, source) -> dict:
+    def example(self, event, name, item, history, source) -> dict:
         return {
-            "key": key, "item": item, "history": history, "source": source, "position": -1, "propensity": None,
+            "name": name, "item": item, "history": history, "source": source, "position": -1, "propensity": None,
             "ts": event.ts, "event_id": str(event.event_id), "user": event.user,
             "scenario": SCENARIOS.index(event.scenario), "clicked": False, "shown": False,
         }  # fmt: skip
@@ -215,14 +214,16 @@ class ReferenceJoiner:
             x["shown"] = True
             if x["source"] == 0:
                 self.counts.open, self.counts.joined = self.counts.open - 1, self.counts.joined + 1
-        id_ = hash_text(f"{x['key']}\0{part}")
+        forget = part == 5
+        thing = feature_id("user", x["user"]) if forget else feature_id("item", x["item"])
+        example = combine(hash_text(x["name"]), thing)
+        id_ = combine(example, part)
         if click == 0 and id_ % 2**64 % self.s.unclicked_of:
             return
         self.counts.rows += 1
-        forget = part == 5
         self.rows.append((
-            id_, hash_text(x["key"]), part, x["source"], x["ts"], closed,
-            feature_id("user", x["user"]), 0 if forget else feature_id("item", x["item"]), x["scenario"], x["position"],
+            id_, example, part, x["source"], x["ts"], closed,
+            feature_id("user", x["user"]), 0 if forget else thing, x["scenario"], x["position"],
             x["propensity"], float(np.float32(1 / self.s.unclicked_of)) if click == 0 else 1.0,
             click, purchase, play_ms, duration_ms, delay, tuple(x["history"]),
             "null" if forget else json.dumps(x["item"], ensure_ascii=False),

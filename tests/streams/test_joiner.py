@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
-from online_model.examples import Block, Examples, Part, example_key, implicit_key, row_id
+from online_model.examples import Block, Examples, Part, example_id, forget_name, implicit_name, request_name, row_id
 from online_model.history import HISTORY_BYTES, Kind, UserHistory, history_hash, unpack
 from replay.oracle import PartitionOracle, Rules, parse
 from streams import open_impressions
@@ -129,6 +129,11 @@ class Log:
         return self.joiner.counts
 
 
+def row_of(request: str, item: str, part: int) -> int:
+    """The row id of a part of an impression's example."""
+    return row_id(example_id(request_name(request), feature_id("item", item)), part)
+
+
 def only(rows: Examples, *names: str) -> list:
     """The named columns of the only row."""
     assert len(rows) == 1
@@ -141,7 +146,7 @@ def test_not_clicked_within_the_wait_is_a_row_with_click_0():
     assert log.counts.open == 1
     assert len(log.to(1_100)) == 0
     rows = log.to(1_101)
-    assert only(rows, "row_id", "part", "source") == [row_id(example_key("r", "i"), 0), 0, 0]
+    assert only(rows, "row_id", "part", "source") == [row_of("r", "i", 0), 0, 0]
     assert only(rows, "ts", "closed", "click", "purchase", "play_ms", "duration_ms") == [1_000, 1_100, 0, -1, -1, -1]
     assert only(rows, "position", "propensity", "scenario", "item_raw") == [4, 0.25, 2, '"i"']
     assert (log.counts.open, log.counts.joined, log.counts.rows) == (0, 1, 1)
@@ -188,7 +193,7 @@ def test_an_action_without_request_finds_the_newest_impression_before_it():
     log.add("click", 1_081, item="i", request_id="unknown")
     log.to(1_090)
     rows = log.rows()
-    assert rows.row_id.tolist() == [row_id(example_key(r, "i"), 0) for r in ("r2", "r1", "r3")]
+    assert rows.row_id.tolist() == [row_of(r, "i", 0) for r in ("r2", "r1", "r3")]
     assert (log.counts.late, log.counts.open, log.counts.joined) == (1, 0, 5)
 
 
@@ -197,7 +202,7 @@ def test_ties_go_to_the_largest_event_id():
     log.add("impression", 1_000, request_id="r2", items=["i"], event_id="b")
     log.add("impression", 1_000, request_id="r1", items=["i"], event_id="a")
     log.add("click", 1_000, item="i", event_id="c")
-    assert only(log.to(1_001), "row_id") == [row_id(example_key("r2", "i"), 0)]
+    assert only(log.to(1_001), "row_id") == [row_of("r2", "i", 0)]
 
 
 def test_the_longest_watch_makes_one_row():
@@ -231,7 +236,7 @@ def test_a_purchase_joins_the_last_click_once():
     log.add("purchase", 6_020, item="i", request_id="r2")
     log.add("purchase", 6_020, item="i")
     rows = log.to(6_021)
-    assert only(rows, "row_id", "part") == [row_id(example_key("r1", "i"), 3), 3]
+    assert only(rows, "row_id", "part") == [row_of("r1", "i", 3), 3]
     assert only(rows, "ts", "closed", "click", "purchase", "position") == [1_000, 6_020, -1, 1, 2]
     log.add("purchase", 6_021, item="i")
     assert len(log.to(6_030)) == 0
@@ -261,7 +266,7 @@ def test_a_late_click_does_not_take_the_window_from_a_later_one():
     assert only(log.add("click", 1_400, item="i", request_id="r2"), "part") == [1]
     assert len(log.add("click", 1_450, item="i", request_id="r1")) == 0
     log.add("purchase", 6_500, item="i")  # at the very end of the window that the click at 1500 opened
-    assert log.to(6_501).row_id.tolist() == [row_id(example_key("r1", "i"), 3)]
+    assert log.to(6_501).row_id.tolist() == [row_of("r1", "i", 3)]
 
 
 def test_a_window_that_has_ended_is_not_found_by_a_late_purchase():
@@ -278,8 +283,8 @@ def test_implicit_clicks_are_examples_of_their_own():
     log.add("click", 1_000, item=7)
     log.add("purchase", 1_001, item=7)
     rows = log.to(1_002)
-    key = implicit_key("e1", 7)
-    assert rows.row_id.tolist() == [row_id(key, 0), row_id(key, 3)]
+    example = example_id(implicit_name("e1"), feature_id("item", 7))
+    assert rows.row_id.tolist() == [row_id(example, 0), row_id(example, 3)]
     assert rows.source.tolist() == [1, 1]
     assert rows.position.tolist() == [-1, -1]
     assert unpack(rows.history)["intent"]["item"][:, :2].tolist() == [[feature_id("item", 8), 0]] * 2
@@ -415,7 +420,7 @@ def test_nothing_is_known_of_a_forgotten_user():
     log.to(1_051)
     rows = log.rows()
     assert rows.part.tolist() == [0, 5], "the click; then the word that the user is forgotten"
-    assert rows.row_id[1] == row_id("forget:f\0u", 5)
+    assert rows.row_id[1] == row_id(example_id(forget_name("f"), feature_id("user", "u")), 5)
     assert (rows.user[1], rows.item[1], rows.closed[1]) == (feature_id("user", "u"), 0, 1_050)
     assert log.blocks[-1].users.tolist() == []
     log.add("cart", 1_045, item="k")  # late, from before
@@ -462,7 +467,7 @@ def test_not_bought_is_said_after_the_purchase_wait():
     log.add("click", 1_300, item="i")
     assert len(log.to(1_550)) == 0
     rows = log.to(1_551)
-    assert only(rows, "row_id", "part", "closed") == [row_id(example_key("r", "i"), 4), 4, 1_550]
+    assert only(rows, "row_id", "part", "closed") == [row_of("r", "i", 4), 4, 1_550]
     assert only(rows, "click", "purchase", "delay_ms", "item_raw") == [-1, 0, -1, '"i"']
     log.add("purchase", 6_000, item="i")
     assert only(log.to(6_001), "part", "purchase", "delay_ms") == [3, 1, 4_950]
@@ -487,12 +492,12 @@ def test_an_example_that_loses_the_window_is_not_bought():
     log.to(1_065)
     rows = log.rows()
     assert rows.part.tolist() == [0, 0, 4]
-    assert rows.row_id[2] == row_id(example_key("r1", "i"), 4)
+    assert rows.row_id[2] == row_of("r1", "i", 4)
     rows = log.add("click", 1_055, item="i", request_id="r3")  # late: the click at 1060 holds the window
     assert rows.part.tolist() == [0, 4]
     assert rows.closed.tolist() == [1_065, 1_065]
     log.add("purchase", 1_070, item="i")
-    assert log.to(9_000).row_id.tolist() == [row_id(example_key("r2", "i"), 3)]
+    assert log.to(9_000).row_id.tolist() == [row_of("r2", "i", 3)]
 
 
 def test_one_in_so_many_unclicked_rows_is_kept_and_says_so():

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from embedding_store.delta import Assembler
-from embedding_store.ids import feature_id, hash_text
-from online_model.examples import Block, Examples, Part, Source, example_key, row_id
+from embedding_store.ids import feature_id
+from online_model.examples import Block, Examples, Part, Source, example_id, request_name, row_id
 from online_model.features import CATEGORY, ITEM, USER, item_features, user_features
 from online_model.feedback import probabilities
 from online_model.history import HISTORY
@@ -30,11 +30,11 @@ def block(number: int, n: int = 300) -> Block:
     user, item = rng.integers(0, 20, n), rng.integers(0, 40, n)
     item_ids = np.array([feature_id(ITEM, int(i)) for i in range(40)], np.int64)
     user_ids = np.array([feature_id(USER, int(i)) for i in range(20)], np.int64)
-    keys = [example_key(f"{number}-{i}", int(item[i])) for i in range(n)]
+    keys = [example_id(request_name(f"{number}-{i}"), feature_id("item", int(item[i]))) for i in range(n)]
     history = np.where(rng.random((n, HISTORY)) < 0.5, item_ids[rng.integers(0, 40, (n, HISTORY))], 0)
     rows = Examples(
         row_id=np.array([row_id(key, Part.SHOWN) for key in keys], np.int64),
-        example_id=np.array([hash_text(key) for key in keys], np.int64),
+        example_id=np.array(keys, np.int64),
         part=np.full(n, Part.SHOWN, np.uint8), source=np.full(n, Source.IMPRESSION, np.uint8),
         ts=np.full(n, T0 + number), closed=np.full(n, T0 + number), user=user_ids[user], item=item_ids[item],
         scenario=rng.integers(0, 4, n).astype(np.uint8), position=rng.integers(0, 9, n).astype(np.int16),
