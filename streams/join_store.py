@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -27,7 +28,7 @@ from online_model.examples import Counts
 from online_model.history import UserHistory
 from streams.dead_letters import DeadLetter
 from streams.events import Tick, decode
-from streams.join_caches import AsideStore, Cache, SeenCache, TimerCache, WindowCache, key_of, numbers_of
+from streams.join_caches import AsideStore, Cache, SeenCache, TimerCache, WindowCache, key_of, keys_of, numbers_of
 from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
@@ -128,10 +129,12 @@ class JoinStore:
         self._seen.write(batch)
         for piece in (self._histories, self._windows, self._plays, self._unbought):
             piece.write(batch)
-        _write(batch, HELD, {key_of(held[2]): held[4] for held in changes.held}, map(key_of, changes.released))
-        shown = {key_of(shown.user, shown.number): _encode(shown) for shown in changes.shown.values()}
-        _write(batch, SHOWN, shown, (key_of(*closed) for closed in changes.closed))
-        _write(batch, ORDER, {key_of(number): key_of(ts, user) for number, ts, user in changes.opened}, ())
+        held = sorted((held[2], held[4]) for held in changes.held)
+        _write(batch, HELD, [offset for offset, _ in held], [raw for _, raw in held], changes.released)
+        shown = sorted(changes.shown.values(), key=attrgetter("user", "number"))
+        _write(batch, SHOWN, [(s.user, s.number) for s in shown], [_encode(s) for s in shown], changes.closed)
+        opened = keys_of([(ts, user) for _, ts, user in changes.opened])
+        _write(batch, ORDER, [number for number, _, _ in changes.opened], opened, [])
         if numbers.first > before.first:
             batch.delete_range(ORDER, key_of(before.first), key_of(numbers.first))
         erasures = self._erasures + changes.erased
@@ -201,10 +204,11 @@ class JoinStore:
             )
 
 
-def _write(batch: Batch, family: str, puts: dict[bytes, bytes], deletes: Iterable[bytes]) -> None:
-    batch.put_all(family, sorted(puts), [puts[key] for key in sorted(puts)])
+def _write(batch: Batch, family: str, order: list, values: list[bytes], deletes: list) -> None:
+    """Puts `values` under the keys of the numbers in `order`, ascending, and deletes those of `deletes`."""
+    batch.put_all(family, keys_of(order), values)
     writer = batch.into(family)
-    for key in sorted(deletes):
+    for key in keys_of(sorted(deletes)):
         del writer[key]
 
 

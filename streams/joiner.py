@@ -299,7 +299,7 @@ class Joiner:
             self.counts.skew_checked += 1
             self.counts.skew_differs += event.feature_hash != history_hash(history)
         items, positions, propensities = event.items, event.positions, event.propensities
-        ids = [_item_id(item) for item in items]
+        ids = list(map(_item_id, items))
         self.open.need(user)
         same = self.open.items_of(user, request, ts - self.settings.open_ms)
         if same or len(set(ids)) < len(ids):

@@ -47,10 +47,10 @@ class _Mine:
                 del requests[shown.request]
         return shown
 
-    def with_item(self, item: int) -> Iterator[Shown]:
-        """Those that have the item, newest first."""
+    def newest_first(self, item: int) -> Iterator[Shown]:
+        """Those that have the item, and perhaps others."""
         if len(self.shown) <= SCANNED:
-            return (shown for shown in reversed(self.shown) if item in shown.ids)
+            return reversed(self.shown)
         return reversed(self._index()[0].get(item, ()))
 
     def of_request(self, request: int) -> Iterable[Shown]:
@@ -124,10 +124,10 @@ class OpenImpressions:
         """
         mine = self._users.get(user)
         newest = None
-        for shown in () if mine is None else mine.with_item(item):
+        for shown in () if mine is None else mine.newest_first(item):
             if shown.ts < since:
                 break
-            if shown.ts <= ts:
+            if shown.ts <= ts and item in shown.ids:
                 if request is None or shown.request == request:
                     return shown
                 newest = newest or shown
