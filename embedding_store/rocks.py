@@ -230,8 +230,8 @@ def open_db(
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
     `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
-    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: families whose
-    cursors are asked for keys that begin with the same PREFIX bytes; where there are none that is known at once.
+    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: families
+    whose cursors are asked for keys that begin with the same PREFIX bytes; where there are none that is known at once.
     """
     return Db(Path(path), families, read_only, memory, by_prefix)
 

@@ -387,7 +387,7 @@ class PartitionOracle:
             case "click":
                 found = self._click(event, late)
             case "watch":
-                found = self._watch(event)
+                found = self._watch(event, late)
             case "purchase":
                 found = self._buy(event, late)
             case _:
@@ -443,14 +443,15 @@ class PartitionOracle:
         window["due"] = None
         self._emit(window["key"], NOT_BOUGHT)
 
-    def _watch(self, event: dict) -> bool:
+    def _watch(self, event: dict, late: bool) -> bool:
         entry = self._find(event, self.rules.open_ms)
         if entry is None:
             return False
         if not entry["watched"]:
             entry["watched"] = True
             end = entry["ts"] + self.rules.open_ms
-            self._timer(min(event["ts"] + self.rules.watch_wait_ms, end), "watch", entry)
+            due = min(event["ts"] + self.rules.watch_wait_ms, end)
+            self._timer(max(due, self.watermark or 0) if late else due, "watch", entry)
         return True
 
     def _buy(self, event: dict, late: bool) -> bool:

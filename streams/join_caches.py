@@ -88,7 +88,7 @@ class Cache(Generic[V]):
 
     def fetch(self, keys: Iterable[int | Pair], /) -> None:
         young, old = self._young, self._old
-        missing = []
+        missing: list[Any] = []
         for key in keys:
             if key not in young:
                 if key in old:

@@ -13,7 +13,7 @@ windows are read one by one through bounded caches, the rest is read when the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path

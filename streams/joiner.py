@@ -57,9 +57,6 @@ _KIND: dict[type, int] = {
 }  # fmt: skip
 
 
-_BUYING = (Click, Purchase)  # they look at the purchase window
-
-
 class JoinSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Section [join]. Times in ms of event time."""
 
@@ -186,7 +183,7 @@ class Joiner:
         users = {event.user for event in named}
         ids = {user: feature_id("user", user) for user in users}
         self._histories.fetch(set(ids.values()))
-        self._windows.fetch({(ids[event.user], _item_id(event.item)) for event in named if type(event) in _BUYING})
+        self._windows.fetch({(ids[e.user], _item_id(e.item)) for e in named if isinstance(e, (Click, Purchase))})
         for record, event in zip(records, events, strict=True):
             stamp = record.timestamp_ms
             if not isinstance(event, Rejected) and stamp is not None and event.ts > stamp + self.settings.future_ms:
