@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rocksdict import (
@@ -35,7 +35,6 @@ from embedding_store.errors import DiskFull, StoreError, StoreLocked
 
 DEFAULT_FAMILY = "default"  # RocksDB always has this one
 _CACHE_BYTES = 64 << 20
-PREFIX = 8  # bytes: of the keys of families that are looked at by their beginnings
 
 
 class Batch:
@@ -77,9 +76,9 @@ class Db:
 
     def __init__(
         self, path: Path, families: list[str], read_only: bool = False, memory: int = 0,
-        by_prefix: Collection[str] = (),
+        by_prefix: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        self.path, self._memory, self._by_prefix = path, memory, by_prefix
+        self.path, self._memory, self._by_prefix = path, memory, by_prefix or {}
         self._names = families
         self._read_only = read_only
         self._db: Rdict | None = None
@@ -112,12 +111,20 @@ class Db:
             options.set_total_order_seek(True)
             yield from self.family(family).items(from_key=from_key, read_opt=options)
 
-    def cursor(self, family: str) -> Cursor:
-        """For many short looks at a family as it is now. Holds the LOCK until it is gone."""
+    def cursor(self, family: str, prefix: int = 0) -> Cursor:
+        """For many short looks at a family as it is now. Holds the LOCK until it is gone.
+
+        With `prefix` only keys that begin with the same so many bytes are looked for at a time, those that `by_prefix`
+        has for the family.
+        """
         with _mapped_errors(self.path):
             self._opened()
             options = ReadOptions()
-            options.set_prefix_same_as_start(family in self._by_prefix)
+            if prefix:
+                assert prefix == self._by_prefix.get(family), f"the family {family} is not looked at by {prefix} bytes"
+                options.set_prefix_same_as_start(True)
+            else:
+                options.set_total_order_seek(True)
             return Cursor(self.path, self.family(family).iter(options))
 
     def compact(self, family: str) -> None:
@@ -196,8 +203,8 @@ class Db:
             cache = Cache(self._memory // 2 or _CACHE_BYTES)
             access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
             options = {name: _options(cache, self._memory) for name in (DEFAULT_FAMILY, *names)}
-            for name in self._by_prefix:
-                options[name].set_prefix_extractor(SliceTransform.create_fixed_prefix(PREFIX))
+            for name, prefix in self._by_prefix.items():
+                options[name].set_prefix_extractor(SliceTransform.create_fixed_prefix(prefix))
                 options[name].set_memtable_prefix_bloom_ratio(0.05)
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
@@ -223,15 +230,16 @@ class Cursor:
 
 
 def open_db(
-    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0, by_prefix: Collection[str] = ()
-) -> Db:
+    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0,
+    by_prefix: Mapping[str, int] | None = None,
+) -> Db:  # fmt: skip
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
     `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
-    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: families
-    whose cursors are asked for keys that begin with the same PREFIX bytes; where there are none that is known at once.
+    RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: family →
+    how many bytes its keys begin with when a cursor asks for them; where there are none that is known at once.
     """
     return Db(Path(path), families, read_only, memory, by_prefix)
 

@@ -19,6 +19,7 @@ from embedding_store.rocks import Batch, Cursor, Db
 from streams.join_state import FOREVER, NEVER, Due, MemorySeen, MemoryTimers, Pair, Shown, Window
 
 LOOK_AHEAD_MS = 5_000  # of event time: timers due so soon are in memory
+REQUEST_BYTES = 16  # of the keys of open impressions: user and request
 ENDED_A_COMMIT = 5_000  # purchase windows that a commit deletes; one adds fewer
 
 V = TypeVar("V")
@@ -337,29 +338,34 @@ class TimerCache(MemoryTimers):
 
 
 class AsideStore:
-    """The open impressions on disk, by user, and the order of all of them."""
+    """The open impressions on disk, by user and request, and the order of all of them."""
 
     def __init__(self, db: Db, shown: str, order: str) -> None:
         self._db, self._shown, self._order = db, shown, order
         self._unpack = msgspec.msgpack.Decoder(Shown).decode
-        self._cursor: Cursor | None = None  # users that are not in memory are as they were at the last commit
+        # What is not in memory is as it was at the last commit: one for requests, one for users.
+        self._cursors: tuple[Cursor, Cursor] | None = None
 
-    def load(self, user: int) -> list[Shown]:
-        if self._cursor is None:
-            self._cursor = self._db.cursor(self._shown)
-        return [self._unpack(raw) for _, raw in self._cursor.beginning_with(key_of(user))]
+    def load(self, user: int, request: int | None) -> list[Shown]:
+        if self._cursors is None:
+            self._cursors = self._db.cursor(self._shown, REQUEST_BYTES), self._db.cursor(self._shown)
+        if request is None:
+            found = self._cursors[1].beginning_with(key_of(user))
+        else:
+            found = self._cursors[0].beginning_with(key_of(user, request))
+        return [self._unpack(raw) for _, raw in found]
 
-    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
+    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int, int]]:
         for key, raw in self._db.items(self._order, key_of(first)):
             (number,) = numbers_of(key)
             if number >= end:
                 break
-            ts, user = numbers_of(raw)
-            yield number, ts, user
+            ts, user, request = numbers_of(raw)
+            yield number, ts, user, request
 
     def let_go(self) -> None:
         """Of the store as it was at the last commit: RocksDB could not be closed, or opened anew, meanwhile."""
-        self._cursor = None
+        self._cursors = None
 
 
 def _hash(text: str) -> bytes:

@@ -220,21 +220,21 @@ class MemoryTimers:
 class Aside(Protocol):
     """Open impressions that are not in memory."""
 
-    def load(self, user: int) -> list[Shown]:
-        """All that a user has, by number."""
+    def load(self, user: int, request: int | None) -> list[Shown]:
+        """All that a user has, or has of a request."""
 
-    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
-        """(number, ts, user) of the impressions that are not closed, for numbers in [first, end)."""
+    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int, int]]:
+        """(number, ts, user, request) of the impressions that are not closed, for numbers in [first, end)."""
 
 
 class NothingAside:
     """Everything is in memory."""
 
-    def load(self, user: int) -> list[Shown]:
+    def load(self, user: int, request: int | None) -> list[Shown]:
         return []
 
-    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int]]:
-        return itertools.repeat((0, 0, 0), 0)
+    def order(self, first: int, end: int) -> Iterable[tuple[int, int, int, int]]:
+        return itertools.repeat((0, 0, 0, 0), 0)
 
 
 @dataclass
@@ -253,7 +253,7 @@ class JoinState:
     histories: KeyedState[int, UserHistory] = field(default_factory=MemoryHistories)
     windows: Windows = field(default_factory=MemoryWindows)
     seen: SeenIds = field(default_factory=MemorySeen)
-    plays: Timers = field(default_factory=MemoryTimers)  # the ends of watches: (due, user, number, place)
+    plays: Timers = field(default_factory=MemoryTimers)  # (due, user, number, place) of watches, each with the request
     unbought: Timers = field(default_factory=MemoryTimers)  # (due, user, item, 0), each with the item as it came
     aside: Aside = field(default_factory=NothingAside)
     numbers: Numbers = field(default_factory=Numbers)
@@ -276,6 +276,6 @@ class Changes:
     held: list[Held] = field(default_factory=list)  # new and still held
     released: list[int] = field(default_factory=list)  # offsets that were there before
     shown: dict[int, Shown] = field(default_factory=dict)  # opened or changed, and still open, by number
-    opened: list[tuple[int, int, int]] = field(default_factory=list)  # (number, ts, user), also those closed since
-    closed: list[tuple[int, int]] = field(default_factory=list)  # (user, number), were there before
+    opened: list[tuple[int, int, int, int]] = field(default_factory=list)  # (number, ts, user, request), closed or not
+    closed: list[tuple[int, int, int]] = field(default_factory=list)  # (user, request, number), were there before
     erased: bool = False  # a user was forgotten: what is overwritten or deleted must leave the disk as well

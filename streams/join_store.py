@@ -28,7 +28,17 @@ from online_model.examples import Counts
 from online_model.history import UserHistory
 from streams.dead_letters import DeadLetter
 from streams.events import Tick, decode
-from streams.join_caches import AsideStore, Cache, SeenCache, TimerCache, WindowCache, key_of, keys_of, numbers_of
+from streams.join_caches import (
+    REQUEST_BYTES,
+    AsideStore,
+    Cache,
+    SeenCache,
+    TimerCache,
+    WindowCache,
+    key_of,
+    keys_of,
+    numbers_of,
+)
 from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
@@ -72,7 +82,7 @@ class JoinStore:
 
     def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False, cached: int = CACHED) -> None:
         self.path, self._sync = Path(path), sync
-        self._db = db = open_db(path, FAMILIES, memory=MEMORY_BYTES, by_prefix=[SHOWN])
+        self._db = db = open_db(path, FAMILIES, memory=MEMORY_BYTES, by_prefix={SHOWN: REQUEST_BYTES})
         self._histories = Cache(db, HISTORIES, UserHistory.to_bytes, UserHistory.from_bytes, cached)
         self._windows = WindowCache(db, WINDOWS, CLICKS, cached)
         self._seen = SeenCache(db, SEEN, OLD_SEEN, settings.open_ms, cached)
@@ -131,10 +141,11 @@ class JoinStore:
             piece.write(batch)
         held = sorted((held[2], held[4]) for held in changes.held)
         _write(batch, HELD, [offset for offset, _ in held], [raw for _, raw in held], changes.released)
-        shown = sorted(changes.shown.values(), key=attrgetter("user", "number"))
-        _write(batch, SHOWN, [(s.user, s.number) for s in shown], [_encode(s) for s in shown], changes.closed)
-        opened = keys_of([(ts, user) for _, ts, user in changes.opened])
-        _write(batch, ORDER, [number for number, _, _ in changes.opened], opened, [])
+        shown = sorted(changes.shown.values(), key=attrgetter("user", "request", "number"))
+        places = [(s.user, s.request, s.number) for s in shown]
+        _write(batch, SHOWN, places, [_encode(s) for s in shown], changes.closed)
+        opened = keys_of([(ts, user, request) for _, ts, user, request in changes.opened])
+        _write(batch, ORDER, [number for number, *_ in changes.opened], opened, [])
         if numbers.first > before.first:
             batch.delete_range(ORDER, key_of(before.first), key_of(numbers.first))
         erasures = self._erasures + changes.erased

@@ -297,7 +297,6 @@ class Joiner:
             self.counts.skew_differs += event.feature_hash != history_hash(history)
         items, positions, propensities = event.items, event.positions, event.propensities
         ids = list(map(_item_id, items))
-        self.open.need(user)
         same = self.open.items_of(user, request, ts - self.settings.open_ms)
         if same or len(set(ids)) < len(ids):
             new = _distinct(ids, same)
@@ -336,8 +335,8 @@ class Joiner:
             impressions.close(self._changes)
 
     def _end_play(self, due: int) -> None:
-        (_, user, number, place), _ = self._plays.pop()
-        shown = self.open.get(number, user)
+        (_, user, number, place), request = self._plays.pop()
+        shown = self.open.get(number, user, int.from_bytes(request, "little", signed=True))
         if shown is not None:
             play_ms, duration_ms, _ = (shown.plays or {})[place]
             self._rows.example(shown, place, WATCH, due, play=play_ms, duration=duration_ms)
@@ -373,7 +372,6 @@ class Joiner:
             self._pushed[user] = history
 
     def _find(self, user: int, item: int, request: Id | None, ts: int, window_ms: int, now: int) -> Shown | None:
-        self.open.need(user)
         since = max(ts - window_ms, now - self.settings.open_ms)
         return self.open.find(user, item, None if request is None else request_name(request), ts, since)
 
@@ -454,7 +452,7 @@ class Joiner:
         if place not in plays:
             due = min(event.ts + self.settings.watch_wait_ms, shown.ts + self.settings.open_ms)
             due = max(due, now)  # of a late watch: the timers before now have fired
-            self._plays.put((due, user, shown.number, place))
+            self._plays.put((due, user, shown.number, place), shown.request.to_bytes(8, "little", signed=True))
         else:
             play, _, due = plays[place]
             if due < now or event.play_ms <= play:

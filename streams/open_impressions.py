@@ -1,16 +1,18 @@
 """The impressions that can still be acted on: found by request or by item, and closed in the order of their times.
 
-A user's open impressions are in memory all together or not at all. Past a cap the users that were not touched for the
-longest are put aside: the store has them, and what is left in memory of them is nothing. They come back whole when one
-of their events or timers does. So memory hangs on the cap, and not on how many windows are open.
+All that is open of one (user, request) is in memory together or not at all. Past a cap the users that were not
+touched for the longest are put aside: the store has them, and what is left in memory of them is nothing. What is asked
+for comes back alone, a user as a whole only if an action does not say its request. So memory hangs on the cap, and not
+on how many windows are open.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from streams.join_state import FOREVER, Aside, Changes, Numbers, Shown
 
@@ -19,16 +21,22 @@ SCANNED = 16  # impressions of a user are looked through one by one, more are in
 
 
 class _Mine:
-    """What one user has open, by number. Where it is much, there is an index of it."""
+    """What is in memory of what one user has open, by number. Where it is much, there is an index of it."""
 
-    __slots__ = ("_items", "_requests", "shown")
+    __slots__ = ("_items", "_requests", "shown", "whole")
 
     def __init__(self) -> None:
         self.shown: deque[Shown] = deque()
+        self.whole = False  # the store has nothing of the user that is not here
         self._items: dict[int, deque[Shown]] | None = None  # by item, each by number
         self._requests: dict[int, deque[Shown]] = {}
 
     def add(self, shown: Shown) -> None:
+        """A new one, or one that was put aside."""
+        if self.shown and shown.number < self.shown[-1].number:
+            self.shown = deque(sorted((*self.shown, shown), key=attrgetter("number")))
+            self._items, self._requests = None, {}
+            return
         self.shown.append(shown)
         if self._items is not None:
             self._put(shown)
@@ -53,7 +61,8 @@ class _Mine:
             return reversed(self.shown)
         return reversed(self._index()[0].get(item, ()))
 
-    def of_request(self, request: int) -> Iterable[Shown]:
+    def of_request(self, request: int) -> Sequence[Shown]:
+        """Those of the request, by number."""
         if len(self.shown) <= SCANNED:
             return [shown for shown in self.shown if shown.request == request]
         return self._index()[1].get(request, ())
@@ -81,57 +90,40 @@ class OpenImpressions:
         self._aside = aside
         self._shown: dict[int, Shown] = {}  # by number
         self._users: dict[int, _Mine] = {}  # the last one touched is at the end
-        self._pages: dict[int, array[int]] = {}  # number // PAGE → ts and user of each number
+        self._pages: dict[int, array[int]] = {}  # number // PAGE → ts, user and request of each number
         self._forgotten: set[int] = set()  # numbers of impressions that are gone before their time
 
-    def need(self, user: int) -> None:
-        """From here on all that the user has open is in memory, until the next `put_aside`."""
-        mine = self._users.pop(user, None)
-        if mine is not None:
-            self._users[user] = mine
-        elif self.numbers.next - self.numbers.first > len(self._shown):
-            for shown in self._aside.load(user):
-                # The store has it as of the last commit.
-                if shown.number >= self.numbers.first and shown.number not in self._forgotten:
-                    self._add(shown)
+    def items_of(self, user: int, request: int, since: int) -> list[int]:
+        """The items that (user, request) has open from impressions not older than `since`."""
+        return [item for shown in self._of(user, request) if shown.ts >= since for item in shown.ids]
 
     def add(self, shown: Shown, changes: Changes) -> None:
-        """A new one, with the next number; its user was needed."""
+        """A new one, with the next number, after `items_of` its user and request."""
         self.numbers.next += 1
         page = self._page(shown.number // PAGE)
-        at = 2 * (shown.number % PAGE)
-        page[at], page[at + 1] = shown.ts, shown.user
+        at = 3 * (shown.number % PAGE)
+        page[at], page[at + 1], page[at + 2] = shown.ts, shown.user, shown.request
         changes.shown[shown.number] = shown
-        changes.opened.append((shown.number, shown.ts, shown.user))
+        changes.opened.append((shown.number, shown.ts, shown.user, shown.request))
         self._add(shown)
 
-    def get(self, number: int, user: int) -> Shown | None:
+    def get(self, number: int, user: int, request: int) -> Shown | None:
         """The impression; None if it is closed, or the user was forgotten."""
-        self.need(user)
-        return self._shown.get(number)
-
-    def items_of(self, user: int, request: int, since: int) -> list[int]:
-        """The items that (user, request) has open from impressions not older than `since`. The user was needed."""
-        mine = self._users.get(user)
-        if mine is None:
-            return []
-        return [item for shown in mine.of_request(request) if shown.ts >= since for item in shown.ids]
+        return self._shown.get(number) or next((s for s in self._of(user, request) if s.number == number), None)
 
     def find(self, user: int, item: int, request: int | None, ts: int, since: int) -> Shown | None:
-        """The impression of [since, ts] that an action at `ts` is on: the request's, else the item's newest.
-
-        The user was needed.
-        """
-        mine = self._users.get(user)
-        newest = None
+        """The impression of [since, ts] that an action at `ts` is on: the request's, else the item's newest."""
+        if request is not None:
+            for shown in reversed(self._of(user, request)):
+                if since <= shown.ts <= ts and item in shown.ids:
+                    return shown
+        mine = self._whole(user)
         for shown in () if mine is None else mine.newest_first(item):
             if shown.ts < since:
                 break
             if shown.ts <= ts and item in shown.ids:
-                if request is None or shown.request == request:
-                    return shown
-                newest = newest or shown
-        return newest
+                return shown
+        return None
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -147,13 +139,13 @@ class OpenImpressions:
         """The first impression that waits does no more. None if its user was forgotten."""
         number = self.numbers.waiting
         self.numbers.waiting += 1
-        return self._shown.get(number) or self.get(number, self._user(number))
+        return self._shown.get(number) or self.get(number, *self._named(number))
 
     def close(self, changes: Changes) -> None:
         """Closes the first impression that is not closed."""
         number = self.numbers.first
         self.numbers.first += 1
-        user = self._user(number)
+        user, request = self._named(number)
         if number in self._shown:
             mine = self._users[user]
             self.examples -= len(mine.close().ids)
@@ -163,7 +155,7 @@ class OpenImpressions:
         self._forgotten.discard(number)
         changes.shown.pop(number, None)
         if number < changes.before.next:
-            changes.closed.append((user, number))
+            changes.closed.append((user, request, number))
         if self.numbers.first % PAGE == 0:
             self._pages.pop(number // PAGE, None)
 
@@ -171,8 +163,7 @@ class OpenImpressions:
 
     def forget(self, user: int, changes: Changes) -> list[Shown]:
         """Forgets all that the user has open, and returns it. Their numbers are closed when their time comes."""
-        self.need(user)
-        mine = self._users.get(user)
+        mine = self._whole(user)
         gone = [] if mine is None else list(mine.shown)
         if gone:
             self._drop(user)
@@ -180,7 +171,7 @@ class OpenImpressions:
             self._forgotten.add(shown.number)
             changes.shown.pop(shown.number, None)
             if shown.number < changes.before.next:
-                changes.closed.append((user, shown.number))
+                changes.closed.append((user, shown.request, shown.number))
         return gone
 
     def put_aside(self, cap: int) -> None:
@@ -192,6 +183,42 @@ class OpenImpressions:
         near = {number // PAGE for number in (self.numbers.first, self.numbers.waiting, self.numbers.next)}
         for page in self._pages.keys() - near:
             del self._pages[page]
+
+    def _of(self, user: int, request: int) -> Sequence[Shown]:
+        """What (user, request) has open, by number. It stays in memory until the next `put_aside`."""
+        mine = self._users.pop(user, None)
+        if mine is not None:
+            self._users[user] = mine
+            found = mine.of_request(request)
+            if found or mine.whole:
+                return found
+        if self._load(user, request):
+            return self._users[user].of_request(request)
+        return ()
+
+    def _whole(self, user: int) -> _Mine | None:
+        """All that the user has open is in memory, until the next `put_aside`."""
+        mine = self._users.pop(user, None)
+        if mine is not None:
+            self._users[user] = mine
+        if mine is None or not mine.whole:
+            self._load(user)
+            mine = self._users.get(user)
+            if mine is not None:
+                mine.whole = True
+        return mine
+
+    def _load(self, user: int, request: int | None = None) -> bool:
+        """Brings back what was put aside, as the store has it since the last commit. Whether there was any."""
+        if self.numbers.next - self.numbers.first <= len(self._shown) + len(self._forgotten):
+            return False
+        found = False
+        for shown in self._aside.load(user, request):
+            number = shown.number
+            if number >= self.numbers.first and number not in self._shown and number not in self._forgotten:
+                self._add(shown)
+                found = True
+        return found
 
     def _drop(self, user: int) -> None:
         for shown in self._users.pop(user).shown:
@@ -207,16 +234,18 @@ class OpenImpressions:
         self.examples += len(shown.ids)
 
     def _ts(self, number: int) -> int:
-        return FOREVER if number >= self.numbers.next else self._page(number // PAGE)[2 * (number % PAGE)]
+        return FOREVER if number >= self.numbers.next else self._page(number // PAGE)[3 * (number % PAGE)]
 
-    def _user(self, number: int) -> int:
-        return self._page(number // PAGE)[2 * (number % PAGE) + 1]
+    def _named(self, number: int) -> tuple[int, int]:
+        """User and request."""
+        page, at = self._page(number // PAGE), 3 * (number % PAGE)
+        return page[at + 1], page[at + 2]
 
     def _page(self, index: int) -> array[int]:
         page = self._pages.get(index)
         if page is None:
-            page = self._pages[index] = array("q", bytes(16 * PAGE))
-            for number, ts, user in self._aside.order(index * PAGE, (index + 1) * PAGE):
-                at = 2 * (number % PAGE)
-                page[at], page[at + 1] = ts, user
+            page = self._pages[index] = array("q", bytes(24 * PAGE))
+            for number, *rest in self._aside.order(index * PAGE, (index + 1) * PAGE):
+                at = 3 * (number % PAGE)
+                page[at : at + 3] = array("q", rest)
         return page
