@@ -53,13 +53,13 @@ def delays(bench: Bench) -> list[Row]:
 
 def mutations(bench: Bench) -> list[Row]:
     """100,000 mutated records: each is refused and kept, or rightly accepted, and all between them are joined"""
-    return [_tests("tests/streams/test_dead_letters.py", "tests/streams/test_joiner.py", "-k", "mutated")]
+    return [_tests("tests/streams/test_dead_letters.py", "tests/streams/test_joiner.py", "-k", "mutated", MUTATED_RECORDS="100000")]
 
 
 def moves(bench: Bench) -> list[Row]:
     """Two join workers, one killed, one added, partitions that move away and back, a broker that stops"""
     name = "workers_come_and_go"
-    return [_tests("tests/streams/test_join_moves.py", "-k", name, broker_outage_s=OUTAGE_S)]
+    return [_tests("tests/streams/test_join_moves.py", "-k", name, BROKER_OUTAGE_S=str(OUTAGE_S))]
 
 
 def properties(bench: Bench) -> list[Row]:
@@ -72,11 +72,10 @@ def skew(bench: Bench) -> list[Row]:
     return [_tests("tests/replay/test_skew.py")]
 
 
-def _tests(*arguments: str, broker_outage_s: int = 5) -> Row:
+def _tests(*arguments: str, **variables: str) -> Row:
     """Tests that must pass: how many did."""
     words = [sys.executable, "-m", "pytest", "-q", "--timeout", "600", *arguments]
-    own = environment() | {"BROKER_OUTAGE_S": str(broker_outage_s)}
-    done = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, env=environment() | variables, capture_output=True, text=True, check=False)
     counted = re.search(r"(\d+) passed.*", done.stdout)
     if counted is None:
         raise FigureError(f"no test ran: {done.stdout[-300:]} {done.stderr[-300:]}")

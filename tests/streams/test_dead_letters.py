@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import urllib.request
@@ -28,7 +29,7 @@ from streams.topics import MAX_RECORD_BYTES, TopicSettings, create_topics
 from tests.streams.children import read_all, running, wait_for
 from tests.streams.mutations import MUTATED, bad_between_good
 
-BAD, PARTITIONS = 20_000, 2
+BAD, PARTITIONS = int(os.environ.get("MUTATED_RECORDS", "20000")), 2
 numbers = st.integers(0, 1 << 62)
 letters = st.builds(
     DeadLetter, st.sampled_from(sorted(REASONS)), st.text(st.characters(codec="utf-8")), numbers, numbers,
@@ -91,7 +92,7 @@ def test_mutated_records_are_kept_whole_and_all_between_them_are_joined(
         join=msgspec.to_builtins(MUTATED), ticks="live", metrics_port=port,
     ) as child:  # fmt: skip
         wait_for(lambda: "joining partitions" in child.said, child=child)
-        wait_for(lambda: _all_joined(port), child=child)
+        wait_for(lambda: _all_joined(port), 300, child=child)
         metric = _metrics(port, "headrace_join_rejected_total", "reason")
         assert child.stop() == 0, child.said
 
