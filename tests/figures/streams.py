@@ -53,7 +53,8 @@ def delays(bench: Bench) -> list[Row]:
 
 def mutations(bench: Bench) -> list[Row]:
     """100,000 mutated records: each is refused and kept, or rightly accepted, and all between them are joined"""
-    return [_tests("tests/streams/test_dead_letters.py", "tests/streams/test_joiner.py", "-k", "mutated", MUTATED_RECORDS="100000")]
+    files = "tests/streams/test_dead_letters.py", "tests/streams/test_joiner.py"
+    return [_tests(*files, "-k", "mutated", MUTATED_RECORDS="100000")]
 
 
 def moves(bench: Bench) -> list[Row]:
