@@ -15,7 +15,20 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import bench, broker, dashboards, demo, doctor, init, log, replay, simulate, topics, workers
+from deploy.commands import (
+    bench,
+    broker,
+    dashboards,
+    demo,
+    doctor,
+    init,
+    log,
+    replay,
+    simulate,
+    topics,
+    torture,
+    workers,
+)
 from embedding_store.errors import HeadraceError, UsageError
 
 STOPPED = 130  # the exit code of a command that Ctrl-C ended
@@ -28,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (doctor, demo, workers, init, replay, simulate):
+for part in (doctor, demo, workers, init, replay, simulate, torture):
     part.register(app)
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")

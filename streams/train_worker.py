@@ -10,7 +10,8 @@ The trainer lives in ONE thread of its own; the event loop only carries data to 
 
 Killed before 3, the blocks since the last commit are read again, from the offsets that the commit holds. Killed between
 3 and 5, the stored bytes are sent again; a replica knows a version that it has. The store's LOCK and the transactional
-id keep a second trainer out. Not guaranteed: that two runs cut the same batches, or commit at the same places.
+id keep a second trainer out. Not guaranteed: that two runs commit at the same places; nor that they cut the same
+batches, but for `deterministic`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class TrainWorker:
         self._items: list[CatalogueItem] = []
         self._draining = False
         self._dirty = False  # something was offered since the last commit
+        self._stalled = False  # deterministic: there is no whole batch below the smallest watermark
         self._commit_due = 0.0
         self._turned = 0.0  # when the last turn began
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
@@ -152,12 +154,14 @@ class TrainWorker:
             )  # fmt: skip
 
     def _open(self) -> Trainer:
-        torch.set_num_threads(self.settings.threads)
         settings = self.settings
+        torch.set_num_threads(1 if settings.deterministic else settings.threads)
+        torch.use_deterministic_algorithms(settings.deterministic)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        trainer = open_trainer(settings.model, settings.data_dir / "train", now_ms, device=device, sync=settings.sync)
+        partitions = settings.topics.partitions if settings.deterministic else 0
+        trainer = open_trainer(settings.model, settings.data_dir / "train", now_ms, partitions, device, settings.sync)
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
@@ -209,8 +213,7 @@ class TrainWorker:
     async def _train(self) -> None:
         while True:
             records, items, last = await self._next_work()
-            version = await self._in_thread(self._turn, records, items, last)
-            if version is not None:
+            for version in await self._in_thread(self._turn, records, items, last):
                 await self._versions.put(version)
             if last:
                 await self._versions.put(None)
@@ -218,7 +221,7 @@ class TrainWorker:
 
     async def _next_work(self) -> tuple[list[ConsumerRecord], list[CatalogueItem], bool]:
         """What has come, as soon as there is something to do; the flag: it is the last turn."""
-        pending = self._trainer.pending
+        pending = 0 if self._stalled else self._trainer.pending
         async with self._changed:
             if not pending:
                 seconds = max(0.0, self._commit_due - time.monotonic()) if self._dirty else None
@@ -244,28 +247,35 @@ class TrainWorker:
 
     def _turn(
         self, records: list[ConsumerRecord], items: list[CatalogueItem], last: bool
-    ) -> tuple[int, list[bytes]] | None:
-        """One turn in the trainer's thread. Returns (sequence, parts) of the version that it committed, if it did."""
-        trainer = self._trainer
+    ) -> list[tuple[int, list[bytes]]]:
+        """One turn in the trainer's thread. Returns (sequence, parts) of the versions that it committed."""
+        trainer, versions = self._trainer, []
         trainer.store.acknowledge(self._published)
         for record in records:
-            trainer.offer(decode_block(record.value), record.offset)
+            block = decode_block(record.value)
+            if trainer.short_of(len(block.users)):
+                versions += self._commit()
+            trainer.offer(block, record.offset)
         if items:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
-        end = time.monotonic() + TURN_SECONDS
-        while time.monotonic() < end and trainer.pending and not trainer.commit_due:
+        end, self._stalled = time.monotonic() + TURN_SECONDS, False
+        while time.monotonic() < end and trainer.pending and not trainer.commit_due and not self._stalled:
             with self._metrics.step.time():
-                trainer.step()
-        start = time.monotonic()
-        if not (last or trainer.commit_due) and (not self._dirty or start < self._commit_due):
-            return None
+                self._stalled = not trainer.step()
+        if last or trainer.commit_due or (self._dirty and time.monotonic() >= self._commit_due):
+            versions += self._commit()
+        return versions
+
+    def _commit(self) -> list[tuple[int, list[bytes]]]:
+        """(sequence, parts) of the version, if anything has changed."""
+        trainer, start = self._trainer, time.monotonic()
         with self._metrics.commit.time():
             parts = trainer.commit()
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
-        self._dirty = trainer.pending > 0
-        return None if parts is None else (trainer.sequence, parts)
+        self._dirty = trainer.pending > 0 and not self._stalled
+        return [] if parts is None else [(trainer.sequence, parts)]
 
     async def _publisher(self) -> None:
         """Versions go out one after the other, in their order."""

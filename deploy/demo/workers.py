@@ -31,6 +31,7 @@ class Worker:
     arguments: Sequence[str]
     log: Path
     process: subprocess.Popen | None = None
+    launcher: Sequence[str] = (sys.executable, "-m", "deploy.cli")
     restarts: int = 0
     deaths: deque[float] = field(default_factory=deque)
 
@@ -38,7 +39,7 @@ class Worker:
         """Start the process: it loads what it needs (seconds, for torch), then waits for `go`."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.cli", *self.arguments, "--after-stdin"],
+                [*self.launcher, *self.arguments, "--after-stdin"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

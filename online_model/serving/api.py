@@ -53,10 +53,11 @@ class Ranked:
 
 @dataclass(slots=True)
 class Ranking:
-    """The items of a request, the best first."""
+    """The items of a request, the best first. `moment_ms`: when that was (ms UTC): ages are of then."""
 
     model_version: str
     feature_hash: int
+    moment_ms: int
     items: list[Ranked]
 
 

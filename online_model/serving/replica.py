@@ -119,7 +119,7 @@ class Replica:
         ranked = [
             Ranked(items[i], s, *head) for i, s, head in zip(order.tolist(), score[order].tolist(), heads, strict=True)
         ]
-        return Ranking(self.version, context.feature_hash, ranked)
+        return Ranking(self.version, context.feature_hash, context.now_ms, ranked)
 
     @torch.inference_mode()
     def recommend(self, user: Id, scenario: str, k: int) -> Recommendation:

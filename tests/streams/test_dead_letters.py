@@ -49,7 +49,7 @@ def test_a_record_that_is_no_letter_is_told() -> None:
 
 def _send(broker: str, topics: TopicSettings) -> set[bytes]:
     """Mutated records between good ones, and what only Kafka can hold; returns the good ones."""
-    log = bad_between_good(BAD, int(time.time() * 1000) - BAD // 8)[:-1]
+    log = bad_between_good(BAD, int(time.time() * 1000) - BAD // 4)[:-1]
     with KafkaSink(broker, topics.events, topics.items) as sink:
         for n, (_, _, value) in enumerate(log):
             sink.send_raw(value, n // 25)  # a page view, whole

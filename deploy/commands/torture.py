@@ -1,0 +1,57 @@
+"""headrace torture: what the promises are worth."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from deploy.commands.common import ConfigOption, DataDirOption, JsonOption, Output, say, settings_for
+from embedding_store.errors import HeadraceError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command(epilog="Example: headrace torture --kills 50 --seed 1")(torture)
+
+
+def torture(
+    config: ConfigOption = None,
+    data_dir: DataDirOption = None,
+    kills: Annotated[int, typer.Option(min=0, help="How often a worker is killed (kill -9).")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the log and the faults.")] = 1,
+    json: JsonOption = False,
+) -> None:
+    """Real workers under a real broker, killed and hurt at random moments.
+
+    The same log goes through twice, once undisturbed. Exit 1 if anything was lost, doubled, torn, or learned otherwise.
+    """
+    home = settings_for(config, data_dir=data_dir).data_dir / "torture"
+    with Output(json) as out:
+        from deploy.processes import alone
+        from deploy.torture.run import Torture
+
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with alone(home.parent / "torture.lock", "torture", "wait for it"):
+            result = Torture(kills, seed, home, say).run()
+        out.result(result, _text(result))
+    if not _holds(result):
+        again = f"headrace torture --kills {kills} --seed {seed}"
+        raise HeadraceError(f"a promise does not hold: keep a copy of {home}, and run it again with `{again}`")
+
+
+def _holds(result: dict) -> bool:
+    calm = result["calm"]
+    wrong = ("lost", "duplicated", "replica_torn_reads")
+    return result["digest_equal"] and not any(result[name] for name in wrong) and not any(calm.values())
+
+
+def _text(result: dict) -> str:
+    return "\n".join((
+        f"{result['kills']} kills, faults: {result['faults']}",
+        f"{result['events']:,} events, {result['examples']:,} examples: {result['lost']} lost,"
+        f" {result['duplicated']} trained twice",
+        f"{result['answers']:,} answers of replicas, {result['versions_checked']} versions checked:"
+        f" {result['replica_torn_reads']} torn",
+        f"checkpoint {result['digest']}: {'as' if result['digest_equal'] else 'NOT as'} in the undisturbed run",
+    ))  # fmt: skip

@@ -1,0 +1,140 @@
+"""The processes of a torture run: two join workers, a train worker, two replicas, and the broker they share."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from deploy.broker import Broker
+from deploy.demo.workers import Worker, WorkerFailed
+from deploy.processes import free_port, write_atomically
+from deploy.settings import Settings, dump
+from streams.topics import create_topics
+
+JOINERS, REPLICAS = 2, 2
+READY_S = 90.0
+
+
+@dataclass
+class Replica:
+    """A serve worker and where it listens."""
+
+    worker: Worker
+    port: int
+
+
+@dataclass
+class Cluster:
+    """All processes of one run. To be used from the thread that made it (they end with it)."""
+
+    settings: Settings
+    broker: Broker
+    launcher: Sequence[str]  # what runs a worker: followed by its kind and options
+    workers: dict[str, Worker] = field(default_factory=dict)
+    replicas: list[Replica] = field(default_factory=list)
+    broker_hurt: float = -1e9  # when the broker was away last (monotonic)
+    restarts: int = 0
+
+    def start(self) -> None:
+        """Topics, settings file, workers; returns when all have been started."""
+        home = self.settings.data_dir
+        home.mkdir(parents=True)
+        create_topics(self.settings.bootstrap, self.settings.topics)
+        write_atomically(home / "headrace.toml", dump(self.settings))
+        for number in range(JOINERS):
+            self._start(f"join-{number}", "join")
+        self._start("train", "train")
+        for number in range(REPLICAS):
+            port = free_port()
+            worker = self._start(f"serve-{number}", "serve", "--port", str(port))
+            self.replicas.append(Replica(worker, port))
+
+    def wait_until_ready(self) -> None:
+        """Returns when every replica has a model. Raises WorkerFailed."""
+        deadline = time.monotonic() + READY_S
+        for replica in self.replicas:
+            while not _serves(replica.port):
+                self.revive()
+                if time.monotonic() > deadline:
+                    raise WorkerFailed(f"no model within {READY_S:.0f} s at {replica.worker.name}: see its log")
+                time.sleep(0.1)
+
+    def kill(self, name: str) -> None:
+        """kill -9, and a new one in its place."""
+        worker = self.workers[name]
+        assert worker.process is not None
+        worker.process.kill()
+        worker.process.wait()
+        self._again(worker)
+
+    def freeze(self, name: str, frozen: bool) -> None:
+        """SIGSTOP or SIGCONT."""
+        process = self.workers[name].process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
+    def stop_broker(self, kill: bool) -> None:
+        """With `kill` by kill -9."""
+        self.broker_hurt = time.monotonic()
+        if kill:
+            os.kill(self.broker.pid, signal.SIGKILL)
+        self.broker.stop()
+
+    def start_broker(self) -> None:
+        self.broker = Broker.start(self.broker.data_dir)
+        self.broker_hurt = time.monotonic()
+
+    def revive(self, patience_s: float = 60.0) -> None:
+        """Starts again what ended because the broker was away. Raises WorkerFailed for any other end."""
+        for worker in self.workers.values():
+            assert worker.process is not None
+            if worker.process.poll() is None:
+                continue
+            if time.monotonic() - self.broker_hurt > patience_s:
+                raise WorkerFailed(
+                    f"{worker.name} ended by itself (exit {worker.process.returncode}): {worker.last_line()}"
+                )
+            self._again(worker)
+
+    def stop(self, *kinds: str) -> None:
+        """SIGTERM to the workers of these kinds; WorkerFailed where one does not end well."""
+        for name, worker in self.workers.items():
+            if name.split("-")[0] in kinds and worker.stop(60.0):
+                raise WorkerFailed(f"{name} did not stop well: {worker.last_line()} [log: {worker.log}]")
+
+    def end(self) -> None:
+        """Whatever still runs, ends."""
+        for worker in self.workers.values():
+            if worker.process is not None and worker.process.poll() is None:
+                worker.process.kill()
+                worker.process.wait()
+
+    def _start(self, name: str, kind: str, *options: str) -> Worker:
+        home = self.settings.data_dir
+        arguments = [kind, "--config", str(home / "headrace.toml"), *options]
+        worker = Worker(name, arguments, home / f"{name}.log", launcher=self.launcher)
+        self.workers[name] = worker
+        worker.load()
+        worker.go()
+        return worker
+
+    def _again(self, worker: Worker) -> None:
+        self.restarts += 1
+        worker.load()
+        worker.go()
+
+
+def _serves(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/v1/model")
+        answer = connection.getresponse()
+        return b'"sequence":-1' not in answer.read() and answer.status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()

@@ -1,0 +1,221 @@
+"""One run of `headrace torture`.
+
+    calm     the log through the workers, undisturbed, as fast as it goes
+    hurt     the same log, sent while workers are killed and frozen and the broker goes away and comes back
+    verdict  of both: the oracle recounts `events`; the checkpoints must have one digest; each answer that a replica
+             gave must come from one whole version
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.broker import Broker
+from deploy.demo.workers import WorkerFailed
+from deploy.settings import Layer, Settings
+from deploy.torture.cluster import Cluster
+from deploy.torture.faults import Fault, plan
+from deploy.torture.story import Story
+from deploy.torture.verdict import Outcome, outcome
+from deploy.torture.watch import Watch, positions_at
+from embedding_store.errors import BrokerError
+from replay.sinks import KafkaSink
+from streams.topics import end_offsets
+
+PARTITIONS = 2
+EVENTS_A_FAULT = 2_500
+FEWEST_EVENTS = 20_000
+SETTLE_S = 180.0  # so long the workers may take for what was sent
+LAUNCHER = (sys.executable, "-m", "deploy.cli")
+JOIN = {
+    "ticks": "log", "wait_ms": 2_000, "open_ms": 60_000, "click_window_ms": 30_000, "watch_wait_ms": 1_000,
+    "purchase_window_ms": 300_000, "in_memory": 2_000,
+}  # fmt: skip
+
+
+@dataclass
+class Torture:
+    """One run. `say` gets a line for each thing that happens."""
+
+    kills: int
+    seed: int
+    home: Path
+    say: Callable[[str], None] = lambda line: None
+    launcher: Sequence[str] = LAUNCHER
+    events: int = 0  # 0: as many as the faults need
+
+    def run(self) -> dict[str, Any]:
+        """The figures of the command. Raises WorkerFailed where a worker ends that nothing has hurt."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        faults = plan(self.kills, self.seed, ["join-0", "join-1", "train", "serve-0", "serve-1"])
+        with contextlib.ExitStack() as stack:
+            broker = Broker.start(self.home)
+            hurt = Cluster(self._settings("hurt", broker), broker, self.launcher)
+            stack.callback(lambda: hurt.broker.stop())
+            calm = Cluster(self._settings("calm", broker), broker, LAUNCHER)
+            self.say("an undisturbed run")
+            expected, _, _ = self._one(calm, [])
+            self.say(f"the same log, with {len(faults)} faults")
+            found, watch, seconds = self._one(hurt, faults)
+            torn, versions = watch.torn(hurt.settings)
+        counted = Counter(fault.kind for fault in faults)
+        story = self._story(hurt.settings)
+        for _ in story.steps():
+            pass
+        return {
+            "kills": counted["kill"],
+            "faults": {**counted, "repeated_records": story.repeated, "spoilt_records": story.spoilt},
+            "digest_equal": found.digest == expected.digest,
+            "lost": found.verdict.lost,
+            "duplicated": found.verdict.duplicated,
+            "replica_torn_reads": torn,
+            "calm": {"lost": expected.verdict.lost, "duplicated": expected.verdict.duplicated},
+            "digest": found.digest,
+            "calm_digest": expected.digest,
+            "events": sum(found.verdict.balance[name] for name in ("events_in",)),
+            "examples": found.verdict.expected_rows,
+            "answers": watch.asked,
+            "versions_checked": versions,
+            "restarts": hurt.restarts,
+            "seconds": round(seconds, 1),
+            "seed": self.seed,
+        }
+
+    def _one(self, cluster: Cluster, faults: list[Fault]) -> tuple[Outcome, Watch, float]:
+        """The whole log through a cluster, which has ended when this returns."""
+        settings = cluster.settings
+        began = time.monotonic()
+        try:
+            cluster.start()
+            story = self._story(settings)
+            with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
+                for item in story.catalogue():
+                    sink.send(item)
+                sink.flush()
+                pace = sum(fault.wait_s + fault.lasts_s for fault in faults)
+                feed = _Feed(story, sink, pace)
+                cluster.wait_until_ready()  # the catalogue is a version: from here on replicas answer
+                watch = Watch([replica.port for replica in cluster.replicas])
+                watch.start()
+                feed.start()
+                for fault in faults:
+                    self._do(fault, cluster)
+                feed.wait(cluster.revive)
+            self._settle(cluster)
+            watch.stop()
+            cluster.stop("join")
+            cluster.stop("train")
+            cluster.stop("serve")
+        finally:
+            cluster.end()
+        return outcome(settings), watch, time.monotonic() - began
+
+    def _do(self, fault: Fault, cluster: Cluster) -> None:
+        time.sleep(fault.wait_s)  # this is what a fault's plan says, not a wait for something
+        cluster.revive()
+        self.say(str(fault))
+        if fault.kind == "kill":
+            cluster.kill(fault.target)
+        elif fault.kind == "freeze":
+            cluster.freeze(fault.target, True)
+            time.sleep(fault.lasts_s)
+            cluster.freeze(fault.target, False)
+        else:
+            cluster.stop_broker(fault.kind == "kill_broker")
+            time.sleep(fault.lasts_s)
+            cluster.start_broker()
+
+    def _settle(self, cluster: Cluster) -> None:
+        """Returns when all of `examples` that can be learned is, and replicas have it.
+
+        The positions of the last version stop short of the end by what makes no whole batch.
+        """
+        settings = cluster.settings
+        ends = end_offsets(settings.bootstrap, settings.topics.events)
+        deadline = time.monotonic() + SETTLE_S
+        before, since = None, time.monotonic()
+        while time.monotonic() < deadline:
+            cluster.revive()
+            now = [positions_at(replica.port) for replica in cluster.replicas]
+            if now != before:
+                before, since = now, time.monotonic()
+            still = time.monotonic() - since
+            if None not in now and all(p == now[0] for p in now) and still > 5.0 and _joined(settings, ends):
+                return
+            time.sleep(0.25)
+        raise WorkerFailed(
+            f"not settled within {SETTLE_S:.0f} s: positions {before}, ends {ends}; see {settings.data_dir}"
+        )
+
+    def _story(self, settings: Settings) -> Story:
+        events = self.events or max(FEWEST_EVENTS, EVENTS_A_FAULT * self.kills)
+        join = settings.join.join
+        return Story(self.seed, events, join.disorder_ms, join.closing_ms)
+
+    def _settings(self, name: str, broker: Broker) -> Settings:
+        values = {
+            "data_dir": str(self.home / name), "bootstrap": broker.bootstrap,
+            "topics": {"prefix": f"{name}.", "partitions": PARTITIONS}, "join": JOIN,
+            "model": {"batch_size": 256, "features": {"users": 1 << 17, "items": 1 << 17, "dim": 16}},
+            "train": {"deterministic": True, "snapshot_interval_s": 10.0}, "serve": {"port": 0},
+        }  # fmt: skip
+        return Settings([Layer("torture", values)])
+
+
+def _joined(settings: Settings, ends: dict[int, int]) -> bool:
+    """Whether the blocks of all of `events` are in `examples`."""
+    from replay.oracle import read_topic
+    from streams.blocks import decode_block
+
+    reached = dict.fromkeys(ends, 0)
+    for partition, _, value, _ in read_topic(settings.bootstrap, settings.topics.examples):
+        reached[partition] = max(reached[partition], decode_block(value or b"").to_offset)
+    return reached == ends
+
+
+class _Feed:
+    """Sends a story from a thread of its own, spread over `seconds`."""
+
+    def __init__(self, story: Story, sink: KafkaSink, seconds: float) -> None:
+        self._story, self._sink, self._seconds = story, sink, seconds
+        self._error: BrokerError | None = None
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Until all is sent and kept. Raises BrokerError."""
+        while self._thread.is_alive():
+            self._thread.join(0.25)
+            meanwhile()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._send(list(self._story.steps()))
+        except BrokerError as error:
+            self._error = error
+
+    def _send(self, steps: Iterable[tuple[str, bytes] | int]) -> None:
+        steps = list(steps)
+        began = time.monotonic()
+        for number, step in enumerate(steps):
+            if self._seconds and number % 50 == 0:
+                time.sleep(max(0.0, began + self._seconds * number / len(steps) - time.monotonic()))
+            if isinstance(step, int):
+                self._sink.tick(step)
+            else:
+                user, value = step
+                self._sink.send_raw(value, user)
+        self._sink.flush()

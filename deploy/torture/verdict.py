@@ -1,0 +1,57 @@
+"""What a run came to, once all of its workers have ended: held to the log by code that shares nothing with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from deploy.settings import Settings
+from online_model.trainer import Trainer, open_trainer
+from replay.oracle import Rules, Verdict, compare, expect, read_topic
+from streams.blocks import decode_block
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`digest`: of the checkpoint, after the rows that make no whole batch were learned too."""
+
+    digest: str
+    verdict: Verdict
+    version: str  # the last one that the train worker committed
+
+
+def outcome(settings: Settings) -> Outcome:
+    """Opens the trainer's store, learns what is left of `examples`, and recounts `events`.
+
+    A deterministic trainer waits for whole batches, so what is left hangs on when its worker was told to stop.
+    """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    path, partitions = settings.data_dir / "train", settings.topics.partitions
+    trainer = open_trainer(settings.model, path, lambda: 0, partitions)
+    version = f"{trainer.epoch}.{trainer.sequence}"
+    try:
+        _learn_the_rest(trainer, settings)
+        trained = {p: (at.rows, at.sum) for p, at in trainer.positions.items()}
+        digest = trainer.digest()
+        aside = {p: at.set_aside for p, at in trainer.positions.items()}
+    finally:
+        trainer.store.close()
+    records = read_topic(settings.bootstrap, settings.topics.events)
+    return Outcome(digest, compare(expect(records, Rules.of(settings.join.join), aside), trained), version)
+
+
+def _learn_the_rest(trainer: Trainer, settings: Settings) -> None:
+    for partition, offset, value, _ in read_topic(settings.bootstrap, settings.topics.examples):
+        position = trainer.positions.get(partition)
+        if position is None or offset >= position.source_offset:
+            block = decode_block(value or b"")
+            if trainer.short_of(len(block.users)):
+                trainer.commit()
+            trainer.offer(block, offset)
+    while trainer.step(drain=True):
+        if trainer.commit_due:
+            trainer.commit()
+    trainer.commit()
+    trainer.store.acknowledge(trainer.sequence)

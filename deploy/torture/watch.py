@@ -1,0 +1,114 @@
+"""Watches the replicas from outside: does every answer come from one whole version?
+
+Two threads each ask a replica for the same ranking again and again, as fast as it answers. Afterwards every version
+that was seen is made once more from `parameters`, one whole version after the other, and must give the very same answer
+at the same moment.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import orjson
+
+from deploy.settings import Settings
+from embedding_store.delta import Assembler
+from embedding_store.errors import CorruptRecord
+from online_model.serving.replica import Replica
+from replay.oracle import read_topic
+
+USER, SCENARIO = "u1", "live"  # the most active one
+ITEMS = [*(f"i{n}" for n in range(1, 41)), "never seen"]
+BETWEEN_S = 0.01
+KEPT = 20  # answers of one version and replica
+
+
+@dataclass
+class Watch:
+    """Asks the replicas at `ports` until `stop`."""
+
+    ports: list[int]
+    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by version
+    asked: int = 0
+    backward: int = 0  # an answer of an older version than an earlier one of the same process
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self) -> None:
+        for port in self.ports:
+            thread = threading.Thread(target=self._ask, args=(port,), name=f"watch {port}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, port: int) -> None:
+        body = orjson.dumps({"user": USER, "scenario": SCENARIO, "items": ITEMS})
+        connection, last = None, [0, -1]
+        while not self._stop.wait(BETWEEN_S):
+            try:
+                if connection is None:
+                    connection, last = http.client.HTTPConnection("127.0.0.1", port, timeout=2), [0, -1]
+                connection.request("POST", "/v1/rank", body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                raw = response.read()
+            except (OSError, http.client.HTTPException):  # killed, frozen or not up yet
+                if connection is not None:
+                    connection.close()
+                connection = None
+                self._stop.wait(0.1)
+                continue
+            if response.status == 200:
+                answer = orjson.loads(raw)
+                version = answer["model_version"]
+                place = [int(number) for number in version.split(".")]
+                with self._lock:
+                    self.asked += 1
+                    self.backward += place < last
+                    known = self.answers.setdefault(version, [])
+                    if len(known) < KEPT * len(self.ports):
+                        known.append(answer)
+                last = place
+
+    def torn(self, settings: Settings) -> tuple[int, int]:
+        """(answers that no whole version gives, versions looked at). Reads `parameters` from its beginning."""
+        moment = 0
+        model = settings.model
+        replica = Replica(
+            settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
+        )
+        assembler, torn, seen = Assembler(), 0, set()
+        for _, _, value, _ in read_topic(settings.bootstrap, settings.topics.parameters):
+            try:
+                version = assembler.add(value or b"")
+            except CorruptRecord:
+                continue
+            if version is None or not replica.apply(version):
+                continue
+            seen.add(replica.version)
+            for answer in self.answers.get(replica.version, ()):
+                moment = answer["moment_ms"]
+                right = orjson.loads(orjson.dumps(replica.rank(USER, SCENARIO, ITEMS)))
+                torn += right != answer
+        never_published = [version for version in self.answers if version not in seen]
+        return torn + self.backward + sum(len(self.answers[v]) for v in never_published), len(seen & set(self.answers))
+
+
+def positions_at(port: int) -> dict[str, int] | None:
+    """Partition → offset of `events` that a replica has; None while it does not answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+    try:
+        connection.request("GET", "/v1/model")
+        return msgspec.json.decode(connection.getresponse().read())["positions"]
+    except (OSError, http.client.HTTPException, msgspec.DecodeError, KeyError):
+        return None
+    finally:
+        connection.close()
