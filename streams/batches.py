@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import os
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -47,12 +48,15 @@ from typing import Any, Protocol, cast
 import faust
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import TP
 
 from embedding_store.errors import StoreError
 from streams.app import die
+
+log = logging.getLogger("headrace")
 
 STOP_SECONDS = 20.0  # a stop that takes longer is an error: something hangs
 SESSION_SECONDS = 6.0
@@ -217,8 +221,11 @@ class BatchConsumer(driver.Consumer):
                 )
 
     async def go_to(self, offsets: Mapping[int, int]) -> None:
-        """Read on from these offsets."""
-        await self.seek_wait({TP(self.app.intake.topic, p): offset for p, offset in offsets.items()})
+        """Read on from these offsets. Where the group has moved on meanwhile, the rebalance that follows does it."""
+        try:
+            await self.seek_wait({TP(self.app.intake.topic, p): offset for p, offset in offsets.items()})
+        except IllegalStateError:
+            log.info("partitions %s are not ours any more: the group moves on", ", ".join(map(str, sorted(offsets))))
 
 
 class BatchTransport(driver.Transport):
