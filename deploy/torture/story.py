@@ -1,8 +1,8 @@
 """The log of a torture run: the same records in the same order for the same seed, however long they take to send.
 
 Events of the standard mix, shuffled within the disorder that the joiner forgives; some are delivered twice, much later;
-between them records that are no events. Ticks carry the time of every partition, the last of them past everything that
-is open.
+between them records that are no events, and records that forget a user. Ticks carry the time of every partition, the
+last of them past everything that is open.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import orjson
 
 from deploy.bench.mix import START_MS, standard_mix
-from streams.events import Item
+from streams.events import Forget, Item, encode
 
 PAGE = 5  # items of an impression
 EVENTS_PER_S = 1_000  # of event time
 TICK_MS = 500
 TWICE, SPOILT = 0.02, 0.005  # shares of the records
 LATEST_REPEAT = 400  # a repetition comes at most so many records later
+FORGOTTEN = 100  # users
 ITEMS, CATEGORIES, SELLERS = 500, 12, 40  # in the catalogue: the most popular ones
 
 
@@ -48,7 +49,7 @@ class Story:
         self.repeated = self.spoilt = 0
         again: list[tuple[int, str, bytes]] = []  # (after so many records, user, value)
         told = last = START_MS
-        for number, (arrives, user, value) in enumerate(self._shuffled(dice)):
+        for arrives, number, user, value in self._shuffled(dice):
             if arrives >= told + TICK_MS:
                 told = arrives
                 yield told
@@ -65,20 +66,26 @@ class Story:
                 yield user, _spoilt(value, dice)
         yield last + self.closing_ms
 
-    def _shuffled(self, dice: random.Random) -> Iterator[tuple[int, str, bytes]]:
-        """(when it arrives, user, value): each up to `disorder_ms` of event time after its own time."""
+    def _shuffled(self, dice: random.Random) -> list[tuple[int, int, str, bytes]]:
+        """(when it arrives, number, user, value): each up to `disorder_ms` of event time after its own time.
+
+        Some users are forgotten after their last event: what comes of it then does not hang on where blocks end.
+        """
         span_ms = self.events * 1000 // EVENTS_PER_S
-        waiting: list[tuple[int, int, str, bytes]] = []
-        for number, value in enumerate(standard_mix(self.events, PAGE, span_ms, self.seed)):
+        last: dict[str, int] = {}
+        events = []
+        for value in standard_mix(self.events, PAGE, span_ms, self.seed):
             event = orjson.loads(value)
-            waiting.append((event["ts"] + dice.randrange(self.disorder_ms), number, event["user"], value))
-            if number % 1_000 == 0:
-                waiting.sort()
-                due = [record for record in waiting if record[0] < event["ts"]]
-                del waiting[: len(due)]
-                yield from ((arrives, user, value) for arrives, _, user, value in due)
-        waiting.sort()
-        yield from ((arrives, user, value) for arrives, _, user, value in waiting)
+            last[event["user"]] = event["ts"]
+            events.append((event["ts"], event["user"], value))
+        gone = dice.sample(sorted(last), min(FORGOTTEN, len(last)))
+        for user in gone:
+            forget = Forget(event_id=f"forget-{user}", user=user, ts=last[user] + 1)
+            events.append((forget.ts, user, encode(forget)))
+        return sorted(
+            (ts + dice.randrange(self.disorder_ms), number, user, value)
+            for number, (ts, user, value) in enumerate(events)
+        )
 
 
 def _spoilt(value: bytes, dice: random.Random) -> bytes:

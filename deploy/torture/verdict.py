@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deploy.settings import Settings
+from embedding_store.columns import TableRows, concat
 from online_model.trainer import Trainer, open_trainer
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from streams.blocks import decode_block
@@ -18,7 +19,7 @@ class Outcome:
 
     digest: str
     verdict: Verdict
-    version: str  # the last one that the train worker committed
+    rows: dict[str, TableRows]  # by table: of the last version that the train worker committed
 
 
 def outcome(settings: Settings) -> Outcome:
@@ -30,8 +31,8 @@ def outcome(settings: Settings) -> Outcome:
     torch.use_deterministic_algorithms(True)
     path, partitions = settings.data_dir / "train", settings.topics.partitions
     trainer = open_trainer(settings.model, path, lambda: 0, partitions)
-    version = f"{trainer.epoch}.{trainer.sequence}"
     try:
+        rows = {name: concat(list(trainer.store.iter_rows(name))) for name in trainer.tables.specs}
         _learn_the_rest(trainer, settings)
         trained = {p: (at.rows, at.sum) for p, at in trainer.positions.items()}
         digest = trainer.digest()
@@ -39,7 +40,7 @@ def outcome(settings: Settings) -> Outcome:
     finally:
         trainer.store.close()
     records = read_topic(settings.bootstrap, settings.topics.events)
-    return Outcome(digest, compare(expect(records, Rules.of(settings.join.join), aside), trained), version)
+    return Outcome(digest, compare(expect(records, Rules.of(settings.join.join), aside), trained), rows)
 
 
 def _learn_the_rest(trainer: Trainer, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ import msgspec
 import orjson
 
 from deploy.settings import Settings
+from embedding_store.columns import TableRows
 from embedding_store.delta import Assembler
 from embedding_store.errors import CorruptRecord
+from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from replay.oracle import read_topic
 
@@ -25,6 +28,31 @@ USER, SCENARIO = "u1", "live"  # the most active one
 ITEMS = [*(f"i{n}" for n in range(1, 41)), "never seen"]
 BETWEEN_S = 0.01
 KEPT = 20  # answers of one version and replica
+
+
+@dataclass
+class Seen:
+    """`torn`: answers that no whole version gives, or of an older version than the answer before. `missing_versions`:
+    records of `parameters` that do not go on from the one before. `replica`: at the last version."""
+
+    answers: int
+    torn: int
+    replica: Replica
+    versions: int = 0  # of which an answer was looked at
+    missing_versions: int = 0
+
+    def differing_rows(self, stored: Mapping[str, TableRows]) -> int:
+        """Rows that the last version's replica has otherwise than the trainer's store, or one of them has alone."""
+        differing = 0
+        for name, rows in stored.items():
+            table = self.replica.state.tables[name]
+            at = table.find(rows.ids)
+            same = at > 0
+            for column in table.carried:
+                theirs, own = table.columns[column][at], rows.columns[column]
+                same &= (theirs == own).reshape(len(at), -1).all(1)
+            differing += int((~same).sum()) + len(table) - int((at > 0).sum())
+        return differing
 
 
 @dataclass
@@ -78,28 +106,31 @@ class Watch:
                         known.append(answer)
                 last = place
 
-    def torn(self, settings: Settings) -> tuple[int, int]:
-        """(answers that no whole version gives, versions looked at). Reads `parameters` from its beginning."""
-        moment = 0
-        model = settings.model
+    def held_to(self, settings: Settings) -> Seen:
+        """What the answers and the versions are worth. Reads `parameters` from its beginning."""
+        moment, model = 0, settings.model
         replica = Replica(
             settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
         )
-        assembler, torn, seen = Assembler(), 0, set()
+        seen = Seen(self.asked, torn=self.backward, replica=replica)
+        assembler, published = Assembler(), set()
         for _, _, value, _ in read_topic(settings.bootstrap, settings.topics.parameters):
             try:
                 version = assembler.add(value or b"")
-            except CorruptRecord:
+                applied = version is not None and replica.apply(version)
+            except (CorruptRecord, VersionGap):
+                seen.missing_versions += 1
                 continue
-            if version is None or not replica.apply(version):
+            if not applied:
                 continue
-            seen.add(replica.version)
+            published.add(replica.version)
             for answer in self.answers.get(replica.version, ()):
                 moment = answer["moment_ms"]
                 right = orjson.loads(orjson.dumps(replica.rank(USER, SCENARIO, ITEMS)))
-                torn += right != answer
-        never_published = [version for version in self.answers if version not in seen]
-        return torn + self.backward + sum(len(self.answers[v]) for v in never_published), len(seen & set(self.answers))
+                seen.torn += right != answer
+        seen.versions = len(published & set(self.answers))
+        seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)
+        return seen
 
 
 def positions_at(port: int) -> dict[str, int] | None:
