@@ -32,19 +32,21 @@ class Fault:
         return f"{self.kind.replace('_', ' ')} {self.target}".rstrip() + lasts
 
 
-def plan(kills: int, seed: int, workers: Sequence[str]) -> list[Fault]:
-    """`kills` kill -9 of workers, and other faults between them."""
+def plan(kills: int, seed: int, workers: Sequence[str], gap_s: tuple[float, float] = GAP_S) -> list[Fault]:
+    """`kills` kill -9 of workers, and other faults between them, `gap_s` (from, to) apart."""
     dice = random.Random(f"faults {seed}")
     kinds: list[Kind] = ["kill"] * kills
     for kind, share in BESIDES.items():
         kinds += [kind] * round(share * kills)  # type: ignore[list-item]
     dice.shuffle(kinds)
-    return list(_drawn(kinds, dice, workers))
+    return list(_drawn(kinds, dice, workers, gap_s))
 
 
-def _drawn(kinds: list[Kind], dice: random.Random, workers: Sequence[str]) -> Iterator[Fault]:
+def _drawn(
+    kinds: list[Kind], dice: random.Random, workers: Sequence[str], gap_s: tuple[float, float]
+) -> Iterator[Fault]:
     for kind in kinds:
-        wait = dice.uniform(*GAP_S)
+        wait = dice.uniform(*gap_s)
         if kind == "kill":
             yield Fault(wait, kind, dice.choice(workers))
         elif kind == "freeze":

@@ -23,7 +23,7 @@ from deploy.broker import Broker
 from deploy.demo.workers import WorkerFailed
 from deploy.settings import Layer, Settings
 from deploy.torture.cluster import Cluster
-from deploy.torture.faults import Fault, plan
+from deploy.torture.faults import GAP_S, Fault, plan
 from deploy.torture.story import Story
 from deploy.torture.verdict import Outcome, outcome
 from deploy.torture.watch import Watch, positions_at
@@ -54,11 +54,12 @@ class Torture:
     events: int = 0  # 0: as many as the faults need
     calm: bool = True  # False: without the undisturbed run, and so without its digest
     workers: Sequence[str] = ("join-0", "join-1", "train", "serve-0", "serve-1")  # that are hurt
+    gap_s: tuple[float, float] = GAP_S  # between two faults
 
     def run(self) -> dict[str, Any]:
         """The figures of the command. Raises WorkerFailed where a worker ends that nothing has hurt."""
         shutil.rmtree(self.home, ignore_errors=True)
-        faults = plan(self.kills, self.seed, self.workers)
+        faults = plan(self.kills, self.seed, self.workers, self.gap_s)
         with contextlib.ExitStack() as stack:
             broker = Broker.start(self.home)
             hurt = Cluster(self._settings("hurt", broker), broker, self.launcher)

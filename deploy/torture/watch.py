@@ -105,6 +105,8 @@ class Watch:
                     if len(known) < KEPT * len(self.ports):
                         known.append(answer)
                 last = place
+        if connection is not None:
+            connection.close()
 
     def held_to(self, settings: Settings) -> Seen:
         """What the answers and the versions are worth. Reads `parameters` from its beginning."""

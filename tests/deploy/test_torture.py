@@ -49,8 +49,7 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path) -> None:
 def _with(bug: str, folder: Path) -> dict[str, Any]:
     """A short run with the bug in all workers, of which the trainer is killed."""
     launcher = (sys.executable, "-m", "tests.deploy.planted", bug)
-    kills = 0 if bug in ("no_tombstones", "half_a_version") else 5
-    torture = Torture(
-        kills, 5, folder / "torture", print, launcher, events=12_000, calm=False, workers=("train",)
-    )
-    return torture.run()
+    kills = 0 if bug in ("no_tombstones", "half_a_version") else 3
+    return Torture(
+        kills, 5, folder / "torture", print, launcher, events=12_000, calm=False, workers=("train",), gap_s=(5.0, 7.0)
+    ).run()  # a worker gets on between two kills
