@@ -15,7 +15,20 @@ from typing import NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from deploy.commands import bench, broker, dashboards, demo, doctor, init, log, replay, simulate, topics, workers
+from deploy.commands import (
+    bench,
+    broker,
+    checkpoint,
+    dashboards,
+    demo,
+    doctor,
+    init,
+    log,
+    replay,
+    simulate,
+    topics,
+    workers,
+)
 from embedding_store.errors import HeadraceError, UsageError
 
 STOPPED = 130  # the exit code of a command that Ctrl-C ended
@@ -33,6 +46,7 @@ for part in (doctor, demo, workers, init, replay, simulate):
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")
 app.add_typer(broker.app, name="broker")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(topics.app, name="topics")
 app.add_typer(dashboards.app, name="dashboards")
 

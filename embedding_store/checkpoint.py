@@ -10,11 +10,13 @@ Keys of rows are big-endian ids with the sign bit flipped: RocksDB's order is th
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from threading import get_ident
 
 import msgspec
 import numpy as np
@@ -24,7 +26,7 @@ from safetensors.numpy import load, save
 from embedding_store.columns import TableRows
 from embedding_store.copies import write_synced
 from embedding_store.delta import Version
-from embedding_store.errors import PositionError, StoreError
+from embedding_store.errors import DiskFull, PositionError, StoreError
 from embedding_store.faults import fault
 from embedding_store.rocks import Batch, Db, open_db
 
@@ -32,7 +34,7 @@ FORMAT = 2
 _SIGN = np.uint64(1 << 63)
 _META, _BLOBS, _OUTBOX, _GONE = "meta", "blobs", "outbox", "gone"
 _ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
-CLOSED_AT = "CLOSED-AT"  # a file of the store: the commit that it was at when it was last closed in good order
+CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
 _AT, _FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 
 
@@ -136,14 +138,9 @@ class CheckpointStore:
         if about and not commit.dense.keys() >= set(about.dense):
             raise ValueError("the version has dense weights that its commit has not")
         batch = self._db.batch()
+        place = _place_value((commit.epoch, commit.sequence))
         for table, ids in commit.gone.items():
-            keys = _keys(np.unique(ids))
-            delete = batch.into(_family(table))
-            for key in keys:
-                del delete[key]
-            if self._remembers:
-                place = _place_value((commit.epoch, commit.sequence))
-                batch.put_all(_GONE, (_blob_prefix(table) + key for key in keys), (place for _ in keys))
+            self._put_gone(batch, table, ids, place)
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
         for name, blobs in commit.blobs.items():
@@ -159,7 +156,7 @@ class CheckpointStore:
         )
         meta[_HEAD] = msgspec.msgpack.encode(head)
         for family in self._dated():
-            batch.into(family)[_AT] = _place_value((commit.epoch, commit.sequence))
+            batch.into(family)[_AT] = place
         fault("commit.filled")
         self._db.write(batch, self._sync)
         fault("commit.written")
@@ -255,16 +252,21 @@ class CheckpointStore:
         `state`: what of the owner's state must be alike in two runs (positions, counts); None: the head's as it is.
         Not in it: epoch, sequence, outbox, row numbers.
         """
+        return self.content(state)[0]
+
+    def content(self, state: bytes | None = None) -> tuple[str, dict[str, int]]:
+        """(digest, table → how many rows it has), all of it read."""
         head = self.head()
-        digest = Digest(self.layouts)
-        for table in sorted(self.layouts):
+        digest, count = Digest(self.layouts), dict.fromkeys(sorted(self.layouts), 0)
+        for table in count:
             for rows in self.iter_rows(table):
                 digest.rows(table, rows)
+                count[table] += len(rows)
         for name in self.blob_names():
             digest.entry(f"blobs {name}", *(part for i, v in self.iter_blobs(name) for part in (str(i).encode(), v)))
         if state is None and head is not None:
             state = head.state
-        return digest.finish(head.dense if head else {}, state or b"")
+        return digest.finish(head.dense if head else {}, state or b""), count
 
     def purge(self) -> None:
         """Rewrites the files, so that rows that are gone and versions that were sent leave the disk as well.
@@ -307,7 +309,9 @@ class CheckpointStore:
 
     def checkpoint(self, path: Path) -> None:
         """A copy of the store as of the last commit as the new directory `path`, by hard links: `Db.checkpoint`."""
+        at = self._last
         self._db.checkpoint(path)
+        _say_closed(self.path / CLOSED_AT, at)  # it has flushed all that
 
     def close(self) -> None:
         """Lets go of the store. Idempotent."""
@@ -363,11 +367,11 @@ class CheckpointStore:
         return stored
 
     def _check_commits(self) -> None:
-        """That the families are at one commit, and at one not before that of the last `close`."""
+        """That the families are at one commit, and at one not before that in the file CLOSED_AT."""
         closed_at = _closed_at(self.path / CLOSED_AT)
         if closed_at > self._last:
             raise StoreError(
-                f"the store {self.path} is damaged: it was closed at commit {closed_at[0]}.{closed_at[1]} and is at "
+                f"the store {self.path} is damaged: it was safe at commit {closed_at[0]}.{closed_at[1]} and is at "
                 f"{self._last[0]}.{self._last[1]}: go back to a kept one with `headrace checkpoint rollback`"
             )
         for family in self._dated():
@@ -378,6 +382,14 @@ class CheckpointStore:
                     f"the store {self.path} is damaged: {family!r} is at commit {at[0]}.{at[1]}, the rest at "
                     f"{self._last[0]}.{self._last[1]}: go back to a kept one with `headrace checkpoint rollback`"
                 )
+
+    def _put_gone(self, batch: Batch, table: str, ids: np.ndarray, place: bytes) -> None:
+        keys = _keys(np.unique(ids))
+        delete = batch.into(_family(table))
+        for key in keys:
+            del delete[key]
+        if self._remembers:
+            batch.put_all(_GONE, (_blob_prefix(table) + key for key in keys), (place for _ in keys))
 
     def _put_rows(self, batch: Batch, table: str, rows: TableRows) -> None:
         dtype = self.layouts[table]
@@ -449,9 +461,14 @@ def _blob_prefix(name: str) -> bytes:
 
 
 def _say_closed(path: Path, place: tuple[int, int]) -> None:
-    new = path.with_suffix(".new")
-    write_synced(new, io.BytesIO(b"%d.%d\n" % place))
-    new.replace(path)
+    new = path.with_suffix(f".{get_ident()}")
+    try:
+        write_synced(new, io.BytesIO(b"%d.%d\n" % place))
+        new.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for {path}: free some; nothing was lost") from error
+        raise StoreError(f"{path} cannot be written ({error}): check the directory") from error
 
 
 def _closed_at(path: Path) -> tuple[int, int]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rocksdict import (
     AccessType,
@@ -105,8 +107,9 @@ class Db:
         """
         with _mapped_errors(self.path):
             self._opened()
-            last = from_key
-            for item in self.family(family).items(from_key=from_key):
+            last: Any = from_key
+            items: Iterator[Any] = self.family(family).items(from_key=from_key)
+            for item in items:
                 last = item[0]
                 yield item
             rest = self.family(family).iter()
@@ -204,7 +207,7 @@ class Db:
             exists = (self.path / "CURRENT").exists()
             if not exists and any(self.path.glob("*.sst")):  # RocksDB would begin a new one, and delete them
                 raise StoreError(
-                    f"the store {self.path} lacks its file CURRENT: restore it from a copy, or choose an empty directory"
+                    f"the store {self.path} lacks its file CURRENT: go back to a copy, or choose an empty directory"
                 )
             found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
             names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
@@ -243,6 +246,18 @@ def open_db(path: Path | str, families: list[str], read_only: bool = False, memo
     RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB).
     """
     return Db(Path(path), families, read_only, memory)
+
+
+def in_use(path: Path) -> bool:
+    """Whether another process has the RocksDB at `path` open for writing."""
+    try:
+        with (path / "LOCK").open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB locks it; let go when it is closed
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _options(cache: Cache, memory: int) -> Options:
