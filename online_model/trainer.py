@@ -221,7 +221,7 @@ class Trainer:
             tables={name: rows.without(MOMENTUM) for name, rows in touched.items()}, gone=gone,
             blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
-        parts = encode(version)
+        parts = encode(version, rows=self.settings.encoding)
         fault("commit.encoded")
         self.erasures += bool(gone)
         dense = {**weights, **self._dense_state()}

@@ -1,4 +1,4 @@
-"""The train worker on a real Kafka: crashed between commit, sending and noting it, and taken back to a kept checkpoint."""
+"""The train worker on a real Kafka: crashed between commit and acknowledgement, and taken back to a kept checkpoint."""
 
 from __future__ import annotations
 
