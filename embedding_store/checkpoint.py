@@ -95,12 +95,17 @@ class CheckpointStore:
     """One process at a time. One thread commits and acknowledges, others may read. All methods raise StoreError."""
 
     def __init__(
-        self, path: Path | str, layouts: Mapping[str, np.dtype] | None, read_only: bool = False, sync: bool = False
+        self,
+        path: Path | str,
+        layouts: Mapping[str, np.dtype] | None,
+        read_only: bool = False,
+        sync: bool = False,
+        strict: bool = False,
     ) -> None:
         """Opens or makes the store at `path`; `layouts`: table → structured dtype of its rows (`columns.layout`).
 
         With `layouts` None a store that is there is opened with those that it was written with. With `sync` a commit
-        waits for the disk and outlives a power cut, without it only a kill -9.
+        waits for the disk and outlives a power cut, without it only a kill -9. `strict`: see `open_db`.
 
         Raises StoreLocked where another process has it open, StoreError where it was written with other layouts or in
         another format, is damaged, or (with None) is not there.
@@ -109,7 +114,8 @@ class CheckpointStore:
         if layouts is None and not (self.path / "CURRENT").exists():
             raise StoreError(f"there is no store at {self.path}: name the data directory of a train worker")
         self._read_only, self._closed, self._remembers = read_only, False, False
-        self._db = open_db(self.path, [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ())], read_only)
+        families = [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ())]
+        self._db = open_db(self.path, families, read_only, strict=strict)
         try:
             self.layouts = self._checked_layouts(layouts, read_only)
             record = self._head_record()

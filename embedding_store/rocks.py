@@ -24,6 +24,7 @@ from rocksdict import (
     CompactOptions,
     DbClosedError,
     DBCompressionType,
+    DBRecoveryMode,
     Options,
     Rdict,
     RdictIter,
@@ -74,8 +75,10 @@ class Db:
     then in it as a whole or, nearly always, not at all: write absolute values, so that a second time does no harm.
     """
 
-    def __init__(self, path: Path, families: list[str], read_only: bool = False, memory: int = 0) -> None:
-        self.path, self._memory = path, memory
+    def __init__(
+        self, path: Path, families: list[str], read_only: bool = False, memory: int = 0, strict: bool = False
+    ) -> None:
+        self.path, self._memory, self._strict = path, memory, strict
         self._names = families
         self._read_only = read_only
         self._db: Rdict | None = None
@@ -214,6 +217,8 @@ class Db:
             cache = Cache(self._memory // 2 or _CACHE_BYTES)
             access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
             options = {name: _options(cache, self._memory) for name in (DEFAULT_FAMILY, *names)}
+            if self._strict:
+                options[DEFAULT_FAMILY].set_wal_recovery_mode(DBRecoveryMode.absolute_consistency())
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
             self._handles = {n: self._db.get_column_family_handle(n) for n in names}
@@ -237,15 +242,18 @@ class Cursor:
         return found
 
 
-def open_db(path: Path | str, families: list[str], read_only: bool = False, memory: int = 0) -> Db:
+def open_db(
+    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0, strict: bool = False
+) -> Db:
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
-    `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
+    `read_only` takes no LOCK, and sees what was written up to now. `strict`: a log with anything wrong in it is refused;
+    else what stands before that is taken, as after a power cut. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
     RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB).
     """
-    return Db(Path(path), families, read_only, memory)
+    return Db(Path(path), families, read_only, memory, strict)
 
 
 def in_use(path: Path) -> bool:

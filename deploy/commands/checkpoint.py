@@ -187,7 +187,7 @@ def _verified_store(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         say(f"headrace: a worker has the store {path} open: it is left out; stop the worker to verify it")
         return [], []
     try:
-        with CheckpointStore(path, None, read_only=True) as store:
+        with CheckpointStore(path, None, read_only=True, strict=True) as store:
             store.scan()
             return [{**describe(store), "where": LIVE, "ok": True}], []
     except StoreError as error:
