@@ -248,8 +248,8 @@ def open_db(
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
-    `read_only` takes no LOCK, and sees what was written up to now. `strict`: a log with anything wrong in it is refused;
-    else what stands before that is taken, as after a power cut. `memory`: bytes, half of them for what
+    `read_only` takes no LOCK, and sees what was written up to now. `strict`: a log with anything wrong in it is
+    refused; else what stands before that is taken, as after a power cut. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
     RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB).
     """

@@ -167,7 +167,7 @@ class TrainWorker:
         self._kept = KeptCheckpoints(settings.checkpoints_url)
         _refuse_to_begin_anew(settings.store, self._kept)
         trainer = open_trainer(settings.model, settings.store, now_ms, device=device, sync=settings.sync)
-        trainer.store.remember_gone(self._kept.oldest())
+        trainer.store.remember_gone(self._oldest_kept())
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
@@ -328,20 +328,34 @@ class TrainWorker:
     async def _checkpoints(self) -> None:
         """A kept checkpoint every interval, counted from the newest that is there; the first as soon as there is
         something to keep. A failure costs a way back, nothing else."""
+        interval = self.settings.checkpoint_interval_s
+        wait = await asyncio.to_thread(self._seconds_to_keep)
         while True:
+            await asyncio.sleep(wait)
+            await self._begun()
             try:
-                await asyncio.sleep(await asyncio.to_thread(self._seconds_to_keep))
-                await self._begun()
                 await self._keep()
+                wait = interval
             except StoreError as error:
                 log.error("no checkpoint was kept: %s", error)
-                await asyncio.sleep(min(RETRY_SECONDS, self.settings.checkpoint_interval_s))
+                wait = min(RETRY_SECONDS, interval)
 
     def _seconds_to_keep(self) -> float:
-        newest = next(self._kept.newest_first(), None)
+        try:
+            newest = next(self._kept.newest_first(), None)
+        except StoreError:
+            return 0.0  # keeping one will say so
         if newest is None:
             return 0.0
         return max(0.0, self.settings.checkpoint_interval_s - (now_ms() - newest.made_ms) / 1000)
+
+    def _oldest_kept(self) -> tuple[int, int] | None:
+        """Where that cannot be told it may be any: training does not hang on a folder elsewhere."""
+        try:
+            return self._kept.oldest()
+        except StoreError as error:
+            log.error("the kept checkpoints cannot be read: %s", error)
+            return (0, 0)
 
     async def _keep(self) -> None:
         """In a thread of its own: the training goes on meanwhile."""

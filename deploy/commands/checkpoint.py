@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from embedding_store.errors import StoreError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from embedding_store.checkpoint import CheckpointStore
     from embedding_store.kept import KeptCheckpoints
     from streams.settings import TrainWorkerSettings
 
@@ -25,6 +27,7 @@ VersionOption = Annotated[
                  show_default=False),
 ]  # fmt: skip
 LIVE, KEPT = "store", "kept"
+TRIES = 5  # to open a store that is in use
 
 
 @app.command("list", epilog="Example: headrace checkpoint list --json")
@@ -159,13 +162,23 @@ def _live(path: Path) -> list[dict[str, Any]]:
     if not (path / "CURRENT").exists():
         return []
     used = in_use(path)
-    with CheckpointStore(path, None, read_only=True) as store:
+    with _open_beside(path) if used else CheckpointStore(path, None, read_only=True) as store:
         head = store.head()
         if head is None:
             return []
         told = about(head) | {"rows": None, "digest": None} if used else describe(store)
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     return [{"where": LIVE, **told, "bytes": size, "in_use": used}]
+
+
+def _open_beside(path: Path) -> CheckpointStore:
+    """A store that a worker has open. While it is being opened the worker may put other files in place: then again."""
+    from embedding_store.checkpoint import CheckpointStore
+
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(StoreError):
+            return CheckpointStore(path, None, read_only=True)
+    return CheckpointStore(path, None, read_only=True)
 
 
 def _kept(kept: KeptCheckpoints) -> list[dict[str, Any]]:
