@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 from deploy.commands import (
     bench,
     broker,
+    checkpoint,
     dashboards,
     demo,
     doctor,
@@ -46,6 +47,7 @@ for part in (doctor, demo, workers, init, replay, simulate, torture):
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")
 app.add_typer(broker.app, name="broker")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(topics.app, name="topics")
 app.add_typer(dashboards.app, name="dashboards")
 

@@ -39,7 +39,8 @@ ABOUT = {
     "serve": "a serving replica",
     "demo": "headrace demo",
 }
-NOT_SETTINGS = {"HEADRACE_DEBUG", "HEADRACE_CACHE"}  # of the command itself, and of the embedded Kafka
+# Of the command itself, of the embedded Kafka, of tests.
+NOT_SETTINGS = {"HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT"}
 
 
 class General(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -9,25 +9,33 @@ Keys of rows are big-endian ids with the sign bit flipped: RocksDB's order is th
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from threading import get_ident
 
 import msgspec
 import numpy as np
-import xxhash
 from safetensors.numpy import load, save
 
 from embedding_store.columns import TableRows
+from embedding_store.copies import write_synced
 from embedding_store.delta import Version
-from embedding_store.errors import PositionError, StoreError
+from embedding_store.digest import Digest, pack
+from embedding_store.errors import DiskFull, PositionError, StoreError
+from embedding_store.faults import fault
 from embedding_store.rocks import Batch, Db, open_db
 
-_FORMAT = 1
+FORMAT = 2
 _SIGN = np.uint64(1 << 63)
-_META, _BLOBS, _OUTBOX = "meta", "blobs", "outbox"
+_META, _BLOBS, _OUTBOX, _GONE = "meta", "blobs", "outbox", "gone"
 _ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
+CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
+_AT, _FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 
 
 @dataclass
@@ -43,6 +51,8 @@ class Commit:
     parts: list[bytes] = field(default_factory=list)  # the version's encoded parts, for the outbox; none: no entry
     version: Version | None = None  # what the parts were encoded from: its header is what a snapshot will say
     gone: dict[str, np.ndarray] = field(default_factory=dict)  # table → int64 ids that are no more, unless in `rows`
+    settings: str = ""  # a digest of the owner's settings
+    event_time_ms: int = 0  # the newest that is in it
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,14 @@ class Head:
     sequence: int
     state: bytes
     dense: dict[str, np.ndarray]
+    settings: str
+    event_time_ms: int
+    created_ms: int  # of its version; 0: it has none
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, sequence)"""
+        return self.epoch, self.sequence
 
 
 class _HeadRecord(msgspec.Struct, array_like=True):
@@ -60,6 +78,8 @@ class _HeadRecord(msgspec.Struct, array_like=True):
     sequence: int
     state: bytes
     version: _VersionRecord | None
+    settings: str
+    event_time_ms: int
 
 
 class _VersionRecord(msgspec.Struct, array_like=True):
@@ -75,22 +95,33 @@ class CheckpointStore:
     """One process at a time. One thread commits and acknowledges, others may read. All methods raise StoreError."""
 
     def __init__(
-        self, path: Path | str, layouts: Mapping[str, np.dtype], read_only: bool = False, sync: bool = False
+        self,
+        path: Path | str,
+        layouts: Mapping[str, np.dtype] | None,
+        read_only: bool = False,
+        sync: bool = False,
+        strict: bool = False,
     ) -> None:
         """Opens or makes the store at `path`; `layouts`: table → structured dtype of its rows (`columns.layout`).
 
-        With `sync` a commit waits for the disk and outlives a power cut, without it only a kill -9.
+        With `layouts` None a store that is there is opened with those that it was written with. With `sync` a commit
+        waits for the disk and outlives a power cut, without it only a kill -9. `strict`: see `open_db`.
 
-        Raises StoreLocked where another process has it open, StoreError where it was written with other layouts.
+        Raises StoreLocked where another process has it open, StoreError where it was written with other layouts or in
+        another format, is damaged, or (with None) is not there.
         """
         self.path, self._sync = Path(path), sync
-        self.layouts = dict(layouts)
-        self._db = open_db(self.path, [_META, _BLOBS, _OUTBOX, *map(_family, layouts)], read_only)
+        if layouts is None and not (self.path / "CURRENT").exists():
+            raise StoreError(f"there is no store at {self.path}: name the data directory of a train worker")
+        self._read_only, self._closed, self._remembers = read_only, False, False
+        families = [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ())]
+        self._db = open_db(self.path, families, read_only, strict=strict)
         try:
-            self._check_layouts(read_only)
+            self.layouts = self._checked_layouts(layouts, read_only)
             record = self._head_record()
             self._last = (record.epoch, record.sequence) if record else (0, 0)
-            self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(_OUTBOX)]
+            self._check_commits()
+            self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(_OUTBOX, _FIRST)]
         except BaseException:
             self._db.close()
             raise
@@ -113,10 +144,9 @@ class CheckpointStore:
         if about and not commit.dense.keys() >= set(about.dense):
             raise ValueError("the version has dense weights that its commit has not")
         batch = self._db.batch()
+        place = _place_value((commit.epoch, commit.sequence))
         for table, ids in commit.gone.items():
-            delete = batch.into(_family(table))
-            for key in _keys(np.unique(ids)):
-                del delete[key]
+            self._put_gone(batch, table, ids, place)
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
         for name, blobs in commit.blobs.items():
@@ -127,8 +157,15 @@ class CheckpointStore:
             batch.into(_OUTBOX)[_sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
         meta = batch.into(_META)
         meta[_DENSE] = save({n: np.ascontiguousarray(a) for n, a in commit.dense.items()})
-        meta[_HEAD] = msgspec.msgpack.encode(_HeadRecord(commit.epoch, commit.sequence, commit.state, about))
+        head = _HeadRecord(
+            commit.epoch, commit.sequence, commit.state, about, commit.settings, commit.event_time_ms
+        )
+        meta[_HEAD] = msgspec.msgpack.encode(head)
+        for family in self._dated():
+            batch.into(family)[_AT] = place
+        fault("commit.filled")
         self._db.write(batch, self._sync)
+        fault("commit.written")
         self._last = (commit.epoch, commit.sequence)
         if commit.parts:
             self._outbox.append(commit.sequence)
@@ -138,7 +175,10 @@ class CheckpointStore:
         record = self._head_record()
         if record is None:
             return None
-        return Head(record.epoch, record.sequence, record.state, load(self._db.get(_META, _DENSE) or b""))
+        return Head(
+            record.epoch, record.sequence, record.state, load(self._db.get(_META, _DENSE) or b""), record.settings,
+            record.event_time_ms, record.version.created_ms if record.version else 0,
+        )  # fmt: skip
 
     def version(self) -> Version | None:
         """The last commit as a version that holds everything (`base` None), but without tables and blobs."""
@@ -151,7 +191,7 @@ class CheckpointStore:
 
     def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
         """All rows of a table sorted by id, in chunks of up to `chunk`. Do not commit while it runs."""
-        items = self._db.items(_family(table))
+        items = self._db.items(_family(table), _FIRST)
         while pairs := list(islice(items, chunk)):
             keys, values = zip(*pairs, strict=True)
             yield self._unpack(table, _ids(keys), values)
@@ -168,7 +208,7 @@ class CheckpointStore:
 
     def has_rows(self, table: str) -> bool:
         """Whether the table has any row."""
-        return next(self._db.items(_family(table)), None) is not None
+        return next(self._db.items(_family(table), _FIRST), None) is not None
 
     def iter_blobs(self, name: str) -> Iterator[tuple[int, bytes]]:
         """(id, bytes) of a blob family, sorted by id."""
@@ -181,7 +221,7 @@ class CheckpointStore:
     def blob_names(self) -> list[str]:
         """The blob families that hold something."""
         names: list[str] = []
-        found = next(self._db.items(_BLOBS), None)
+        found = next(self._db.items(_BLOBS, _FIRST), None)
         while found is not None:
             name = found[0][:-9]  # the id's eight bytes and the zero before them
             names.append(name.decode())
@@ -203,11 +243,13 @@ class CheckpointStore:
         gone = [s for s in self._outbox if s <= up_to_sequence]
         if not gone:
             return
+        fault("acknowledge.begun")
         batch = self._db.batch()
         outbox = batch.into(_OUTBOX)
         for sequence in gone:
             del outbox[_sequence_key(sequence)]
         self._db.write(batch, sync=False)
+        fault("acknowledge.written")
         self._outbox = self._outbox[len(gone) :]
 
     def digest(self, state: bytes | None = None) -> str:
@@ -216,31 +258,74 @@ class CheckpointStore:
         `state`: what of the owner's state must be alike in two runs (positions, counts); None: the head's as it is.
         Not in it: epoch, sequence, outbox, row numbers.
         """
+        return self.content(state)[0]
+
+    def content(self, state: bytes | None = None) -> tuple[str, dict[str, int]]:
+        """(digest, table → how many rows it has), all of it read."""
         head = self.head()
-        digest = Digest(self.layouts)
-        for table in sorted(self.layouts):
+        digest, count = Digest(self.layouts), dict.fromkeys(sorted(self.layouts), 0)
+        for table in count:
             for rows in self.iter_rows(table):
                 digest.rows(table, rows)
+                count[table] += len(rows)
         for name in self.blob_names():
             digest.entry(f"blobs {name}", *(part for i, v in self.iter_blobs(name) for part in (str(i).encode(), v)))
         if state is None and head is not None:
             state = head.state
-        return digest.finish(head.dense if head else {}, state or b"")
+        return digest.finish(head.dense if head else {}, state or b""), count
 
     def purge(self) -> None:
         """Rewrites the files, so that rows that are gone and versions that were sent leave the disk as well.
 
         Commits may go on meanwhile, in another thread.
         """
-        for family in (_META, _BLOBS, _OUTBOX, *map(_family, self.layouts)):
+        for family in (_META, _GONE, *self._dated()):
             self._db.compact(family)
+
+    def remember_gone(self, since: tuple[int, int] | None) -> None:
+        """From now on commits note which ids are `gone`, so that going back to a copy of the store does not bring them
+        back. Forgets those noted up to the version `since`, that of the oldest copy; None: no copy is kept, so all of
+        them, and notes no more. Raises StoreError.
+        """
+        self._remembers = since is not None
+        batch = self._db.batch()
+        notes = batch.into(_GONE)
+        count = 0
+        for key, value in self._db.items(_GONE):
+            if since is None or _place_of(value) <= since:
+                del notes[key]
+                count += 1
+        if count:
+            self._db.write(batch, sync=False)
+
+    def gone_since(self, since: tuple[int, int]) -> dict[str, np.ndarray]:
+        """table → int64 ids, ascending, that commits after the version `since` took away, as far as it was noted."""
+        keys: dict[str, list[bytes]] = {}
+        for key, value in self._db.items(_GONE):
+            if _place_of(value) > since:
+                keys.setdefault(key[:-9].decode(), []).append(key[-8:])
+        return {table: _ids(some) for table, some in keys.items()}
+
+    def scan(self) -> None:
+        """Reads every block of every file, so that RocksDB compares its checksums. Raises StoreError at the first that
+        is damaged."""
+        for family in (_META, _GONE, *self._dated()):
+            for _ in self._db.items(family):
+                pass
 
     def checkpoint(self, path: Path) -> None:
         """A copy of the store as of the last commit as the new directory `path`, by hard links: `Db.checkpoint`."""
+        at = self._last
         self._db.checkpoint(path)
+        _say_closed(self.path / CLOSED_AT, at)  # it has flushed all that
 
     def close(self) -> None:
         """Lets go of the store. Idempotent."""
+        if not (self._read_only or self._closed):
+            with contextlib.suppress(StoreError):  # what could not be flushed is in RocksDB's log, and nothing is said
+                self._db.flush()
+                _say_closed(self.path / CLOSED_AT, self._last)
+        self._closed = True
         self._db.close()
 
     def __enter__(self) -> CheckpointStore:
@@ -258,19 +343,59 @@ class CheckpointStore:
         value = self._db.get(_META, _HEAD)
         return None if value is None else msgspec.msgpack.decode(value, type=_HeadRecord)
 
-    def _check_layouts(self, read_only: bool) -> None:
-        layouts = {table: dtype.descr for table, dtype in sorted(self.layouts.items())}
-        about = msgspec.json.encode({"format": _FORMAT, "layouts": layouts})
-        stored = self._db.get(_META, _ABOUT)
-        if stored is None and not read_only:
+    def _dated(self) -> list[str]:
+        """The families that say which commit they are at."""
+        return [_BLOBS, _OUTBOX, *map(_family, self.layouts)]
+
+    def _checked_layouts(self, layouts: Mapping[str, np.dtype] | None, read_only: bool) -> dict[str, np.dtype]:
+        raw = self._db.get(_META, _ABOUT)
+        if raw is None:
+            if layouts is None or read_only:
+                raise StoreError(f"{self.path} is no store of a train worker: check the path")
+            described = {table: dtype.descr for table, dtype in sorted(layouts.items())}
             batch = self._db.batch()
-            batch.into(_META)[_ABOUT] = about
+            batch.into(_META)[_ABOUT] = msgspec.json.encode({"format": FORMAT, "layouts": described})
             self._db.write(batch)
-        elif stored != about:
+            return dict(layouts)
+        about = msgspec.json.decode(raw)
+        if about["format"] != FORMAT:
             raise StoreError(
-                f"the store {self.path} was written with other tables or dimensions: "
+                f"the store {self.path} has the format {about['format']}, this release has {FORMAT}: use the release "
+                "that wrote it, or choose an empty data directory"
+            )
+        stored = {table: _dtype(fields) for table, fields in about["layouts"].items()}
+        if layouts is not None and stored != dict(layouts):
+            different = [t for t in {**stored, **layouts} if stored.get(t) != layouts.get(t)]
+            raise StoreError(
+                f"the store {self.path} was written with other tables or dimensions ({', '.join(sorted(different))}): "
                 "set them back, or choose an empty data directory"
             )
+        return stored
+
+    def _check_commits(self) -> None:
+        """That the families are at one commit, and at one not before that in the file CLOSED_AT."""
+        closed_at = _closed_at(self.path / CLOSED_AT)
+        if closed_at > self._last:
+            raise StoreError(
+                f"the store {self.path} is damaged: it was safe at commit {closed_at[0]}.{closed_at[1]} and is at "
+                f"{self._last[0]}.{self._last[1]}: go back to a kept one with `headrace checkpoint rollback`"
+            )
+        for family in self._dated():
+            value = self._db.get(family, _AT)
+            at = _place_of(value) if value else (0, 0)
+            if at != self._last:
+                raise StoreError(
+                    f"the store {self.path} is damaged: {family!r} is at commit {at[0]}.{at[1]}, the rest at "
+                    f"{self._last[0]}.{self._last[1]}: go back to a kept one with `headrace checkpoint rollback`"
+                )
+
+    def _put_gone(self, batch: Batch, table: str, ids: np.ndarray, place: bytes) -> None:
+        keys = _keys(np.unique(ids))
+        delete = batch.into(_family(table))
+        for key in keys:
+            del delete[key]
+        if self._remembers:
+            batch.put_all(_GONE, (_blob_prefix(table) + key for key in keys), (place for _ in keys))
 
     def _put_rows(self, batch: Batch, table: str, rows: TableRows) -> None:
         dtype = self.layouts[table]
@@ -288,47 +413,6 @@ class CheckpointStore:
         return TableRows(ids, {n: packed[n].copy() for n in dtype.names or ()})
 
 
-class Digest:
-    """The hash of a model's logical content; rows may come in chunks of any size, but sorted by table and id."""
-
-    def __init__(self, layouts: Mapping[str, np.dtype]) -> None:
-        self._layouts = layouts
-        self._hash = xxhash.xxh3_128()
-        self._table = ""
-
-    def rows(self, table: str, rows: TableRows) -> None:
-        """The next rows of `table`, ids ascending."""
-        if not len(rows):
-            return
-        if table != self._table:
-            self._table = table
-            self.entry(f"table {table}")
-        packed = np.empty(len(rows), [("id", "<i8"), ("row", self._layouts[table])])
-        packed["id"], packed["row"] = rows.ids, pack(rows, self._layouts[table])
-        self._hash.update(packed.data)
-
-    def entry(self, name: str, *values: bytes) -> None:
-        """Something by name; lengths are part of it, so that nothing can pass for something else."""
-        for value in (name.encode(), *values):
-            self._hash.update(len(value).to_bytes(8, "little"))
-            self._hash.update(value)
-
-    def finish(self, dense: Mapping[str, np.ndarray], state: bytes) -> str:
-        """The 32 hex digits, with the dense weights and the state."""
-        for name in sorted(dense):
-            self.entry(f"dense {name} {dense[name].dtype.str} {dense[name].shape}", dense[name].tobytes())
-        self.entry("state", state)
-        return self._hash.hexdigest()
-
-
-def pack(rows: TableRows, dtype: np.dtype) -> np.ndarray:
-    """The rows' columns as one structured array [n] of `dtype`."""
-    packed = np.empty(len(rows), dtype)
-    for name in dtype.names or ():
-        packed[name] = rows.columns[name]
-    return packed
-
-
 def _version_record(version: Version) -> _VersionRecord:
     return _VersionRecord(version.created_ms, version.positions, version.info, list(version.dense))
 
@@ -339,6 +423,43 @@ def _family(table: str) -> str:
 
 def _blob_prefix(name: str) -> bytes:
     return name.encode() + b"\x00"
+
+
+def _say_closed(path: Path, place: tuple[int, int]) -> None:
+    new = path.with_suffix(f".{get_ident()}")
+    try:
+        write_synced(new, io.BytesIO(b"%d.%d\n" % place))
+        new.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no space left for {path}: free some; nothing was lost") from error
+        raise StoreError(f"{path} cannot be written ({error}): check the directory") from error
+
+
+def _closed_at(path: Path) -> tuple[int, int]:
+    """The commit in the file, (0, 0) where there is none. Raises StoreError."""
+    try:
+        epoch, sequence = path.read_bytes().removesuffix(b"\n").split(b".")
+        return int(epoch), int(sequence)
+    except FileNotFoundError:
+        return 0, 0
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}): check the disk, and delete it to go on from what the store has"
+        ) from error
+
+
+def _place_value(place: tuple[int, int]) -> bytes:
+    return place[0].to_bytes(8, "big") + place[1].to_bytes(8, "big")
+
+
+def _place_of(value: bytes) -> tuple[int, int]:
+    return int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")
+
+
+def _dtype(fields: list) -> np.dtype:
+    """The structured dtype whose `descr` was written as JSON."""
+    return np.dtype([(name, text, *(tuple(shape) for shape in rest)) for name, text, *rest in fields])
 
 
 def _sequence_key(sequence: int) -> bytes:

@@ -21,10 +21,12 @@ from typing import Any, BinaryIO
 
 import fsspec.core
 import msgspec
+from fsspec.implementations.local import LocalFileSystem
 from msgspec import Struct
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from embedding_store.errors import CorruptRecord, DiskFull, HeadraceError, StoreError
+from embedding_store.faults import fault
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -74,11 +76,14 @@ class Copies:
         about: dict[str, Any],
         keep: int,
         stopped: Callable[[], bool] = lambda: False,
+        link: str = "",
     ) -> None:
         """Copies the files of `directory`, which must not change meanwhile, and removes all but the `keep` newest.
 
         1. The files; 2. the manifest; 3. older copies go, and what was left unfinished. If there is a copy `number`
-        already nothing is done. Raises StoreError where it cannot be written, or where `stopped` says so in between.
+        already nothing is done. Files whose name ends in `link` (they never change) become hard links where the copies
+        are on the same file system. Raises StoreError where it cannot be written, or where `stopped` says so in
+        between.
         """
         if self._manifest(number) is not None:
             return
@@ -89,12 +94,15 @@ class Copies:
             self._system.makedirs(place, exist_ok=True)
             files = []
             for path in sorted(directory.iterdir()):
-                with path.open("rb") as source, self._system.open(f"{place}/{path.name}", "wb") as target:
-                    files.append(_pump(path.name, source, target, stopped))
+                files.append(self._put_file(path, f"{place}/{path.name}", stopped, bool(link) and path.suffix == link))
+                fault("copy.file")
+            fault("copy.files")
             manifest = Manifest(FORMAT, number, time.time_ns() // 1_000_000, about, files)
             manifest = msgspec.structs.replace(manifest, xxh3=manifest.digest())
             self._system.pipe_file(f"{place}/{MANIFEST}", msgspec.json.encode(manifest))
+            fault("copy.manifest")
             self._remove_old(number, keep)
+            fault("copy.done")
 
     def newest_first(self) -> Iterator[Manifest]:
         """The whole copies. Raises StoreError where the folder cannot be read."""
@@ -120,6 +128,38 @@ class Copies:
                 if found != file:
                     raise CorruptRecord(f"{place}/{file.name} is damaged: delete {place}, an older one is taken")
             sync_directory(directory)
+
+    def damages(self, manifest: Manifest) -> list[str]:
+        """Reads a copy through: what is wrong with it, by file; none: it is as it was. Raises StoreError."""
+        place, wrong = self._place(manifest.number), []
+        with _mapped_errors(place):
+            for file in manifest.files:
+                try:
+                    with self._system.open(f"{place}/{file.name}", "rb") as source:
+                        found = _pump(file.name, source, None)
+                except FileNotFoundError:
+                    wrong.append(f"{place}/{file.name} is missing")
+                else:
+                    if found != file:
+                        wrong.append(f"{place}/{file.name} is damaged")
+        return wrong
+
+    def damaged_manifests(self) -> list[str]:
+        """The manifests that cannot be taken for one. (A copy without any was not finished.) Raises StoreError."""
+        return [
+            f"{self._place(number)}/{MANIFEST} is damaged, or of another release"
+            for number in self._numbers()
+            if self._manifest(number) is None and self._system.exists(f"{self._place(number)}/{MANIFEST}")
+        ]
+
+    def _put_file(self, path: Path, place: str, stopped: Callable[[], bool], link: bool) -> File:
+        with path.open("rb") as source:
+            if link and isinstance(self._system, LocalFileSystem):
+                with contextlib.suppress(OSError):  # another file system, or one without links
+                    os.link(path, place)
+                    return _pump(path.name, source, None, stopped)
+            with self._system.open(place, "wb") as target:
+                return _pump(path.name, source, target, stopped)
 
     def _place(self, number: int) -> str:
         return f"{self._root}/{number}"
@@ -178,15 +218,19 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_directory(path: Path, new: Path) -> Path:
-    """Puts the directory `new` where `path` is. Returns where the old one is now: remove it when the new one is good.
+    """Puts the directory `new` where `path` is. Returns where the old one, if there was one, is now: remove it when the
+    new one is good.
 
     Killed in the middle, `settle_directory` makes it right. Raises StoreError.
     """
     aside = _aside(path)
     with _mapped_errors(path):
-        path.rename(aside)
+        if path.exists():
+            path.rename(aside)
+            fault("replace.aside")
         new.rename(path)
         sync_directory(path.parent)
+        fault("replace.placed")
     return aside
 
 
@@ -206,12 +250,14 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".replaced")
 
 
-def _pump(name: str, source: BinaryIO, target: BinaryIO, stopped: Callable[[], bool] = lambda: False) -> File:
+def _pump(name: str, source: BinaryIO, target: BinaryIO | None, stopped: Callable[[], bool] = lambda: False) -> File:
+    """Copies the rest of `source`, or (target None) only reads it."""
     size, digest = 0, xxh3_64()
     while chunk := source.read(_CHUNK):
         if stopped():
             raise StoreError(f"the copying of {name} was stopped: the copy before it is still there")
-        target.write(chunk)
+        if target is not None:
+            target.write(chunk)
         digest.update(chunk)
         size += len(chunk)
     return File(name, size, digest.hexdigest())

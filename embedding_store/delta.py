@@ -19,11 +19,12 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from embedding_store.columns import TableRows, concat
+from embedding_store.columns import WEIGHTS, TableRows, concat
+from embedding_store.encoding import Encoding, decode_weights, encode_weights
 from embedding_store.errors import CorruptRecord
 
 MAX_PART_BYTES = 900_000  # below Kafka's default limit of 1 MB a record
-_FORMAT = 1
+_FORMAT = 2
 _NO_CHECK = "0" * 16
 _HEADER_BYTES = 1024  # what a part takes beside its tensors and the JSON of the version
 _TENSOR_BYTES = 256  # what a tensor's entry in the header may take
@@ -54,6 +55,7 @@ class _Head(msgspec.Struct, kw_only=True):
     positions: list[tuple[int, int]]
     info: dict
     dense: dict[str, list[int]]  # name → shape
+    rows: Encoding = "fp32"  # of the tables' weights
 
 
 class _Meta(msgspec.Struct, kw_only=True):
@@ -96,12 +98,12 @@ class _Piece:
         return _Piece(self.kind, self.name, {n: c[start:stop] for n, c in self.columns.items()})
 
 
-def encode(version: Version, max_bytes: int = MAX_PART_BYTES) -> list[bytes]:
-    """The parts of a version, at least one, in the order to send them.
+def encode(version: Version, max_bytes: int = MAX_PART_BYTES, rows: Encoding = "fp32") -> list[bytes]:
+    """The parts of a version, at least one, in the order to send them. `rows`: how the tables' weights are written.
 
     A part is longer than `max_bytes` only where one row or one blob (or the JSON) is.
     """
-    return list(encode_stream(version, version.tables.items(), version.blobs.items(), max_bytes))
+    return list(encode_stream(version, version.tables.items(), version.blobs.items(), max_bytes, rows))
 
 
 def encode_stream(
@@ -109,6 +111,7 @@ def encode_stream(
     tables: Iterable[tuple[str, TableRows]],
     blobs: Iterable[tuple[str, Mapping[int, bytes]]],
     max_bytes: int,
+    rows: Encoding = "fp32",
 ) -> Iterator[bytes]:
     """As `encode`, with the rows and blobs of `head` replaced by streams, so that a version need not fit in memory."""
     info = _Head(
@@ -117,10 +120,11 @@ def encode_stream(
         positions=sorted(head.positions.items()),
         info=head.info,
         dense={name: list(array.shape) for name, array in head.dense.items()},
+        rows=rows,
     )
     first = ""
     room = max_bytes - len(msgspec.json.encode(info))
-    parts = _fill(_pieces(head, tables, blobs, max_bytes // 2), room, max_bytes)
+    parts = _fill(_pieces(head, tables, blobs, max_bytes // 2, rows), room, max_bytes)
     for number, (pieces, last) in enumerate(_and_whether_last(parts)):
         meta = _Meta(
             format=_FORMAT,
@@ -191,13 +195,17 @@ def _pieces(
     tables: Iterable[tuple[str, TableRows]],
     blobs: Iterable[tuple[str, Mapping[int, bytes]]],
     blob_bytes: int,
+    encoding: Encoding,
 ) -> Iterator[_Piece]:
     for name, array in head.dense.items():
         yield _Piece("dense", name, {"flat": array.reshape(-1)})
     for name, ids in head.gone.items():
         yield _Piece("gone", name, {"ids": ids})
     for name, rows in tables:
-        yield _Piece("table", name, {"ids": rows.ids, **{f"column.{n}": c for n, c in rows.columns.items()}})
+        columns = {f"column.{n}": c for n, c in rows.columns.items() if n != WEIGHTS}
+        if WEIGHTS in rows.columns:
+            columns |= {f"weights.{n}": c for n, c in encode_weights(rows.columns[WEIGHTS], encoding).items()}
+        yield _Piece("table", name, {"ids": rows.ids, **columns})
     for name, family in blobs:
         yield from _blob_pieces(name, family, blob_bytes)
 
@@ -288,15 +296,21 @@ def _build(meta: _Meta, head: _Head | None, pieces: list[_Piece]) -> Version:
         elif piece.kind == "gone":
             gone.setdefault(piece.name, []).append(columns["ids"])
         elif piece.kind == "table":
-            ids = columns.pop("ids")
-            rows = TableRows(ids, {n.removeprefix("column."): c for n, c in columns.items()})
-            tables.setdefault(piece.name, []).append(rows)
+            tables.setdefault(piece.name, []).append(_rows(columns, head.rows))
         else:
             version.blobs.setdefault(piece.name, {}).update(_blobs(columns))
     version.dense = {n: np.concatenate(parts).reshape(head.dense[n]) for n, parts in flat.items()}
     version.gone = {n: np.concatenate(parts) for n, parts in gone.items()}
     version.tables = {n: concat(parts) for n, parts in tables.items()}
     return version
+
+
+def _rows(columns: dict[str, np.ndarray], encoding: Encoding) -> TableRows:
+    own = {n.removeprefix("column."): c for n, c in columns.items() if n.startswith("column.")}
+    weights = {n.removeprefix("weights."): c for n, c in columns.items() if n.startswith("weights.")}
+    if weights:
+        own = {WEIGHTS: decode_weights(weights, encoding), **own}
+    return TableRows(columns["ids"], own)
 
 
 def _blobs(columns: dict[str, np.ndarray]) -> dict[int, bytes]:

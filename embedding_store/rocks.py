@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rocksdict import (
     AccessType,
@@ -22,6 +24,7 @@ from rocksdict import (
     CompactOptions,
     DbClosedError,
     DBCompressionType,
+    DBRecoveryMode,
     Options,
     Rdict,
     RdictIter,
@@ -75,10 +78,10 @@ class Db:
     """
 
     def __init__(
-        self, path: Path, families: list[str], read_only: bool = False, memory: int = 0,
+        self, path: Path, families: list[str], read_only: bool = False, memory: int = 0, strict: bool = False,
         by_prefix: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        self.path, self._memory, self._by_prefix = path, memory, by_prefix or {}
+        self.path, self._memory, self._strict, self._by_prefix = path, memory, strict, by_prefix or {}
         self._names = families
         self._read_only = read_only
         self._db: Rdict | None = None
@@ -104,12 +107,28 @@ class Db:
             return self.family(family).get(keys) if keys else []  # type: ignore[arg-type, return-value]
 
     def items(self, family: str, from_key: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
-        """(key, value) in the order of the keys from `from_key` on. Holds the LOCK until it is exhausted or gone."""
+        """(key, value) in the order of the keys from `from_key` on. Holds the LOCK until it is exhausted or gone.
+
+        rocksdict ends in silence where a block is damaged: what comes after the last key is looked at once more.
+        """
         with _mapped_errors(self.path):
             self._opened()
             options = ReadOptions()
             options.set_total_order_seek(True)
-            yield from self.family(family).items(from_key=from_key, read_opt=options)
+            last: Any = from_key
+            items: Iterator[Any] = self.family(family).items(from_key=from_key, read_opt=options)
+            for item in items:
+                last = item[0]
+                yield item
+            rest = self.family(family).iter(options)
+            if last is None:
+                rest.seek_to_first()
+            else:
+                rest.seek(last)
+                if rest.valid() and rest.key() == last:
+                    rest.next()
+            if not rest.valid():
+                rest.status()
 
     def cursor(self, family: str, prefix: int = 0) -> Cursor:
         """For many short looks at a family as it is now. Holds the LOCK until it is gone.
@@ -159,6 +178,12 @@ class Db:
         with _mapped_errors(self.path):
             Checkpoint(self._opened()).create_checkpoint(str(path))
 
+    def flush(self) -> None:
+        """What was written is in files that outlive a power cut when this returns."""
+        with _mapped_errors(self.path):
+            for family in (DEFAULT_FAMILY, *self._families):
+                self.family(family).flush()
+
     def close(self) -> None:
         """Flushes and lets go of the LOCK. Idempotent."""
         db, self._db = self._db, None
@@ -198,6 +223,10 @@ class Db:
             if not self._read_only:
                 self.path.mkdir(parents=True, exist_ok=True)
             exists = (self.path / "CURRENT").exists()
+            if not exists and any(self.path.glob("*.sst")):  # RocksDB would begin a new one, and delete them
+                raise StoreError(
+                    f"the store {self.path} lacks its file CURRENT: go back to a copy, or choose an empty directory"
+                )
             found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
             names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
             cache = Cache(self._memory // 2 or _CACHE_BYTES)
@@ -206,6 +235,8 @@ class Db:
             for name, prefix in self._by_prefix.items():
                 options[name].set_prefix_extractor(SliceTransform.create_fixed_prefix(prefix))
                 options[name].set_memtable_prefix_bloom_ratio(0.05)
+            if self._strict:
+                options[DEFAULT_FAMILY].set_wal_recovery_mode(DBRecoveryMode.absolute_consistency())
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
             self._handles = {n: self._db.get_column_family_handle(n) for n in names}
@@ -230,18 +261,31 @@ class Cursor:
 
 
 def open_db(
-    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0,
+    path: Path | str, families: list[str], read_only: bool = False, memory: int = 0, strict: bool = False,
     by_prefix: Mapping[str, int] | None = None,
 ) -> Db:  # fmt: skip
     """Opens the RocksDB at `path`, made where it is missing, with at least these families (beside "default").
 
     Raises StoreLocked where another process (or object) has it open, StoreError where it cannot be opened.
-    `read_only` takes no LOCK, and sees what was written up to now. `memory`: bytes, half of them for what
+    `read_only` takes no LOCK, and sees what was written up to now. `strict`: a log with anything wrong in it is
+    refused; else what stands before that is taken, as after a power cut. `memory`: bytes, half of them for what
     waits for its file and half for what was read, its index and filters included, of all families together; 0: as
     RocksDB has it (64 MB of each family wait, indexes are held outside of a cache of 64 MB). `by_prefix`: family →
     how many bytes its keys begin with when a cursor asks for them; where there are none that is known at once.
     """
-    return Db(Path(path), families, read_only, memory, by_prefix)
+    return Db(Path(path), families, read_only, memory, strict, by_prefix)
+
+
+def in_use(path: Path) -> bool:
+    """Whether another process has the RocksDB at `path` open for writing."""
+    try:
+        with (path / "LOCK").open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB locks it; let go when it is closed
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _options(cache: Cache, memory: int) -> Options:
@@ -295,4 +339,4 @@ def _translate(path: Path, text: str) -> StoreError:
         return DiskFull(f"no space left on the disk of the store {path}: free some and try again, nothing was lost")
     if "os error" in text or "[Errno" in text:
         return StoreError(f"the store {path} cannot be opened ({text}): choose a directory that you may write")
-    return StoreError(f"the store {path} failed ({text}): check the disk, or restore the store from a snapshot")
+    return StoreError(f"the store {path} failed ({text}): check the disk, and go back to a copy of it")

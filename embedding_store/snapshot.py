@@ -20,6 +20,7 @@ from embedding_store.columns import MOMENTUM, TableRows
 from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError
+from embedding_store.faults import fault
 
 KEEP = 3
 _PART_BYTES = 16 << 20
@@ -41,6 +42,7 @@ def snapshot_of(store: CheckpointStore, directory: Path, keep: int = KEEP) -> Pa
     shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
     try:
         store.checkpoint(copy)
+        fault("snapshot.copied")
         with CheckpointStore(copy, store.layouts, read_only=True) as frozen:
             version = frozen.version()
             if version is None:
@@ -98,14 +100,18 @@ def _write(
         try:
             for number, part in enumerate(encode_stream(version, tables, blobs, _PART_BYTES)):
                 write_synced(partial / f"part-{number:06}", io.BytesIO(part))
+                fault("snapshot.part")
             sync_directory(partial)
+            fault("snapshot.written")
             partial.rename(final)
+            fault("snapshot.renamed")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         sync_directory(directory)
         for old in sorted(_snapshots(directory), key=place_of)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+        fault("snapshot.done")
     return final
 
 

@@ -9,7 +9,7 @@ A position may lie inside a block; `taken` (live) or `last` (deterministic) then
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -34,6 +34,49 @@ class Position:
     watermark: int = 0  # event time ms of the last block learned
     counts: Counts = field(default_factory=Counts)  # the joiner's balance in it
     set_aside: list[list[int]] = field(default_factory=list)  # [from, to) of `events` that were not joined; disjoint
+    rolled_back: list[RolledBack] = field(default_factory=list)  # learned, and taken out of the model again
+
+    @property
+    def accounted(self) -> tuple[int, int]:
+        """(count, sum of their ids modulo 2^64) of all rows that came, whether the model still has them or not."""
+        back = self.rolled_back
+        return self.rows + sum(r.rows for r in back), (self.sum + sum(r.sum for r in back)) & _WRAP
+
+
+@dataclass
+class RolledBack:
+    """What a rollback took out of the model: rows of the blocks [from_offset, to_offset) of `events`, less the first
+    `from_taken` of them, and the first `to_taken` of those that follow."""
+
+    from_offset: int
+    from_taken: int
+    to_offset: int
+    to_taken: int
+    rows: int
+    sum: int  # of their row ids, modulo 2^64
+
+
+def position_of(state: dict) -> Position:
+    """The inverse of `asdict`."""
+    back = [RolledBack(**record) for record in state["rolled_back"]]
+    return Position(**{**state, "counts": Counts(**state["counts"]), "rolled_back": back})
+
+
+def rolled_back(kept: Position | None, live: Position) -> Position:
+    """The position after a rollback from `live` to a model that was at `kept` (None: it knew nothing of the partition).
+
+    Where the trainer is stays as it is. What the model has is what `kept` had; all other rows that came are booked.
+    """
+    before = kept or Position(live.first, live.first)
+    (came, came_sum), (had, had_sum) = live.accounted, before.accounted
+    records = list(before.rolled_back)
+    if came != had or came_sum != had_sum:
+        records.append(
+            RolledBack(
+                before.next, before.taken, live.next, live.taken, came - had, (came_sum - had_sum) & _WRAP
+            )
+        )  # fmt: skip
+    return replace(live, rows=before.rows, sum=before.sum, rolled_back=records)
 
 
 def add_range(ranges: list[list[int]], start: int, end: int) -> None:
@@ -168,7 +211,7 @@ class Intake:
         """What `state` gave; blocks are then expected from each position's `next` on."""
         self._last = tuple(state["last"]) if state["last"] else None
         for partition, at in state["positions"].items():
-            position = Position(**{**at, "counts": Counts(**at["counts"])})
+            position = position_of(at)
             self.positions[int(partition)] = position
             self._skip[int(partition)] = position.taken
 

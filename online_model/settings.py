@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from embedding_store.encoding import Encoding
+
 Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
 
@@ -42,6 +44,9 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     feedback: Feedback = "calibrated"  # how purchases that come late are learned
     purchase_wait_ms: Annotated[int, Meta(ge=0)] = 0  # that of [join]: set it there
     sampling_correction: Literal["loss", "logit"] = "loss"  # of unclicked impressions of which a part is kept
+    encoding: Annotated[
+        Encoding, Meta(description="of rows in versions: fp16, int8 are smaller and a little off; snapshots are fp32")
+    ] = "fp32"
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()
 

@@ -26,13 +26,17 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 import orjson
+from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import MOMENTUM
+from embedding_store.copies import settle_directory
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
+from embedding_store.faults import fault
 from embedding_store.ids import hash_text
 from embedding_store.tables import EmbeddingTables
+from online_model.checkpoints import digest_of
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, USER, table_specs
@@ -66,6 +70,7 @@ def open_trainer(
 
     Raises StoreLocked, StoreError.
     """
+    settle_directory(path)  # after a rollback that was cut short
     specs = table_specs(settings.features)
     store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
     try:
@@ -116,6 +121,11 @@ class Trainer:
     def positions(self) -> dict[int, Position]:
         """Where it is in each partition, what the next commit will hold."""
         return self._intake.positions
+
+    @property
+    def begun(self) -> bool:
+        """Whether the store has a version of this epoch."""
+        return self._base is not None and self._base[0] == self.epoch
 
     @property
     def pending(self) -> int:
@@ -202,6 +212,7 @@ class Trainer:
         self._need_sound()
         if not self._changed:
             return None
+        fault("commit.begun")
         sequence, touched, gone = self.sequence + 1, self.tables.touched(), self.tables.gone()
         weights = self._ranker.weights()
         version = Version(
@@ -210,15 +221,21 @@ class Trainer:
             tables={name: rows.without(MOMENTUM) for name, rows in touched.items()}, gone=gone,
             blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
-        parts = encode(version)
+        parts = encode(version, rows=self.settings.encoding)
+        fault("commit.encoded")
         self.erasures += bool(gone)
         dense = {**weights, **self._dense_state()}
         self.store.commit(
-            Commit(self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version, gone)
-        )
+            Commit(
+                self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version, gone,
+                settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
+                event_time_ms=self._totals["event_time_ms"],
+            )
+        )  # fmt: skip
         self.tables.clear_touched()
         self.sequence, self._base = sequence, (self.epoch, sequence)
         self._cards, self._changed = {}, False
+        fault("commit.done")
         return parts
 
     def restore(self) -> bool:
@@ -227,6 +244,7 @@ class Trainer:
         Other settings than those of the last commit raise the epoch. Raises UsageError where the ranker's shape is
         another.
         """
+        fault("recover.opened")
         head = self.store.head()
         if head is None:
             return False
@@ -240,7 +258,9 @@ class Trainer:
         self._learner.load(_part(head.dense, "adam."))
         self._recent.load(_part(head.dense, "recent."))
         self._evaluation.load(_part(head.dense, "scores."))
+        fault("recover.weights")
         self.tables.restore()
+        fault("recover.rows")
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
         self._unclicked_rate = state["unclicked_rate"]
@@ -249,6 +269,7 @@ class Trainer:
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
         if changed:
             log.info("the settings have changed: going on from version %s.%s in epoch %s", *self._base, self.epoch)
+        fault("recover.done")
         return True
 
     def supersede(self, epoch: int, sequence: int) -> bool:
@@ -272,16 +293,8 @@ class Trainer:
         }
 
     def digest(self) -> str:
-        """The digest of the last commit: rows, dense weights, figures and what was learned of each partition.
-
-        Left out: where blocks begin and lie in `examples`, which a restart may move, and the settings.
-        """
-        head = self.store.head()
-        state = orjson.loads(head.state) if head else {}
-        for at in state.get("intake", {}).get("positions", {}).values():
-            del at["source_offset"]
-        logical = {"intake": state.get("intake"), "totals": state.get("totals")}
-        return self.store.digest(orjson.dumps(logical, option=orjson.OPT_SORT_KEYS))
+        """The digest of the last commit, as `digest_of` says."""
+        return digest_of(self.store)
 
     def _learn(self, rows: Examples) -> None:
         """Steps 1 to 4 for one batch."""

@@ -200,7 +200,7 @@ class DirectReplay:
         for lane in self._lanes:
             for name, value in vars(lane.joiner.counts).items():
                 setattr(counts, name, getattr(counts, name) + value)
-        trained = {p: (at.rows, at.sum) for p, at in positions.items()}
+        trained = {p: at.accounted for p, at in positions.items()}
         verdict = compare({p: lane.oracle.expected for p, lane in enumerate(self._lanes)}, trained)
         metrics = trainer.info()["metrics"]
         return {

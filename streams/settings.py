@@ -62,8 +62,24 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     ] = False
     snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
     snapshots_kept: Annotated[int, Meta(ge=1)] = 3
+    checkpoints: Annotated[
+        str, Meta(description='folder of kept checkpoints, a path or a URL that fsspec knows; "": in data_dir')
+    ] = ""
+    checkpoint_interval_s: Annotated[float, Meta(gt=0, description="what a rollback can go back to")] = 3600.0
+    checkpoints_kept: Annotated[int, Meta(ge=1)] = 3
     sync: Sync = False
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+
+    @property
+    def store(self) -> Path:
+        """Where the trainer's store is."""
+        return self.data_dir / "train"
+
+    @property
+    def checkpoints_url(self) -> str:
+        """The folder of this trainer's kept checkpoints."""
+        shared = self.checkpoints.rstrip("/")
+        return f"{shared}/{self.topics.prefix}train" if shared else str(self.data_dir / "checkpoints")
 
 
 class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
@@ -32,9 +33,13 @@ import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
+from embedding_store.copies import settle_directory
 from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord, StoreError
+from embedding_store.faults import fault
+from embedding_store.kept import KeptCheckpoints
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
+from online_model.checkpoints import describe
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
@@ -55,6 +60,7 @@ MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others 
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
 SILENCE_SECONDS = 30.0  # so long the broker may not answer
+RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
 LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
@@ -71,7 +77,7 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
         bootstrap=settings.bootstrap,
         topic=topics.examples,
         group=f"{topics.prefix}headrace-train",
-        member=app.member_name("train", settings.data_dir / "train"),
+        member=app.member_name("train", settings.store),
         committed_only=True,
         min_bytes=1,  # a block is worth an answer
         wait_ms=500,
@@ -117,12 +123,13 @@ class TrainWorker:
         await self._supersede()
         for sequence, parts in await self._in_thread(self._trainer.store.outbox):
             log.info("sending version %s again", sequence)
+            fault("recover.resend")
             await self._publish(sequence, parts)
         await self._catalogue.start()
         while (items := await self._catalogue.read_to_end()) is not None:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
-        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(self._trainer.sequence))
+        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(), self._checkpoints())
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
@@ -160,8 +167,11 @@ class TrainWorker:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._kept = KeptCheckpoints(settings.checkpoints_url)
+        _refuse_to_begin_anew(settings.store, self._kept)
         partitions = settings.topics.partitions if settings.deterministic else 0
-        trainer = open_trainer(settings.model, settings.data_dir / "train", now_ms, partitions, device, settings.sync)
+        trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync)
+        trainer.store.remember_gone(self._oldest_kept())
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
@@ -284,20 +294,20 @@ class TrainWorker:
 
     async def _publish(self, sequence: int, parts: list[bytes]) -> None:
         topic = self.settings.topics.parameters
+        fault("publish.begun")
         with self._metrics.publish.time():
             await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+        fault("publish.sent")
         self._published = sequence  # the next turn acknowledges it
 
-    async def _snapshots(self, before: int) -> None:
+    async def _snapshots(self) -> None:
         """A snapshot as soon as there is something for a replica to start from, then one every interval.
 
-        Also as soon as an epoch begins, of its first version (they come after sequence `before`): replicas may be past
-        where it goes on from.
+        Also as soon as an epoch begins, of its first version: replicas may be past where it goes on from.
         """
         newest = latest_snapshot(self._snapshot_folder)
         if newest is None or place_of(newest)[0] != self._trainer.epoch:
-            while self._published <= (0 if newest is None else before):
-                await asyncio.sleep(0.2)
+            await self._begun()
             await self._snapshot()
         while True:
             await asyncio.sleep(self.settings.snapshot_interval_s)
@@ -320,6 +330,53 @@ class TrainWorker:
         except StoreError as error:
             log.error("no snapshot: %s", error)
 
+    async def _begun(self) -> None:
+        """Until the store has a version of this epoch."""
+        while not self._trainer.begun:
+            await asyncio.sleep(0.2)
+
+    async def _checkpoints(self) -> None:
+        """A kept checkpoint every interval, counted from the newest that is there; the first as soon as there is
+        something to keep. A failure costs a way back, nothing else."""
+        interval = self.settings.checkpoint_interval_s
+        wait = await asyncio.to_thread(self._seconds_to_keep)
+        while True:
+            await asyncio.sleep(wait)
+            await self._begun()
+            try:
+                await self._keep()
+                wait = interval
+            except StoreError as error:
+                log.error("no checkpoint was kept: %s", error)
+                wait = min(RETRY_SECONDS, interval)
+
+    def _seconds_to_keep(self) -> float:
+        try:
+            newest = next(self._kept.newest_first(), None)
+        except StoreError:
+            return 0.0  # keeping one will say so
+        if newest is None:
+            return 0.0
+        return max(0.0, self.settings.checkpoint_interval_s - (now_ms() - newest.made_ms) / 1000)
+
+    def _oldest_kept(self) -> tuple[int, int] | None:
+        """Where that cannot be told it may be any: training does not hang on a folder elsewhere."""
+        try:
+            return self._kept.oldest()
+        except StoreError as error:
+            log.error("the kept checkpoints cannot be read: %s", error)
+            return (0, 0)
+
+    async def _keep(self) -> None:
+        """In a thread of its own: the training goes on meanwhile."""
+        store, kept, count = self._trainer.store, self._kept, self.settings.checkpoints_kept
+        oldest = await asyncio.to_thread(kept.oldest)
+        await self._in_thread(store.remember_gone, oldest or (0, 0))  # before there is a copy: it may be the oldest
+        place = await asyncio.to_thread(kept.keep, store, describe, count, lambda: self._draining)
+        await self._in_thread(store.remember_gone, await asyncio.to_thread(kept.oldest))
+        if place is not None:
+            log.info("kept checkpoint %s.%s", *place)
+
     async def _follow_catalogue(self) -> None:
         while True:
             items = await self._catalogue.read()
@@ -328,6 +385,16 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+def _refuse_to_begin_anew(store: Path, kept: KeptCheckpoints) -> None:
+    """Where the store is gone and there is a way back to it. Raises StoreError."""
+    settle_directory(store)
+    if not (store / "CURRENT").exists() and kept.oldest() is not None:
+        raise StoreError(
+            f"the store {store} is missing, but {kept.url} has checkpoints of it: `headrace checkpoint rollback` "
+            "brings it back; to begin anew remove them"
+        )
 
 
 async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:

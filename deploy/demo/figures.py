@@ -45,8 +45,12 @@ class Model:
 
     @property
     def trained(self) -> dict[int, tuple[int, int]]:
-        """Partition → rows trained and the sum of their ids: what the oracle checks."""
-        return {p: (at["rows"], at["sum"]) for p, at in self.partitions.items()}
+        """Partition → rows trained and the sum of their ids, those that were rolled back included: what the oracle
+        checks."""
+        return {
+            p: tuple(at[name] + sum(back[name] for back in at["rolled_back"]) for name in ("rows", "sum"))
+            for p, at in self.partitions.items()
+        }
 
     @property
     def set_aside(self) -> dict[int, list[list[int]]]:

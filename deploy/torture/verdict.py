@@ -34,7 +34,7 @@ def outcome(settings: Settings) -> Outcome:
     try:
         rows = {name: concat(list(trainer.store.iter_rows(name))) for name in trainer.tables.specs}
         _learn_the_rest(trainer, settings)
-        trained = {p: (at.rows, at.sum) for p, at in trainer.positions.items()}
+        trained = {p: at.accounted for p, at in trainer.positions.items()}
         digest = trainer.digest()
         aside = {p: at.set_aside for p, at in trainer.positions.items()}
     finally:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from embedding_store.delta import Version
+from embedding_store.faults import fault
 from embedding_store.ids import feature_id
 from online_model.features import ITEM, USER, user_features
 from online_model.feedback import probabilities, strategy
@@ -99,12 +100,16 @@ class Replica:
                 f"version {name} goes on from {base}, this replica holds {self.version or 'none'}: load the newest "
                 "snapshot into a fresh replica"
             )
+        fault("apply.begun")
         cards = self.state.check(version)
+        fault("apply.checked")
         self.state.change(version, cards)
+        fault("apply.changed")
         self.epoch, self.sequence, self.created_ms = version.epoch, version.sequence, version.created_ms
         self._applied_ms = self._clock()
         self._positions = {str(partition): offset for partition, offset in version.positions.items()}
         self._info = version.info
+        fault("apply.done")
         return True
 
     @torch.inference_mode()

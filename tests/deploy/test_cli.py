@@ -36,6 +36,7 @@ COMMANDS = [
     "doctor", "broker", "broker start", "broker stop", "broker status", "broker fetch", "topics", "topics create",
     "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
     "dashboards push", "log", "log inspect", "log validate", "log sort", "init",
+    "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback",
 ]  # fmt: skip
 
 
@@ -50,12 +51,12 @@ def test_every_command_has_help_with_an_example_and_quickly(tmp_path: Path) -> N
         [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True
     )
     *helps, imported = ran.stdout.split("##")
-    groups = {"broker", "topics", "dashboards", "log"}
+    groups = {"broker", "topics", "dashboards", "log", "checkpoint"}
     assert len(helps) == len(COMMANDS)
     for command, text in zip(COMMANDS, helps, strict=True):
         assert f"Usage: headrace {command}" in text
         assert command in groups or "Example: headrace" in text
-    assert imported.split() == ["init", "0"]  # nothing slow was imported
+    assert imported.split() == [*COMMANDS[-1].split(), "0"]  # nothing slow was imported
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedding_store.checkpoint import CheckpointStore, Commit, Digest
+from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import TableRows, concat, layout
 from embedding_store.delta import Assembler
+from embedding_store.digest import Digest
 from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked
 from tests.embedding_store.committing import IDS
 from tests.embedding_store.conftest import SmallDisk

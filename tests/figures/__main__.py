@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.figures import replay, streams
+from tests.figures import publish, replay, streams
 from tests.figures.common import Bench, FigureError, Line, Row, say
 
-MODULES: dict[str, dict[str, Line]] = {"replay": replay.LINES, "streams": streams.LINES}
+MODULES: dict[str, dict[str, Line]] = {"publish": publish.LINES, "replay": replay.LINES, "streams": streams.LINES}
 
 
 def main() -> int:
