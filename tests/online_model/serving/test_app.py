@@ -57,7 +57,7 @@ def test_rank():
     response = asks("POST", "/v1/rank", json={"user": "u1", "scenario": "live", "items": items})
     assert response.status_code == 200
     body = response.json()
-    assert set(body) == {"model_version", "feature_hash", "items"}
+    assert set(body) == {"model_version", "feature_hash", "moment_ms", "items"}
     assert body["model_version"] == "1.1"
     assert [set(item) for item in body["items"]] == [{"item", "score", "click", "watch", "purchase"}] * 3
     assert sorted(map(str, items)) == sorted(str(item["item"]) for item in body["items"])
