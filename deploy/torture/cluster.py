@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from deploy.broker import Broker
 from deploy.demo.workers import Worker, WorkerFailed
 from deploy.processes import free_port, write_atomically
@@ -38,6 +40,7 @@ class Cluster:
     replicas: list[Replica] = field(default_factory=list)
     broker_hurt: float = -1e9  # when the broker was away last (monotonic)
     restarts: int = 0
+    _learned: float = 0.0
 
     def start(self) -> None:
         """Topics, settings file, workers; returns when all have been started."""
@@ -62,6 +65,24 @@ class Cluster:
                 if time.monotonic() > deadline:
                     raise WorkerFailed(f"no model within {READY_S:.0f} s at {replica.worker.name}: see its log")
                 time.sleep(0.1)
+
+    def training(self) -> dict[str, float] | None:
+        """The train worker's gauges and counters, by name without prefix; None while it does not answer."""
+        raw = _get(self.settings.train.metrics_port, "/metrics")
+        if raw is None:
+            return None
+        samples = [s for family in text_string_to_metric_families(raw.decode()) for s in family.samples]
+        return {s.name.removeprefix("headrace_train_"): s.value for s in samples if not s.labels}
+
+    def wait_until_it_learns(self) -> None:
+        """Returns when the trainer has learned more than the last time. Raises WorkerFailed."""
+        deadline = time.monotonic() + READY_S
+        while not ((now := self.training()) and now["rows_total"] > self._learned):
+            self.revive()
+            if time.monotonic() > deadline:
+                raise WorkerFailed(f"nothing was learned within {READY_S:.0f} s: see {self.workers['train'].log}")
+            time.sleep(0.1)
+        self._learned = now["rows_total"]
 
     def kill(self, name: str) -> None:
         """kill -9, and a new one in its place."""
@@ -129,12 +150,19 @@ class Cluster:
 
 
 def _serves(port: int) -> bool:
+    answer = _get(port, "/v1/model")
+    return answer is not None and b'"sequence":-1' not in answer
+
+
+def _get(port: int, path: str) -> bytes | None:
+    """What 127.0.0.1 answers with 200; None where it does not."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
-        connection.request("GET", "/v1/model")
+        connection.request("GET", path)
         answer = connection.getresponse()
-        return b'"sequence":-1' not in answer.read() and answer.status == 200
-    except OSError:
-        return False
+        raw = answer.read()
+        return raw if answer.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return None
     finally:
         connection.close()

@@ -21,20 +21,24 @@ from typing import Any
 
 from deploy.broker import Broker
 from deploy.demo.workers import WorkerFailed
+from deploy.processes import free_port
 from deploy.settings import Layer, Settings
 from deploy.torture.cluster import Cluster
 from deploy.torture.faults import GAP_S, Fault, plan
 from deploy.torture.story import Story
 from deploy.torture.verdict import Outcome, outcome
-from deploy.torture.watch import Watch, positions_at
+from deploy.torture.watch import Watch, sequence_at
 from embedding_store.errors import BrokerError
+from replay.oracle import read_topic
 from replay.sinks import KafkaSink
+from streams.blocks import decode_block
 from streams.topics import end_offsets
 
 PARTITIONS = 2
 EVENTS_A_FAULT = 2_500
 FEWEST_EVENTS = 20_000
 SETTLE_S = 180.0  # so long the workers may take for what was sent
+STILL_S = 10.0
 LAUNCHER = (sys.executable, "-m", "deploy.cli")
 JOIN = {
     "ticks": "log", "wait_ms": 2_000, "open_ms": 60_000, "click_window_ms": 30_000, "watch_wait_ms": 1_000,
@@ -55,6 +59,7 @@ class Torture:
     calm: bool = True  # False: without the undisturbed run, and so without its digest
     workers: Sequence[str] = ("join-0", "join-1", "train", "serve-0", "serve-1")  # that are hurt
     gap_s: tuple[float, float] = GAP_S  # between two faults
+    patient: bool = False  # nothing is hurt before the trainer has learned something since the last time
 
     def run(self) -> dict[str, Any]:
         """The figures of the command. Raises WorkerFailed where a worker ends that nothing has hurt."""
@@ -126,6 +131,8 @@ class Torture:
         return outcome(settings), watch, time.monotonic() - began
 
     def _do(self, fault: Fault, cluster: Cluster) -> None:
+        if self.patient:
+            cluster.wait_until_it_learns()
         time.sleep(fault.wait_s)  # this is what a fault's plan says, not a wait for something
         cluster.revive()
         self.say(str(fault))
@@ -141,25 +148,31 @@ class Torture:
             cluster.start_broker()
 
     def _settle(self, cluster: Cluster) -> None:
-        """Returns when all of `examples` that can be learned is, and replicas have it.
+        """Returns when all of `events` is joined, all that makes whole batches is learned, and the replicas have it.
 
-        The positions of the last version stop short of the end by what makes no whole batch.
+        Where the trainer counts otherwise, and stays so for STILL_S, the verdict shall say it.
         """
         settings = cluster.settings
         ends = end_offsets(settings.bootstrap, settings.topics.events)
         deadline = time.monotonic() + SETTLE_S
-        before, since = None, time.monotonic()
+        rows, training, sequences = None, None, None
+        has, since = 0.0, time.monotonic()
         while time.monotonic() < deadline:
             cluster.revive()
-            now = [positions_at(replica.port) for replica in cluster.replicas]
-            if now != before:
-                before, since = now, time.monotonic()
-            still = time.monotonic() - since
-            if None not in now and all(p == now[0] for p in now) and still > 5.0 and _joined(settings, ends):
-                return
+            rows = rows or _joined(settings, ends)
+            training = cluster.training()
+            sequences = [sequence_at(replica.port) for replica in cluster.replicas]
+            if training and rows and set(sequences) == {training["sequence"]}:
+                before, has = has, training["rows_total"] + training["pending_rows"]
+                since = since if has == before else time.monotonic()
+                if training["pending_rows"] < settings.model.batch_size and (
+                    has == rows or time.monotonic() - since > STILL_S
+                ):
+                    return
             time.sleep(0.25)
         raise WorkerFailed(
-            f"not settled within {SETTLE_S:.0f} s: positions {before}, ends {ends}; see {settings.data_dir}"
+            f"not settled within {SETTLE_S:.0f} s: {rows} rows joined, the trainer has {training}, the replicas "
+            f"{sequences}; see {settings.data_dir}"
         )
 
     def _story(self, settings: Settings) -> Story:
@@ -172,20 +185,19 @@ class Torture:
             "data_dir": str(self.home / name), "bootstrap": broker.bootstrap,
             "topics": {"prefix": f"{name}.", "partitions": PARTITIONS}, "join": JOIN,
             "model": {"batch_size": 256, "features": {"users": 1 << 17, "items": 1 << 17, "dim": 16}},
-            "train": {"deterministic": True, "snapshot_interval_s": 10.0}, "serve": {"port": 0},
+            "train": {"deterministic": True, "snapshot_interval_s": 10.0, "metrics_port": free_port()},
+            "serve": {"port": 0},
         }  # fmt: skip
         return Settings([Layer("torture", values)])
 
 
-def _joined(settings: Settings, ends: dict[int, int]) -> bool:
-    """Whether the blocks of all of `events` are in `examples`."""
-    from replay.oracle import read_topic
-    from streams.blocks import decode_block
-
-    reached = dict.fromkeys(ends, 0)
+def _joined(settings: Settings, ends: dict[int, int]) -> int | None:
+    """How many rows the blocks in `examples` have, once they are those of all of `events`."""
+    reached, rows = dict.fromkeys(ends, 0), 0
     for partition, _, value, _ in read_topic(settings.bootstrap, settings.topics.examples):
-        reached[partition] = max(reached[partition], decode_block(value or b"").to_offset)
-    return reached == ends
+        block = decode_block(value or b"")
+        reached[partition], rows = max(reached[partition], block.to_offset), rows + len(block.examples)
+    return rows if reached == ends else None
 
 
 class _Feed:

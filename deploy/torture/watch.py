@@ -135,12 +135,12 @@ class Watch:
         return seen
 
 
-def positions_at(port: int) -> dict[str, int] | None:
-    """Partition → offset of `events` that a replica has; None while it does not answer."""
+def sequence_at(port: int) -> int | None:
+    """Of the version that a replica has; None while it does not answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/v1/model")
-        return msgspec.json.decode(connection.getresponse().read())["positions"]
+        return msgspec.json.decode(connection.getresponse().read())["sequence"]
     except (OSError, http.client.HTTPException, msgspec.DecodeError, KeyError):
         return None
     finally:

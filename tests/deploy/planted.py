@@ -59,7 +59,7 @@ def acknowledged_early() -> None:
         self.acknowledge(commit_.sequence)
 
     async def later(self: TrainWorker, sequence: int, parts: list[bytes]) -> None:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         await publish(self, sequence, parts)
 
     CheckpointStore.commit = early  # type: ignore[method-assign]

@@ -51,5 +51,6 @@ def _with(bug: str, folder: Path) -> dict[str, Any]:
     launcher = (sys.executable, "-m", "tests.deploy.planted", bug)
     kills = 0 if bug in ("no_tombstones", "half_a_version") else 3
     return Torture(
-        kills, 5, folder / "torture", print, launcher, events=12_000, calm=False, workers=("train",), gap_s=(5.0, 7.0)
-    ).run()  # a worker gets on between two kills
+        kills, 5, folder / "torture", print, launcher, events=12_000, calm=False, workers=("train",), gap_s=(0.2, 2.0),
+        patient=True,
+    ).run()  # fmt: skip
