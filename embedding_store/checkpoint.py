@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat, takewhile
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from safetensors.numpy import load, save
 
-from embedding_store.columns import TableRows
+from embedding_store.columns import TOUCHED, TableRows
 from embedding_store.delta import Version
 from embedding_store.errors import PositionError, StoreError
 from embedding_store.rocks import Batch, Db, open_db
@@ -28,6 +28,17 @@ _FORMAT = 1
 _SIGN = np.uint64(1 << 63)
 _META, _BLOBS, _OUTBOX = "meta", "blobs", "outbox"
 _ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
+OWN = "."  # how the names of blob families begin that replicas do not need
+
+
+@dataclass
+class Notes:
+    """What changes of a table's notes: each row of a table that has TOUCHED is noted under a time (see expiry.py)."""
+
+    old_ids: np.ndarray  # int64 [n] whose note goes …
+    old_times: np.ndarray  # int64 [n] … ms, that it stands under
+    ids: np.ndarray  # int64 [m]
+    times: np.ndarray  # int64 [m] ms, not negative
 
 
 @dataclass
@@ -43,6 +54,7 @@ class Commit:
     parts: list[bytes] = field(default_factory=list)  # the version's encoded parts, for the outbox; none: no entry
     version: Version | None = None  # what the parts were encoded from: its header is what a snapshot will say
     gone: dict[str, np.ndarray] = field(default_factory=dict)  # table → int64 ids that are no more, unless in `rows`
+    notes: dict[str, Notes] = field(default_factory=dict)  # of tables that have TOUCHED
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,9 @@ class CheckpointStore:
         """
         self.path, self._sync = Path(path), sync
         self.layouts = dict(layouts)
-        self._db = open_db(self.path, [_META, _BLOBS, _OUTBOX, *map(_family, layouts)], read_only)
+        noted = [_notes(table) for table, layout in layouts.items() if TOUCHED in (layout.names or ())]
+        self._families = [_META, _BLOBS, _OUTBOX, *map(_family, layouts), *noted]
+        self._db = open_db(self.path, self._families, read_only)
         try:
             self._check_layouts(read_only)
             record = self._head_record()
@@ -119,6 +133,8 @@ class CheckpointStore:
                 del delete[key]
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
+        for table, notes in commit.notes.items():
+            _put_notes(batch, _notes(table), notes)
         for name, blobs in commit.blobs.items():
             ids = np.array(sorted(blobs), np.int64)
             prefix = _blob_prefix(name)
@@ -165,6 +181,13 @@ class CheckpointStore:
         found[order] = found_sorted
         rows = self._unpack(table, ids[order][found_sorted], [v for v in values if v is not None])
         return found, rows.take(np.argsort(order[found_sorted], kind="stable"))
+
+    def noted_before(self, table: str, time: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64 [n], their times int64 [n] ms) of a table's notes under times before `time`, 1 µs each."""
+        end = time.to_bytes(8, "big")
+        keys = takewhile(lambda key: key < end, (key for key, _ in self._db.items(_notes(table))))
+        both = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
+        return (both[:, 1].astype(np.uint64) ^ _SIGN).astype(np.int64), both[:, 0].astype(np.int64)
 
     def has_rows(self, table: str) -> bool:
         """Whether the table has any row."""
@@ -214,7 +237,7 @@ class CheckpointStore:
         """32 hex digits over all logical rows and blobs sorted by id, the dense weights, and `state`.
 
         `state`: what of the owner's state must be alike in two runs (positions, counts); None: the head's as it is.
-        Not in it: epoch, sequence, outbox, row numbers.
+        Not in it: epoch, sequence, outbox, row numbers, notes (they say what the rows say).
         """
         head = self.head()
         digest = Digest(self.layouts)
@@ -232,7 +255,7 @@ class CheckpointStore:
 
         Commits may go on meanwhile, in another thread.
         """
-        for family in (_META, _BLOBS, _OUTBOX, *map(_family, self.layouts)):
+        for family in self._families:
             self._db.compact(family)
 
     def checkpoint(self, path: Path) -> None:
@@ -337,6 +360,10 @@ def _family(table: str) -> str:
     return f"rows.{table}"
 
 
+def _notes(table: str) -> str:
+    return f"notes.{table}"
+
+
 def _blob_prefix(name: str) -> bytes:
     return name.encode() + b"\x00"
 
@@ -353,3 +380,18 @@ def _keys(ids: np.ndarray) -> list[bytes]:
 def _ids(keys: list[bytes] | tuple[bytes, ...]) -> np.ndarray:
     """The inverse of `_keys`."""
     return (np.frombuffer(b"".join(keys), ">u8").astype(np.uint64) ^ _SIGN).astype(np.int64)
+
+
+def _put_notes(batch: Batch, family: str, notes: Notes) -> None:
+    delete = batch.into(family)
+    for key in _note_keys(notes.old_times, notes.old_ids):
+        del delete[key]
+    batch.put_all(family, _note_keys(notes.times, notes.ids), repeat(b"", len(notes.ids)))
+
+
+def _note_keys(times: np.ndarray, ids: np.ndarray) -> list[bytes]:
+    """int64 [n] each → sorted keys in whose order the times ascend, then the ids."""
+    order = np.lexsort((ids, times))
+    keys = np.empty((len(ids), 2), ">u8")
+    keys[:, 0], keys[:, 1] = times[order], ids[order].astype(np.uint64) ^ _SIGN
+    return keys.view("V16").ravel().tolist()
