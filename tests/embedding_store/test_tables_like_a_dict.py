@@ -22,8 +22,8 @@ from embedding_store.expiry import GRAIN_MS
 from embedding_store.specs import RowRules, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 
-CAPACITY, DIM = 8, 4
-IDS = st.lists(st.one_of(st.integers(-3, 20), st.sampled_from([-(2**63), 2**63 - 1])), min_size=1, max_size=4)
+CAPACITY, DIM = 6, 4
+IDS = st.lists(st.one_of(st.integers(0, 12), st.sampled_from([-(2**63), 2**63 - 1])), min_size=1, max_size=4)
 AFTER, HALF_LIFE = 3 * GRAIN_MS, 2 * GRAIN_MS
 
 
@@ -70,8 +70,13 @@ class TablesLikeADict(RuleBasedStateMachine):
         self.store = CheckpointStore(self.folder / "0", {"t": self.spec.layout})
         self.tables = EmbeddingTables([self.spec], store=self.store)
 
-    @rule(ids=IDS)
-    def learn(self, ids: list[int]) -> None:
+    @rule(batches=st.lists(st.tuples(IDS, st.integers(0, GRAIN_MS)), min_size=1, max_size=8))
+    def learn(self, batches: list[tuple[list[int], int]]) -> None:
+        for ids, passed in batches:
+            self.plain.advance(self.plain.now + passed)
+            self.step(ids)
+
+    def step(self, ids: list[int]) -> None:
         if self.tables.room("t") < len(ids):
             self.commit()
         self.tables.begin_step(self.plain.now)
