@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice, repeat, takewhile
+from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
 
 import msgspec
@@ -168,9 +168,8 @@ class CheckpointStore:
     def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
         """All rows of a table sorted by id, in chunks of up to `chunk`. Do not commit while it runs."""
         items = self._db.items(_family(table))
-        while pairs := list(islice(items, chunk)):
-            keys, values = zip(*pairs, strict=True)
-            yield self._unpack(table, _ids(keys), values)
+        while flat := list(chain.from_iterable(islice(items, chunk))):  # pairs would be work for the garbage collector
+            yield self._unpack(table, _ids(flat[::2]), flat[1::2])
 
     def read_rows(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, TableRows]:
         """ids int64 [n] → (found bool [n], the rows of those that were found, in their order). 2 to 4 µs an id."""

@@ -1,7 +1,7 @@
 """Tables over a store answer like a dict in which nothing is ever evicted, committed or crashed.
 
-The dict knows the rules (sightings, halving, expiry) and no tiers: so what the tables hold does not hang on when commits,
-evictions, reloads or crashes happened.
+The dict knows the rules (sightings, halving, expiry) and no tiers: so what the tables hold does not hang on when
+commits, evictions, reloads or crashes happened.
 """
 
 from __future__ import annotations
@@ -112,13 +112,10 @@ class TablesLikeADict(RuleBasedStateMachine):
 
     @rule()
     def commit(self) -> None:
-        head = self.store.head()
-        self.store.commit(
-            Commit(
-                1, head.sequence + 1 if head else 1, b"", rows=self.tables.touched(), gone=self.tables.gone(),
-                notes=self.tables.notes(), blobs=self.tables.sketches(),
-            )  # fmt: skip
-        )
+        head, tables = self.store.head(), self.tables
+        commit = Commit(1, head.sequence + 1 if head else 1, b"", rows=tables.touched(), blobs=tables.sketches())
+        commit.gone, commit.notes = tables.gone(), tables.notes()
+        self.store.commit(commit)
         self.tables.clear_touched()
         self.committed = copy.deepcopy(self.plain)
 
