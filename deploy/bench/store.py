@@ -9,9 +9,9 @@ Each part is a process of its own on one core, `dim` is 32, stores are not synce
   store for a commit, but encoding the version. `checkpoint_flatness` is the largest of the medians over the smallest.
 - restore: the store of `largest` / 10 rows is opened anew, and its rows loaded.
 - tiers: `ids` ids through a table of `memory` rows, in steps of up to 20,000 events; every fifth event is of an id
-  drawn from all that came before, every fifth step is committed. Each event adds one to a column of its row. The figures are
-  microseconds an event, in the first and the last tenth of the steps after memory was full. At the end the oldest ids
-  are read back (`tier_read_rows_per_s`), and the counts compared with those that are known (`tier_exact`).
+  drawn from all that came before, every fifth step is committed. Each event adds one to a column of its row. The
+  figures are microseconds an event, in the first and the last tenth of the steps after memory was full. At the end the
+  oldest ids are read back (`tier_read_rows_per_s`), and the counts compared with those that are known (`tier_exact`).
 
 Where others use the machine too the clock says little: figures with `cpu` in their names count processor time (of all
 threads, RocksDB's too) instead.
