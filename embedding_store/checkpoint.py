@@ -14,7 +14,7 @@ import errno
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
 from threading import get_ident
 
@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from safetensors.numpy import load, save
 
-from embedding_store.columns import TableRows
+from embedding_store.columns import TOUCHED, TableRows
 from embedding_store.copies import write_synced
 from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
@@ -36,6 +36,17 @@ _META, _BLOBS, _OUTBOX, _GONE = "meta", "blobs", "outbox", "gone"
 _ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
 CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
 _AT, _FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
+OWN = "."  # how the names of blob families begin that replicas do not need
+
+
+@dataclass
+class Notes:
+    """What changes of a table's notes: each row of a table that has TOUCHED is noted under a time (see expiry.py)."""
+
+    old_ids: np.ndarray  # int64 [n] whose note goes …
+    old_times: np.ndarray  # int64 [n] … ms, that it stands under
+    ids: np.ndarray  # int64 [m]
+    times: np.ndarray  # int64 [m] ms, not negative
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Commit:
     parts: list[bytes] = field(default_factory=list)  # the version's encoded parts, for the outbox; none: no entry
     version: Version | None = None  # what the parts were encoded from: its header is what a snapshot will say
     gone: dict[str, np.ndarray] = field(default_factory=dict)  # table → int64 ids that are no more, unless in `rows`
+    notes: dict[str, Notes] = field(default_factory=dict)  # of tables that have TOUCHED
     settings: str = ""  # a digest of the owner's settings
     event_time_ms: int = 0  # the newest that is in it
 
@@ -114,7 +126,7 @@ class CheckpointStore:
         if layouts is None and not (self.path / "CURRENT").exists():
             raise StoreError(f"there is no store at {self.path}: name the data directory of a train worker")
         self._read_only, self._closed, self._remembers = read_only, False, False
-        families = [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ())]
+        families = [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ()), *_noted(layouts or {})]
         self._db = open_db(self.path, families, read_only, strict=strict)
         try:
             self.layouts = self._checked_layouts(layouts, read_only)
@@ -149,6 +161,8 @@ class CheckpointStore:
             self._put_gone(batch, table, ids, place)
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
+        for table, notes in commit.notes.items():
+            _put_notes(batch, _notes(table), notes)
         for name, blobs in commit.blobs.items():
             ids = np.array(sorted(blobs), np.int64)
             prefix = _blob_prefix(name)
@@ -192,9 +206,8 @@ class CheckpointStore:
     def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
         """All rows of a table sorted by id, in chunks of up to `chunk`. Do not commit while it runs."""
         items = self._db.items(_family(table), _FIRST)
-        while pairs := list(islice(items, chunk)):
-            keys, values = zip(*pairs, strict=True)
-            yield self._unpack(table, _ids(keys), values)
+        while flat := list(chain.from_iterable(islice(items, chunk))):  # pairs would be work for the garbage collector
+            yield self._unpack(table, _ids(flat[::2]), flat[1::2])
 
     def read_rows(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, TableRows]:
         """ids int64 [n] → (found bool [n], the rows of those that were found, in their order). 2 to 4 µs an id."""
@@ -205,6 +218,13 @@ class CheckpointStore:
         found[order] = found_sorted
         rows = self._unpack(table, ids[order][found_sorted], [v for v in values if v is not None])
         return found, rows.take(np.argsort(order[found_sorted], kind="stable"))
+
+    def noted_before(self, table: str, time: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int64 [n], their times int64 [n] ms) of a table's notes under times before `time`, 1 µs each."""
+        end = time.to_bytes(8, "big")
+        keys = takewhile(lambda key: key < end, (key for key, _ in self._db.items(_notes(table), _FIRST)))
+        both = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
+        return (both[:, 1].astype(np.uint64) ^ _SIGN).astype(np.int64), both[:, 0].astype(np.int64)
 
     def has_rows(self, table: str) -> bool:
         """Whether the table has any row."""
@@ -256,7 +276,7 @@ class CheckpointStore:
         """32 hex digits over all logical rows and blobs sorted by id, the dense weights, and `state`.
 
         `state`: what of the owner's state must be alike in two runs (positions, counts); None: the head's as it is.
-        Not in it: epoch, sequence, outbox, row numbers.
+        Not in it: epoch, sequence, outbox, row numbers, notes (they say what the rows say).
         """
         return self.content(state)[0]
 
@@ -345,7 +365,7 @@ class CheckpointStore:
 
     def _dated(self) -> list[str]:
         """The families that say which commit they are at."""
-        return [_BLOBS, _OUTBOX, *map(_family, self.layouts)]
+        return [_BLOBS, _OUTBOX, *map(_family, self.layouts), *_noted(self.layouts)]
 
     def _checked_layouts(self, layouts: Mapping[str, np.dtype] | None, read_only: bool) -> dict[str, np.dtype]:
         raw = self._db.get(_META, _ABOUT)
@@ -421,6 +441,15 @@ def _family(table: str) -> str:
     return f"rows.{table}"
 
 
+def _notes(table: str) -> str:
+    return f"notes.{table}"
+
+
+def _noted(layouts: Mapping[str, np.dtype]) -> list[str]:
+    """The families of notes that tables of these layouts have."""
+    return [_notes(table) for table, layout in layouts.items() if TOUCHED in (layout.names or ())]
+
+
 def _blob_prefix(name: str) -> bytes:
     return name.encode() + b"\x00"
 
@@ -474,3 +503,18 @@ def _keys(ids: np.ndarray) -> list[bytes]:
 def _ids(keys: list[bytes] | tuple[bytes, ...]) -> np.ndarray:
     """The inverse of `_keys`."""
     return (np.frombuffer(b"".join(keys), ">u8").astype(np.uint64) ^ _SIGN).astype(np.int64)
+
+
+def _put_notes(batch: Batch, family: str, notes: Notes) -> None:
+    delete = batch.into(family)
+    for key in _note_keys(notes.old_times, notes.old_ids):
+        del delete[key]
+    batch.put_all(family, _note_keys(notes.times, notes.ids), repeat(b"", len(notes.ids)))
+
+
+def _note_keys(times: np.ndarray, ids: np.ndarray) -> list[bytes]:
+    """int64 [n] each → sorted keys in whose order the times ascend, then the ids."""
+    order = np.lexsort((ids, times))
+    keys = np.empty((len(ids), 2), ">u8")
+    keys[:, 0], keys[:, 1] = times[order], ids[order].astype(np.uint64) ^ _SIGN
+    return keys.view("V16").ravel().tolist()

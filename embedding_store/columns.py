@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 WEIGHTS, MOMENTUM = "weights", "momentum"  # the columns that every table has, float32 [n, dim] and [n]
+TOUCHED = "touched_ms"  # int64 [n], of tables whose rows expire: event time when it was last learned
 
 
 @dataclass

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-from embedding_store.checkpoint import CheckpointStore
-from embedding_store.columns import MOMENTUM, TableRows
+from embedding_store.checkpoint import OWN, CheckpointStore
+from embedding_store.columns import MOMENTUM, TOUCHED, TableRows
 from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError
@@ -118,11 +118,11 @@ def _write(
 def _rows(store: CheckpointStore) -> Iterator[tuple[str, TableRows]]:
     for table in sorted(store.layouts):
         for rows in store.iter_rows(table, _CHUNK):
-            yield table, rows.without(MOMENTUM)
+            yield table, rows.without(MOMENTUM, TOUCHED)
 
 
 def _blobs(store: CheckpointStore) -> Iterator[tuple[str, dict[int, bytes]]]:
-    for name in store.blob_names():
+    for name in (n for n in store.blob_names() if not n.startswith(OWN)):
         blobs = store.iter_blobs(name)
         while chunk := dict(islice(blobs, _CHUNK)):
             yield name, chunk

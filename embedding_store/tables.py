@@ -12,9 +12,12 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from embedding_store.checkpoint import CheckpointStore
-from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
+from embedding_store.admission import Admission
+from embedding_store.checkpoint import OWN, CheckpointStore, Notes
+from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, concat
 from embedding_store.errors import StoreError
+from embedding_store.eviction import lowest, policy
+from embedding_store.expiry import Calendar, grain
 from embedding_store.rows import RowMap
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec
@@ -36,7 +39,8 @@ class EmbeddingTables:
     """
 
     def __init__(self, specs: Sequence[TableSpec], device: str = "cpu", store: CheckpointStore | None = None) -> None:
-        """`store`: where rows that are not in memory are read from; the owner commits `touched()` to it.
+        """`store`: where rows that are not in memory are read from; the owner commits to it what `touched`, `gone`,
+        `notes` and `sketches` say, all at once.
 
         Without a store nothing is evicted. The tables start empty; `restore` brings rows in at once, else each
         comes when it is asked for.
@@ -47,19 +51,26 @@ class EmbeddingTables:
         self._table_of = {feature: spec.name for spec in specs for feature in spec.features}
         self._tables = {spec.name: self._table(spec, store) for spec in specs}
 
-    def rows(self, table: str, ids: np.ndarray, admit: bool) -> Rows:
+    def rows(
+        self, table: str, ids: np.ndarray, admit: bool, examples: np.ndarray | None = None, at_once: bool = False
+    ) -> Rows:
         """ids int64 [n] (0: none; may repeat) → rows int64 [n], 0 for an id that has none.
 
-        With `admit` ids that have no row get one, and all are touched. Without, nothing changes that counts: an
-        unknown id gets row 0, one that is only in the store is read back. Where the table is full the least recently
-        used clean rows make room; where there is none an id gets row 0 and is counted in `dropped`.
+        With `admit` ids that have no row get one if the table's rules say so (see `Admission.admitted`; `examples`
+        int64 [n]) or `at_once`, and all that have one are touched. Without, nothing changes that counts: an unknown
+        id gets row 0, one that is only in the store is read back. Where the table is full clean rows make room, in
+        the order of `rules.evict`; where there is none an id gets row 0 and is counted in `dropped`.
         """
-        return self._tables[table].rows(ids, admit)
+        return self._tables[table].rows(ids, admit, examples, at_once)
 
-    def begin_step(self) -> None:
-        """Row numbers handed out before are no longer used: their rows may be evicted if they are clean."""
+    def begin_step(self, now_ms: int = 0) -> None:
+        """Row numbers handed out before are no longer used: their rows may be evicted if they are clean.
+
+        Event time is `now_ms`, if it was not later before: rows that were not learned for too long are forgotten,
+        counts of sightings decay.
+        """
         for table in self._tables.values():
-            table.tick += 1
+            table.begin_step(now_ms)
 
     def room(self, table: str) -> int:
         """How many ids that are not in memory may come before one is dropped. Too few for a step: commit first."""
@@ -126,11 +137,21 @@ class EmbeddingTables:
         found = {name: table.touched_rows() for name, table in self._tables.items()}
         return {name: rows for name, rows in found.items() if len(rows)}
 
+    def notes(self) -> dict[str, Notes]:
+        """What the commit of `touched()` and `gone()` changes in the store's notes; only tables whose rows expire."""
+        found = {name: table.notes() for name, table in self._tables.items()}
+        return {name: notes for name, notes in found.items() if notes is not None}
+
+    def sketches(self) -> dict[str, dict[int, bytes]]:
+        """Blobs that changed since `clear_touched`, of tables that count sightings."""
+        sketches = {table.sketch_name: table.admission.sketch for table in self._tables.values()}
+        found = {name: sketch.changed() for name, sketch in sketches.items() if sketch is not None}
+        return {name: blobs for name, blobs in found.items() if blobs}
+
     def clear_touched(self) -> None:
-        """After the commit of `touched()` has succeeded, and only then, with no step in between: all rows are clean."""
+        """After the commit of all that changed has succeeded, and only then, with no step in between: all is clean."""
         for table in self._tables.values():
-            table.touched[:] = False
-            table.gone = table.gone[:0]
+            table.clear_touched()
         self.begin_step()
 
     def load(self, table: str, rows: TableRows) -> None:
@@ -175,25 +196,46 @@ class _Table:
         self, spec: TableSpec, store: CheckpointStore | None, weights: torch.Tensor, momentum: torch.Tensor
     ) -> None:
         self.spec = spec
-        capacity = spec.settings.capacity
+        capacity, rules = spec.settings.capacity, spec.settings.rules
         self.map = RowMap(capacity)
         self.touched = np.zeros(capacity + 1, bool)
-        self.tick = 1
-        self.used = np.zeros(capacity + 1, np.int64)  # the tick of a row's last use
+        self.tick, self.now_ms = 1, 0
+        self.usage = policy(rules, capacity)
         self.dropped = 0
         self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
         self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
-        self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.extras.items()}
+        self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.columns.items()}
+        self._calendar = Calendar(rules.expire_after_ms, self._extras[TOUCHED]) if TOUCHED in self._extras else None
+        self.admission = Admission(rules)
+        self.sketch_name = f"{OWN}seen.{spec.name}.{rules.admit_cells}.{rules.admit_seed}"
         self._store = store
         self._tiered = store is not None and store.has_rows(spec.name)  # the store may have rows that memory has not
+        if store is not None and self.admission.sketch is not None:
+            self.admission.sketch.load(store.iter_blobs(self.sketch_name))
 
-    def rows(self, ids: np.ndarray, admit: bool) -> Rows:
+    def begin_step(self, now_ms: int) -> None:
+        self.tick += 1
+        if now_ms <= self.now_ms:
+            return
+        self.now_ms = now_ms
+        if self.admission.sketch is not None:
+            self.admission.sketch.advance(now_ms)
+        cutoff = self._calendar.cutoff(now_ms) if self._calendar is not None else None
+        if cutoff is not None:
+            self._expire(cutoff)
+
+    def rows(self, ids: np.ndarray, admit: bool, examples: np.ndarray | None, at_once: bool) -> Rows:
         rows = self.map.find(ids)
-        self.used[rows] = self.tick  # before anything is evicted
-        absent = (rows == 0) & (ids != 0)
-        if absent.any() and (admit or self._tiered):
-            self._bring_in(np.unique(ids[absent]), admit)
-            rows = self.map.find(ids)
+        self.usage.use(rows, self.tick)  # before anything is evicted
+        absent = np.flatnonzero((rows == 0) & (ids != 0))
+        if len(absent) and (admit or self._tiered):
+            wanted = self._bring_back(ids[absent])
+            if admit and not (at_once or self.admission.all):
+                at = absent[np.isin(ids[absent], wanted)]
+                wanted = self.admission.admitted(ids[at], None if examples is None else examples[at])
+            if admit:
+                self._give_rows(wanted)
+            rows[absent] = self.map.find(ids[absent])
         if admit:
             self.touch(rows)
         return rows
@@ -201,19 +243,37 @@ class _Table:
     def touch(self, rows: Rows) -> None:
         self.touched[rows] = True
         self.touched[0] = False
+        if self._calendar is not None:
+            self._extras[TOUCHED][rows] = self.now_ms
         for column in self._extras.values():
             column[0] = 0  # written along with the others, for an id that got no row
 
     def forget(self, ids: np.ndarray) -> None:
-        rows = self.map.remove(ids)
-        self._clear(rows)
-        self.touched[rows] = False
-        self.gone = np.union1d(self.gone, ids)
+        if self._calendar is not None and self._tiered:
+            assert self._store is not None
+            only_there = ids[(self.map.find(ids) == 0) & ~np.isin(ids, self.gone)]
+            _, stored = self._store.read_rows(self.spec.name, only_there)
+            self._calendar.void(stored.ids, grain(stored.columns[TOUCHED]))
+        self._drop(ids)
+
+    def notes(self) -> Notes | None:
+        if self._calendar is None:
+            return None
+        rows = np.flatnonzero(self.touched)
+        return self._calendar.notes(self.map.ids_of(rows), rows)
+
+    def clear_touched(self) -> None:
+        if self._calendar is not None:
+            self._calendar.committed(np.flatnonzero(self.touched))
+        if self.admission.sketch is not None:
+            self.admission.sketch.clean()
+        self.touched[:] = False
+        self.gone = self.gone[:0]
 
     def room(self) -> int:
         if self._store is None:
             return self.map.free
-        kept = self.touched | (self.used == self.tick)
+        kept = self.touched | (self.usage.last == self.tick)
         return self.spec.settings.capacity - int(np.count_nonzero(kept[1:]))
 
     def column(self, name: str) -> np.ndarray:
@@ -249,6 +309,8 @@ class _Table:
             self._tiered = True
         numbers, _ = self.map.admit(fitting.ids)
         self.write(numbers, fitting.columns)
+        if self._calendar is not None:
+            self._calendar.loaded(numbers)
 
     def restore(self) -> None:
         if self._store is None:
@@ -278,35 +340,67 @@ class _Table:
         order = np.argsort(ids)
         return TableRows(ids[order], self.read(rows[order]))
 
-    def _bring_in(self, ids: np.ndarray, admit: bool) -> None:
-        """Gives rows to distinct ids that are not in memory: as the store has them, or with `admit` new ones."""
-        stored = None
-        if self._tiered:
-            assert self._store is not None
-            kept = ids[~np.isin(ids, self.gone)]
-            found, stored = self._store.read_rows(self.spec.name, kept)
-            ids = ids if admit else kept[found]
+    def _bring_back(self, ids: np.ndarray) -> np.ndarray:
+        """Ids that are not in memory: gives rows to those that the store has, as it has them; the others, distinct."""
+        ids = np.unique(ids)
+        if not self._tiered:
+            return ids
+        assert self._store is not None
+        asked = ids[~np.isin(ids, self.gone)]
+        found, stored = self._store.read_rows(self.spec.name, asked)
+        if not len(stored):
+            return ids
+        rows = self._give_rows(stored.ids)
+        self.write(rows[rows > 0], stored.take(rows > 0).columns)
+        if self._calendar is not None:
+            self._calendar.loaded(rows[rows > 0])
+        return ids[~np.isin(ids, asked[found])]
+
+    def _give_rows(self, ids: np.ndarray) -> Rows:
+        """Rows for distinct ids that have none, ascending: the smallest where there is no room for all."""
         if len(ids) > self.map.free:
             self._evict(len(ids) - self.map.free)
         rows, _ = self.map.admit(ids)
-        self.used[rows] = self.tick
+        self.usage.enter(rows, self.tick)
         self.dropped += int(np.count_nonzero(rows == 0))
-        if stored is not None and len(stored):
-            rows = self.map.find(stored.ids)
-            self.write(rows[rows > 0], stored.take(rows > 0).columns)
+        return rows
+
+    def _expire(self, before_ms: int) -> None:
+        """Forgets all that was last learned before then, in memory or only in the store."""
+        assert self._calendar is not None
+        rows = np.flatnonzero(self._extras[TOUCHED] < before_ms)
+        ids = self.map.ids_of(rows)
+        ids = ids[ids != 0]
+        if self._tiered:
+            assert self._store is not None
+            noted, grains = self._store.noted_before(self.spec.name, before_ms)
+            only_there = (self.map.find(noted) == 0) & ~np.isin(noted, self.gone)
+            self._calendar.void(noted[only_there], grains[only_there])
+            ids = np.concatenate((ids, noted[only_there]))
+        if len(ids):
+            self._drop(np.unique(ids))
+
+    def _drop(self, ids: np.ndarray) -> None:
+        """Distinct ids are no more, wherever they are."""
+        if self._calendar is not None:
+            rows = self.map.find(ids)
+            self._calendar.void_rows(ids[rows > 0], rows[rows > 0])
+        rows = self.map.remove(ids)
+        self._clear(rows)
+        self.touched[rows] = False
+        self.gone = np.union1d(self.gone, ids)
 
     def _evict(self, needed: int) -> None:
-        """Drops at least `needed` rows from memory, if so many may go: clean, not in use, the longest unused first."""
+        """Drops at least `needed` rows from memory, if so many may go: clean, not in use, by the table's policy."""
         if self._store is None:
             return
-        may_go = ~self.touched & (self.used < self.tick)
+        may_go = ~self.touched & (self.usage.last < self.tick)
         rows = np.flatnonzero(may_go)
         rows = rows[self.map.ids_of(rows) != 0]
         count = min(len(rows), max(needed, self.spec.settings.capacity // _EVICT_SHARE))
         if count == 0:
             return
-        order = np.lexsort((rows, self.used[rows]))
-        rows = np.sort(rows[order[:count]])
+        rows = rows[lowest(self.usage.rank(rows, self.tick), count)]
         self.map.remove(self.map.ids_of(rows))
         self._tiered = True
         self._clear(rows)
@@ -316,6 +410,8 @@ class _Table:
         self.write(rows, {n: np.zeros((len(rows), *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
         for column in self._extras.values():
             column[rows] = 0
+        if self._calendar is not None:
+            self._calendar.freed(rows)
 
 
 def _config(spec: TableSpec) -> TableConfig:

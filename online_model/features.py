@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding_store.specs import TableSettings, TableSpec
+from embedding_store.specs import RowRules, TableSettings, TableSpec
 from online_model.history import COUNTED, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
 from online_model.settings import FeatureSettings
 
@@ -43,15 +43,15 @@ ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {
 def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:
     """The three tables: user, item, category."""
 
-    def table(capacity: int) -> TableSettings:
+    def table(capacity: int, rules: RowRules) -> TableSettings:
         return TableSettings(
-            dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps
+            dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps, rules=rules
         )
 
     return (
-        TableSpec(USER, (USER,), table(settings.users), USER_EXTRAS),
-        TableSpec(ITEM, (ITEM,), table(settings.items), ITEM_EXTRAS),
-        TableSpec(CATEGORY, (CATEGORY,), table(settings.categories)),
+        TableSpec(USER, (USER,), table(settings.users, settings.user_rules), USER_EXTRAS),
+        TableSpec(ITEM, (ITEM,), table(settings.items, settings.item_rules), ITEM_EXTRAS),
+        TableSpec(CATEGORY, (CATEGORY,), table(settings.categories, settings.category_rules)),
     )
 
 

@@ -19,10 +19,13 @@ from online_model.ranker import CLICK, PURCHASE, Ranker
 class Batch:
     """N candidates of B contexts, with what each head learns from them."""
 
+    now_ms: int  # event time, never less than in a batch before
     user: np.ndarray  # int64 [B] ids
+    sighting: np.ndarray  # int64 [B] the example that the user was seen in
     history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
     moment: np.ndarray  # int64 [B] ms UTC
     item: np.ndarray  # int64 [N] ids
+    example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
     ctx: np.ndarray  # int64 [N] the candidate's context
     ts: np.ndarray  # int64 [N] ms UTC
     scenario: np.ndarray  # int64 [N]
@@ -109,9 +112,9 @@ class Learner:
     def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, np.ndarray]:
         """(leaves, the tables' outputs they stand for, logits, the candidates' item rows)."""
         tables = self.tables
-        tables.begin_step()
-        user_rows = tables.rows(USER, batch.user, admit=True)
-        rows = tables.rows(ITEM, batch.item, admit=True)
+        tables.begin_step(batch.now_ms)
+        user_rows = tables.rows(USER, batch.user, admit=True, examples=batch.sighting)
+        rows = tables.rows(ITEM, batch.item, admit=True, examples=batch.example)
         self.begin(ITEM, batch.item, rows)
         self._first_seen(rows, batch.ts)
         past = user_features(batch.history, batch.moment)

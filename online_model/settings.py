@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from embedding_store.encoding import Encoding
+from embedding_store.specs import RowRules
 
 Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
@@ -21,6 +22,13 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     learning_rate: Annotated[float, Meta(gt=0)] = 0.2
     eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
+    user_rules: RowRules = RowRules()
+    item_rules: RowRules = RowRules()
+    category_rules: RowRules = RowRules()
+
+    def __post_init__(self) -> None:
+        if self.item_rules.expire_after_ms:
+            raise ValueError("items do not expire, their rows hold what the catalogue says: leave expire_after_ms at 0")
 
 
 class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

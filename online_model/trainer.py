@@ -29,7 +29,7 @@ import orjson
 from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import CheckpointStore, Commit
-from embedding_store.columns import MOMENTUM
+from embedding_store.columns import MOMENTUM, TOUCHED
 from embedding_store.copies import settle_directory
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
@@ -112,7 +112,7 @@ class Trainer:
         self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
         self._cards: dict[int, bytes] = {}  # new since the last commit
-        self._changed = False  # since the last commit
+        self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
@@ -186,10 +186,10 @@ class Trainer:
         hashes = np.array([_card_hash(*values) for values in last.values()], np.int64)
         about = np.array([rest for _, *rest in last.values()], np.int64).reshape(-1, 3)
         with self._whole():
-            self.tables.begin_step()
+            self.tables.begin_step(self._totals["event_time_ms"])
             known = self.tables.rows(ITEM, ids, admit=False)
             new = np.flatnonzero((known == 0) | (self.tables.column(ITEM, "card")[known] != hashes))
-            rows = self.tables.rows(ITEM, ids[new], admit=True)
+            rows = self.tables.rows(ITEM, ids[new], admit=True, at_once=True)
             new, rows = new[rows > 0], rows[rows > 0]  # the table may be full
             if not len(rows):
                 return
@@ -218,23 +218,22 @@ class Trainer:
         version = Version(
             epoch=self.epoch, sequence=sequence, base=self._base, created_ms=self._clock(),
             positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(), dense=weights,
-            tables={name: rows.without(MOMENTUM) for name, rows in touched.items()}, gone=gone,
+            tables={name: rows.without(MOMENTUM, TOUCHED) for name, rows in touched.items()}, gone=gone,
             blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
         parts = encode(version, rows=self.settings.encoding)
         fault("commit.encoded")
-        self.erasures += bool(gone)
+        self.erasures += self._erased
         dense = {**weights, **self._dense_state()}
-        self.store.commit(
-            Commit(
-                self.epoch, sequence, self._state(), dense, touched, dict(version.blobs), parts, version, gone,
-                settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
-                event_time_ms=self._totals["event_time_ms"],
-            )
-        )  # fmt: skip
+        self.store.commit(Commit(
+            self.epoch, sequence, self._state(), dense, touched, {**version.blobs, **self.tables.sketches()}, parts,
+            version, gone, self.tables.notes(),
+            settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
+            event_time_ms=self._totals["event_time_ms"],
+        ))  # fmt: skip
         self.tables.clear_touched()
         self.sequence, self._base = sequence, (self.epoch, sequence)
-        self._cards, self._changed = {}, False
+        self._cards, self._changed, self._erased = {}, False, False
         fault("commit.done")
         return parts
 
@@ -309,7 +308,8 @@ class Trainer:
         if len(unclicked):
             self._unclicked_rate = float(rows.rate[unclicked[-1]])
         sampling = sampling_correction(rows, self.settings.sampling_correction, self._unclicked_rate)
-        batch = _batch(rows, target, sampling, implicit, drawn)
+        self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
+        batch = _batch(rows, target, sampling, implicit, drawn, self._totals["event_time_ms"])
         outcome = self._learner.learn(batch)
         if np.isfinite(outcome.p).all():
             self._measure(rows, target, implicit, outcome.p)
@@ -320,7 +320,6 @@ class Trainer:
         self._recent.push(rows.item[shown])
         self._totals["trained_rows"] += len(rows)
         self._totals["positives"] += int((rows.click == 1).sum())
-        self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
         self._changed = True
 
     def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
@@ -374,8 +373,9 @@ class Trainer:
             forgotten = block.examples.user[block.examples.part == Part.FORGET]
             if len(forgotten):
                 self.tables.forget(USER, forgotten)
+                self._erased = True
             if len(block.users):
-                self.tables.begin_step()
+                self.tables.begin_step(self._totals["event_time_ms"])
                 at = self.tables.rows(USER, block.users, admit=True)
                 self.tables.column(USER, "history")[at[at > 0]] = block.histories[at > 0]
 
@@ -406,7 +406,12 @@ class Trainer:
 
 
 def _batch(
-    rows: Examples, target: np.ndarray, sampling: tuple[np.ndarray, np.ndarray], implicit: np.ndarray, drawn: np.ndarray
+    rows: Examples,
+    target: np.ndarray,
+    sampling: tuple[np.ndarray, np.ndarray],
+    implicit: np.ndarray,
+    drawn: np.ndarray,
+    now_ms: int,
 ) -> Batch:
     """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
     first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
@@ -416,8 +421,10 @@ def _batch(
     every = np.concatenate((np.arange(len(rows)), behind))
     weight, offset = sampling
     return Batch(
-        user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
-        item=np.concatenate((rows.item, drawn.ravel())), ctx=ctx[every], ts=rows.ts[every],
+        now_ms=now_ms, user=rows.user[first], sighting=rows.row_id[first],
+        history=rows.history[first], moment=rows.ts[first],
+        item=np.concatenate((rows.item, drawn.ravel())), example=np.append(rows.row_id, 0 * behind),
+        ctx=ctx[every], ts=rows.ts[every],
         scenario=rows.scenario[every].astype(np.int64), position=rows.position[every].astype(np.int64),
         target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
     )  # fmt: skip

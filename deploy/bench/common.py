@@ -42,7 +42,7 @@ def run_part(module: str, part: str, **arguments: Any) -> dict[str, Any]:
             command, capture_output=True, text=True, timeout=CHILD_SECONDS, preexec_fn=in_child, check=False
         )
     except subprocess.TimeoutExpired:
-        raise BenchError(f"{part} did not end within {CHILD_SECONDS:.0f} s: try fewer --events") from None
+        raise BenchError(f"{part} did not end within {CHILD_SECONDS:.0f} s: try a smaller size") from None
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise BenchError(f"the benchmark's part `{part}` failed: {said[-1]}")

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from deploy.bench import join as join_bench
+from deploy.bench import store as store_bench
 from deploy.bench.mix import SHARES, standard_mix
 from deploy.cli import run
 
@@ -40,6 +41,32 @@ def test_rows_that_differ_from_the_reference_are_a_failure(
     monkeypatch.setattr(join_bench, "bench_join", lambda *_: measured)
     assert run(["bench", "join", "--json"]) == 1
     assert "not those of the reference" in capfd.readouterr().err
+
+
+SMALL_STORE = ["--rows", "5000", "--largest", "10000", "--touched", "50", "--ids", "20000", "--memory", "2000"]
+
+
+def test_store_reports_its_keys_and_tiered_rows_come_back_exactly(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "store", *SMALL_STORE, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    contract = {
+        "lookup_per_s", "admit_per_s", "checkpoint_ms", "checkpoint_flatness", "restore_rows_per_s", "rows_tiered",
+        "tier_read_rows_per_s",
+    }  # fmt: skip
+    assert contract <= result.keys()
+    assert list(result["checkpoint_ms"]) == ["100", "1000", "10000"]
+    assert result["tier_exact"] is True
+
+
+def test_a_row_that_comes_back_otherwise_is_a_failure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"checkpoint_ms": {"100": 1.0}, "tier_exact": False}
+    monkeypatch.setattr(store_bench, "bench_store", lambda *_: measured)
+    assert run(["bench", "store"]) == 1
+    said = capfd.readouterr()
+    assert "checkpoint_ms 100" in said.out
+    assert "not learned" in said.err
 
 
 def test_wrong_sizes_are_wrong_usage() -> None:

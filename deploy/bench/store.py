@@ -1,0 +1,248 @@
+"""`headrace bench store`: the row map, commits and restores of large tables, more ids than memory holds; on one core.
+
+Each part is a process of its own on one core, `dim` is 32, stores are not synced (as the trainer's by default):
+
+- row map: `rows` random ids are admitted to an empty map in batches of 32,768, then 200 batches drawn from them are
+  looked up. Beside it a plain dict, of the same ids in the same batches. Compiling is not timed.
+- checkpoint: tables of `largest` / 100, / 10 and `largest` rows, whose store was written and compacted. Nine times
+  `touched` rows drawn at random change and are committed. What is timed is all that the trainer does to its tables and
+  store for a commit, but encoding the version. `checkpoint_flatness` is the largest of the medians over the smallest.
+- restore: the store of `largest` / 10 rows is opened anew, and its rows loaded.
+- tiers: `ids` ids through a table of `memory` rows, in steps of up to 20,000 events; every fifth event is of an id
+  drawn from all that came before, every fifth step is committed. Each event adds one to a column of its row. The
+  figures are microseconds an event, in the first and the last tenth of the steps after memory was full. At the end the
+  oldest ids are read back (`tier_read_rows_per_s`), and the counts compared with those that are known (`tier_exact`).
+
+Where others use the machine too the clock says little: figures with `cpu` in their names count processor time (of all
+threads, RocksDB's too) instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deploy.bench.common import BenchError, finish, median, rss_mb, run_part
+
+if TYPE_CHECKING:
+    from embedding_store.checkpoint import CheckpointStore
+    from embedding_store.tables import EmbeddingTables
+
+DIM, BATCH, STEP, COMMITS, STEPS_A_COMMIT = 32, 32_768, 20_000, 9, 5
+TABLE, COUNT = "item", "learned"
+LOOKUPS = 200
+AGAIN = 5  # one in so many events is of an id that was there before
+
+
+def bench_store(
+    rows: int, largest: int, touched: int, ids: int, memory: int, runs: int, step: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The figures of the command, medians of `runs`. `step` is called after each of the 6 * runs parts."""
+    sizes = [largest // 100, largest // 10, largest]
+    measured: dict[str, list[dict[str, Any]]] = {}
+
+    def part(key: str, name: str, **arguments: Any) -> None:
+        with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
+            measured.setdefault(key, []).append(run_part(__name__, name, folder=folder, **arguments))
+        step()
+
+    for _ in range(runs):
+        part("map", "map", rows=rows)
+        part("dict", "dict", rows=rows)
+        for size in sizes:
+            part(f"{size}", "checkpoint", rows=size, touched=touched)
+        part("tiers", "tiers", ids=ids, memory=memory)
+    checkpoint_ms = {f"{size}": median(measured[f"{size}"], "checkpoint_ms") for size in sizes}
+    checkpoint_cpu = {f"{size}": median(measured[f"{size}"], "checkpoint_cpu_ms") for size in sizes}
+    fast, plain, again, tiers = measured["map"], measured["dict"], measured[f"{sizes[1]}"], measured["tiers"]
+    return {
+        **{name: median(fast, name) for name in ("lookup_per_s", "lookup_per_cpu_s")},
+        "dict_lookup_per_s": median(plain, "lookup_per_s"),
+        **{name: median(fast, name) for name in ("admit_per_s", "admit_per_cpu_s")},
+        "dict_admit_per_s": median(plain, "admit_per_s"),
+        "map_rows": rows,
+        "checkpoint_ms": checkpoint_ms,
+        "checkpoint_flatness": max(checkpoint_ms.values()) / min(checkpoint_ms.values()),
+        "checkpoint_cpu_ms": checkpoint_cpu,
+        "checkpoint_touched": min(touched, sizes[0]),
+        **{name: median(again, name) for name in ("restore_rows_per_s", "restore_rows_per_cpu_s")},
+        "rows_tiered": ids,
+        "rows_in_memory": memory,
+        **{f"tier_{name}": median(tiers, name) for name in tiers[0] if name != "exact"},
+        "tier_exact": all(run["exact"] for run in tiers),
+    }
+
+
+class _Watch:
+    """What went by since it was made: seconds, and seconds of processor time of all threads."""
+
+    def __init__(self) -> None:
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+
+    def per_s(self, name: str, count: int) -> dict[str, float]:
+        return {f"{name}_per_s": count / self.seconds, f"{name}_per_cpu_s": count / self.cpu}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def cpu(self) -> float:
+        return time.process_time() - self._cpu
+
+
+def _map(folder: str, rows: int) -> dict[str, Any]:
+    from embedding_store.rows import RowMap
+
+    ids, wanted = _map_ids(rows)
+    there = RowMap(rows)
+    watch = _Watch()
+    for batch in ids:
+        there.admit(batch)
+    admitted, watch = watch.per_s("admit", rows), _Watch()
+    for batch in wanted:
+        there.find(batch)
+    return admitted | watch.per_s("lookup", LOOKUPS * BATCH)
+
+
+def _dict(folder: str, rows: int) -> dict[str, Any]:
+    ids, wanted = _map_ids(rows)
+    there: dict[int, int] = {}
+    watch = _Watch()
+    for batch in ids:
+        for i in batch.tolist():
+            there.setdefault(i, len(there) + 1)
+    admitted, watch = watch.per_s("admit", rows), _Watch()
+    for batch in wanted[: LOOKUPS // 10]:
+        np.array([there.get(i, 0) for i in batch.tolist()], np.int64)
+    return admitted | watch.per_s("lookup", LOOKUPS // 10 * BATCH)
+
+
+def _map_ids(rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(the ids in batches, batches drawn from them)."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(-(1 << 63), (1 << 63) - 1, rows)
+    return np.array_split(ids, -(-rows // BATCH)), [rng.choice(ids, BATCH) for _ in range(LOOKUPS)]
+
+
+def _checkpoint(folder: str, rows: int, touched: int) -> dict[str, Any]:
+    rng, seconds, cpu = np.random.default_rng(1), [], []
+    with _open(folder, rows) as (store, tables):
+        for start in range(0, rows, 100_000):
+            _learn(tables, _ids(np.arange(start, min(start + 100_000, rows))))
+            _commit(tables, store)
+        store.purge()
+        for _ in range(COMMITS):
+            _learn(tables, _ids(rng.choice(rows, min(touched, rows), replace=False)))
+            watch = _Watch()
+            _commit(tables, store)
+            seconds.append(watch.seconds)
+            cpu.append(watch.cpu)
+    with _open(folder, rows) as (store, tables):
+        watch = _Watch()
+        tables.restore()
+        restored = watch.per_s("restore_rows", rows)
+        assert tables.size(TABLE) == rows
+    return {
+        "checkpoint_ms": float(np.median(seconds)) * 1e3, "checkpoint_cpu_ms": float(np.median(cpu)) * 1e3, **restored
+    }  # fmt: skip
+
+
+def _tiers(folder: str, ids: int, memory: int) -> dict[str, Any]:
+    step, full, costs, cpu = min(STEP, memory // 10), 0, [], []
+    counts = np.zeros(ids, np.int64)
+    with _open(folder, memory) as (store, tables):
+        for number, events in enumerate(_events(ids, step)):
+            np.add.at(counts, events, 1)
+            named = _ids(events)
+            watch = _Watch()
+            _learn(tables, named)
+            if number % STEPS_A_COMMIT == 0:
+                _commit(tables, store)
+            costs.append(watch.seconds / len(events))
+            cpu.append(watch.cpu / len(events))
+            full = full or number * (tables.size(TABLE) + step > memory)
+        _commit(tables, store)
+        oldest = np.array_split(np.arange(min(ids, memory) // 2), 10)  # nearly all of them left memory long ago
+        watch = _Watch()
+        learned = [_counted(tables, part) for part in oldest]
+        read = watch.per_s("read_rows", memory // 2)
+        sample = np.random.default_rng(2).integers(0, ids, step)
+        exact = all(np.array_equal(n, counts[part]) for n, part in zip(learned, oldest, strict=True))
+        exact = exact and np.array_equal(_counted(tables, sample), counts[sample])
+    if not full:
+        raise BenchError(f"{ids:,} ids fit into memory for {memory:,}: try more --ids")
+    tenth = max(1, (len(costs) - full) // 10)
+    return {
+        "us_first_tenth": float(np.mean(costs[full : full + tenth])) * 1e6,
+        "us_last_tenth": float(np.mean(costs[-tenth:])) * 1e6,
+        "cpu_us_first_tenth": float(np.mean(cpu[full : full + tenth])) * 1e6,
+        "cpu_us_last_tenth": float(np.mean(cpu[-tenth:])) * 1e6,
+        **read,
+        "rss_mb": rss_mb(),
+        "exact": exact,
+    }
+
+
+def _events(ids: int, step: int) -> Iterator[np.ndarray]:
+    """Numbers of ids int64 [≤ step]: 0 … ids − 1, each for the first time in this order, and between them old ones."""
+    rng, new = np.random.default_rng(1), step - step // AGAIN
+    for start in range(0, ids, new):
+        first = np.arange(start, min(start + new, ids))
+        again = rng.integers(0, start, step // AGAIN) if start else first[:0]
+        yield np.concatenate((first, again))
+
+
+def _ids(numbers: np.ndarray) -> np.ndarray:
+    """Distinct ids int64 [n], as spread as hashes are."""
+    return ((numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
+
+
+@contextmanager
+def _open(folder: str, capacity: int) -> Iterator[tuple[CheckpointStore, EmbeddingTables]]:
+    from embedding_store.checkpoint import CheckpointStore
+    from embedding_store.specs import TableSettings, TableSpec
+    from embedding_store.tables import EmbeddingTables
+
+    spec = TableSpec(TABLE, (TABLE,), TableSettings(dim=DIM, capacity=capacity), {COUNT: ("<i8", ())})
+    with CheckpointStore(Path(folder) / "store", {TABLE: spec.layout}) as store:
+        yield store, EmbeddingTables([spec], store=store)
+
+
+def _learn(tables: EmbeddingTables, ids: np.ndarray) -> None:
+    """One step: each id's row changes, weights and count."""
+    tables.begin_step()
+    at = tables.rows(TABLE, ids, admit=True)
+    tables.column(TABLE, "weights")[at] += 0.01
+    np.add.at(tables.column(TABLE, COUNT), at, 1)
+    tables.touch(TABLE, at)
+
+
+def _commit(tables: EmbeddingTables, store: CheckpointStore) -> None:
+    from embedding_store.checkpoint import Commit
+
+    head = store.head()
+    sequence = head.sequence + 1 if head else 1
+    store.commit(Commit(1, sequence, b"", rows=tables.touched(), gone=tables.gone(), notes=tables.notes()))
+    tables.clear_touched()
+
+
+def _counted(tables: EmbeddingTables, numbers: np.ndarray) -> np.ndarray:
+    """How often ids were learned, int64 [n], from wherever their rows are."""
+    tables.begin_step()
+    return tables.read_rows(TABLE, tables.rows(TABLE, _ids(numbers), admit=False))[COUNT]
+
+
+if __name__ == "__main__":
+    parts: dict[str, Callable[..., dict[str, Any]]] = {
+        "map": _map, "dict": _dict, "checkpoint": _checkpoint, "tiers": _tiers,
+    }  # fmt: skip
+    finish(parts[sys.argv[1]](**json.loads(sys.argv[2])))
