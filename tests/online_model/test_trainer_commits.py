@@ -11,8 +11,12 @@ import numpy as np
 import orjson
 import pytest
 
+from embedding_store.columns import TOUCHED
 from embedding_store.delta import Assembler
 from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked, UsageError
+from embedding_store.expiry import GRAIN_MS
+from embedding_store.snapshot import read_snapshot, snapshot_of
+from embedding_store.specs import RowRules
 from online_model.examples import Examples, Part, Source
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
@@ -330,3 +334,53 @@ def test_no_clock_but_the_injected_one(tmp_path, monkeypatch):
     assert assembled(trainer.commit()).created_ms == 42
     assert isinstance(trainer, Trainer)
     trainer.store.close()
+
+
+RULES = FeatureSettings(
+    dim=8,
+    user_rules=RowRules(admit_after=2, admit_cells=1 << 12, expire_after_ms=3 * GRAIN_MS, evict="lfu"),
+    item_rules=RowRules(admit_share=0.5, evict="score"),
+)
+
+
+def test_which_rows_there_are_hangs_on_the_log_alone(tmp_path):
+    """Admission by count and by chance, expiry: the same model from one commit, many, a small memory and a restart."""
+    rows = make_rows(600, users=150, items=400)
+    rows.closed = START + np.arange(600) * (GRAIN_MS // 40)
+    blocks, digests = make_blocks(rows, 40), []
+    small = msgspec.structs.replace(RULES, users=60, items=330)
+    runs = (("one", RULES, 100, ()), ("many", small, 1, ()), ("again", small, 2, (4, 9)))
+    for name, features, every, restarts in runs:
+        settings = msgspec.structs.replace(SMALL, batch_size=10, features=features)
+        trainer, gone, parts = opened(tmp_path / name, settings), set(), []
+        for number, block in enumerate(blocks):
+            trainer.offer(block, number)
+            while trainer.step():
+                if trainer.commit_due:
+                    parts.append(trainer.commit())
+            if number % every == every - 1 or number in restarts:
+                parts.append(trainer.commit())
+            if number in restarts:
+                trainer.store.close()
+                trainer = opened(tmp_path / name, settings)
+        parts.append(trainer.commit())
+        for version in (assembled(p) for p in parts if p):
+            gone |= set(version.gone.get("user", []))
+            assert all(TOUCHED not in rows.columns for rows in version.tables.values())
+            assert set(version.blobs) <= {"card"}
+        users = sum(len(rows) for table, rows in trainer.tables.digest_rows() if table == "user")
+        items = sum(len(rows) for table, rows in trainer.tables.digest_rows() if table == "item")
+        assert gone
+        assert 0 < users < len(np.unique(rows.user))
+        assert 0 < items < len(np.unique(rows.item))
+        assert trainer.erasures == 0, "to expire is not to be erased: nothing need be purged"
+        digests.append(trainer.digest())
+        path = snapshot_of(trainer.store, tmp_path / f"snapshots-{name}")
+        assert set(read_snapshot(path).blobs) <= {"card"}
+        trainer.store.close()
+    assert digests[0] == digests[1] == digests[2]
+
+
+def test_items_do_not_expire():
+    with pytest.raises(ValueError, match="catalogue"):
+        FeatureSettings(item_rules=RowRules(expire_after_ms=1))
