@@ -54,26 +54,26 @@ def delays(bench: Bench) -> list[Row]:
 def mutations(bench: Bench) -> list[Row]:
     """100,000 mutated records: each is refused and kept, or rightly accepted, and all between them are joined"""
     files = "tests/streams/test_dead_letters.py", "tests/streams/test_joiner.py"
-    return [_tests(*files, "-k", "mutated", MUTATED_RECORDS="100000")]
+    return [passed(*files, "-k", "mutated", MUTATED_RECORDS="100000")]
 
 
 def moves(bench: Bench) -> list[Row]:
     """Two join workers, one killed, one added, partitions that move away and back, a broker that stops"""
     name = "workers_come_and_go"
-    return [_tests("tests/streams/test_join_moves.py", "-k", name, BROKER_OUTAGE_S=str(OUTAGE_S))]
+    return [passed("tests/streams/test_join_moves.py", "-k", name, BROKER_OUTAGE_S=str(OUTAGE_S))]
 
 
 def properties(bench: Bench) -> list[Row]:
     """Any shuffle, duplication, batching and crash gives the multiset of the reference"""
-    return [_tests("tests/streams/test_joiner.py", "tests/streams/test_join_store.py", "tests/replay/test_faults.py")]
+    return [passed("tests/streams/test_joiner.py", "tests/streams/test_join_store.py", "tests/replay/test_faults.py")]
 
 
 def skew(bench: Bench) -> list[Row]:
     """Replayed with served impressions, features differ nowhere"""
-    return [_tests("tests/replay/test_skew.py")]
+    return [passed("tests/replay/test_skew.py")]
 
 
-def _tests(*arguments: str, **variables: str) -> Row:
+def passed(*arguments: str, **variables: str) -> Row:
     """Tests that must pass: how many did."""
     words = [sys.executable, "-m", "pytest", "-q", "--timeout", "600", *arguments]
     done = subprocess.run(words, cwd=ROOT, env=environment() | variables, capture_output=True, text=True, check=False)
