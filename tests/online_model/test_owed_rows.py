@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from embedding_store.columns import MOMENTUM
 from embedding_store.delta import Assembler, Version, encode
 from embedding_store.encoding import decode_weights, encode_weights
-from embedding_store.snapshot import read_snapshot, snapshot_of
 from online_model.examples import Part
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
@@ -131,7 +130,7 @@ class Run:
         assert differing <= self.waiting.keys(), "a row that is not as the trainer's is owed"
 
     def crash(self) -> None:
-        """As kill -9 leaves it: the store's files as they are, never closed; what was not committed is offered again."""
+        """As kill -9 leaves it: the store's files, never closed; what was not committed is offered again."""
         digest = self.trainer.digest()
         self.copies += 1
         shutil.copytree(self._path(self.copies - 1), self._path(self.copies))
