@@ -27,7 +27,7 @@ MAX_PART_BYTES = 900_000  # below Kafka's default limit of 1 MB a record
 _FORMAT = 2
 _NO_CHECK = "0" * 16
 _HEADER_BYTES = 1024  # what a part takes beside its tensors and the JSON of the version
-TENSOR_BYTES = 256  # what a tensor's entry in the header may take
+_TENSOR_BYTES = 256  # what a tensor's entry in the header may take
 _NO_PART = (SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError)  # what foreign bytes may raise
 
 
@@ -80,7 +80,7 @@ class _Piece:
 
     @property
     def nbytes(self) -> int:
-        return sum(c.nbytes + TENSOR_BYTES for c in self.columns.values())
+        return sum(c.nbytes + _TENSOR_BYTES for c in self.columns.values())
 
     def split(self, budget: int, force: bool) -> tuple[_Piece | None, _Piece | None]:
         """(what of it takes at most `budget` bytes, the rest); with `force` at least a row, or all that is whole."""
@@ -89,7 +89,7 @@ class _Piece:
             return self, None
         if self.whole or n == 0:
             return None, self
-        overhead = TENSOR_BYTES * len(self.columns)
+        overhead = _TENSOR_BYTES * len(self.columns)
         stop = (budget - overhead) * n // (self.nbytes - overhead)
         stop = max(stop, 1 if force else 0)
         return (self._cut(0, stop), self._cut(stop, n)) if stop > 0 else (None, self)

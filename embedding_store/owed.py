@@ -1,7 +1,7 @@
 """Which rows replicas wait for, where versions have a budget of bytes per second.
 
-A version may hold rate · (its time − that of the version before it) bytes, as encoded. Dense weights, ids that are
-gone, blobs and the header always go and come out of that first; rows take what is left, in this order:
+The rows of a version may take rate · (its time − that of the version before it) bytes: their ids and columns, as they
+are encoded. What must always go comes on top: dense weights, ids that are gone, blobs, headers. Rows go in this order:
 
 1. Rows in which a column named in `first` has changed (a user's history, what an item is): the longest waiting first.
 2. The others by how far they have moved since they were sent, as the sum over commits of the L2 norm of the change:
@@ -18,18 +18,17 @@ Time and memory grow with the rows that are owed (25 bytes each); one write a ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
-from embedding_store.delta import TENSOR_BYTES, Version, encode, row_bytes
+from embedding_store.delta import row_bytes
 from embedding_store.encoding import Encoding
 
 _RECORD = np.dtype([("since", "<i8"), ("moved", "<f4"), ("first", "?")])
 _ID_BYTES = 8
-_PART_SHARE = 0.01  # of a version's rows: what the headers of its further parts take
 
 
 @dataclass
@@ -81,11 +80,10 @@ class Owed:
         self,
         touched: Mapping[str, TableRows],
         gone: Mapping[str, np.ndarray],
-        bare: Version,
         now_ms: int,
         everything: bool = False,
     ) -> Plan:
-        """What goes with the version `bare`, which has all but its rows. What is owed changes with `accept` only.
+        """What goes with a version at `now_ms`. What is owed changes with `accept` only.
 
         touched, gone: of the commit to come, which the store does not have yet. everything: whatever the budget says.
         """
@@ -96,10 +94,7 @@ class Owed:
         carried = {table: _less(rows, gone.get(table)) for table, rows in self._waiting.items()}
         left: dict[str, TableRows] = {}
         if self._rate and not everything and not self._refresh_due(carried, now_ms):
-            most = _info(carried, now_ms)
-            most["rows"] += sum(map(len, touched.values()))
-            fixed = encode(replace(bare, info={**bare.info, "owed": most}), rows=self._encoding)
-            left = self._left(carried, touched, gone, now_ms, sum(map(len, fixed)))
+            left = self._left(carried, touched, gone, now_ms)
         tables = {}
         for table in sorted(carried.keys() | touched.keys()):
             rows = self._values(table, carried.get(table), touched.get(table), left.get(table))
@@ -120,17 +115,13 @@ class Owed:
         touched: Mapping[str, TableRows],
         gone: Mapping[str, np.ndarray],
         now_ms: int,
-        fixed: int,
     ) -> dict[str, TableRows]:
-        """table → the records of the rows that the budget holds back. `fixed`: bytes that go in any case."""
+        """table → the records of the rows that the budget holds back."""
         names = sorted(carried.keys() | touched.keys())
         if not names:
             return {}
-        layouts = {table: self._store.layouts[table] for table in names}
-        room = self._rate * max(0, now_ms - self._last_ms) // 1000 - fixed
-        room -= TENSOR_BYTES * sum(len(layout.names or ()) + 2 for layout in layouts.values())
-        room -= int(max(0, room) * _PART_SHARE)
-        sizes = {table: row_bytes(layout, self._encoding) for table, layout in layouts.items()}
+        room = self._rate * max(0, now_ms - self._last_ms) // 1000
+        sizes = {table: row_bytes(self._store.layouts[table], self._encoding) for table in names}
         rows_of = {table: _ids_of(carried.get(table), touched.get(table)) for table in names}
         if sum(sizes[table] * len(ids) for table, ids in rows_of.items()) <= room:
             return {}

@@ -108,7 +108,7 @@ class Trainer:
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
-        rate, refresh_ms = settings.version_bytes_per_s, round(settings.refresh_s * 1000)
+        rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
         self._owed = Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
         self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
@@ -218,7 +218,7 @@ class Trainer:
         """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
 
         None where nothing has changed and no row that is owed to replicas may go yet. `everything`: all that is owed
-        goes, whatever `version_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
+        goes, whatever `row_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
         encoded. 2. One atomic write to the store. 3. Only then the touched rows count as clean, and the sequence
         moves. If 1 or 2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
         """
@@ -233,7 +233,7 @@ class Trainer:
             positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(),
             dense=weights if self._changed else {}, gone=gone, blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
-        plan = self._owed.plan(touched, gone, version, now_ms, everything or self._base is None)
+        plan = self._owed.plan(touched, gone, now_ms, everything or self._base is None)
         if not (self._changed or plan.tables):
             return None
         version.tables, version.info["owed"] = plan.tables, plan.info(now_ms)
