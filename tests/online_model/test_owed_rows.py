@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from embedding_store.columns import MOMENTUM
 from embedding_store.delta import Assembler, Version, encode, row_bytes
 from embedding_store.encoding import decode_weights, encode_weights
+from embedding_store.snapshot import read_snapshot, snapshot_of
 from online_model.examples import Part
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
@@ -197,3 +202,85 @@ def test_no_row_is_forgotten_and_no_byte_too_many_is_sent(steps, rate, encoding)
         for name, *arguments in steps:
             getattr(run, name)(*arguments)
         run.end()
+
+
+# torch is imported once; each run is a fork of the process that has it, and has no thread yet.
+CHILD = """
+import os, pathlib, sys, torch
+torch.set_num_threads(1)
+from tests.online_model.test_owed_rows import learned_log, opened_at
+blocks = learned_log()
+def run():
+    trainer = opened_at(pathlib.Path(sys.argv[1]), 4_000)
+    for number, block in enumerate(blocks):
+        trainer.offer(block, number)
+        while trainer.step():
+            trainer.commit()
+            print(os.getpid(), flush=True)
+for _ in range(int(sys.argv[2])):
+    if not (pid := os.fork()):
+        run()
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def learned_log():
+    return make_blocks(ROWS.take(slice(0, 400)), 40)
+
+
+def opened_at(path: Path, rate: int) -> Trainer:
+    """By a clock that goes 10 ms a row that was learned."""
+    trainers: list[Trainer] = []
+    model = msgspec.structs.replace(SMALL, row_bytes_per_s=rate, features=FeatureSettings(dim=8))
+
+    def now() -> int:
+        positions = trainers[0].positions if trainers else {}
+        return START + 10 * (positions[0].rows if positions else 0)
+
+    trainers.append(open_trainer(model, path, now))
+    return trainers[0]
+
+
+@pytest.mark.timeout(400)
+def test_after_a_kill_9_the_model_is_the_same_and_what_was_owed_still_is(tmp_path: Path) -> None:
+    whole = opened_at(tmp_path / "whole", 0)
+    for number, block in enumerate(learned_log()):
+        whole.offer(block, number)
+        while whole.step():
+            pass
+    whole.commit()
+    kills = (3, 7, 5)  # after so many commits
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(len(kills) + 1)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
+        killed: set[int] = set()
+        for commits in kills:
+            mine: list[int] = []
+            while len(mine) < commits:
+                pid = int(child.stdout.readline())
+                mine += [pid] if pid not in killed else []
+            os.kill(mine[0], signal.SIGKILL)
+            killed.add(mine[0])
+        child.stdout.read()
+    assert child.returncode == 0
+    trainer = opened_at(tmp_path / "killed", 4_000)
+    assert trainer.digest() == whole.digest()
+    assert trainer.owed["rows"] > 20, "the budget is far too small for what was learned"
+    replica: Replica = {}
+    assembler = Assembler()
+    for _, parts in trainer.store.outbox():  # nothing was acknowledged: all versions are there
+        for version in filter(None, map(assembler.add, parts)):
+            replica |= rows_of(version.tables.items(), "fp32")
+    rows = rows_of(trainer.tables.digest_rows(), "fp32")
+    assert sum(replica.get(key) != row for key, row in rows.items()) <= trainer.owed["rows"]
+    assert replica != rows
+    for part in trainer.commit(everything=True):
+        if (version := assembler.add(part)) is not None:
+            assert version.dense == {}, "nothing was learned since"
+            replica |= rows_of(version.tables.items(), "fp32")
+    assert replica == rows
+    snapshot = read_snapshot(snapshot_of(trainer.store, tmp_path / "snapshots"))
+    assert rows_of(snapshot.tables.items(), "fp32") == rows
+    assert snapshot.dense.keys() == trainer.store.version().dense.keys() == whole._ranker.weights().keys()
+    for t in (trainer, whole):
+        t.store.close()
