@@ -33,7 +33,7 @@ from embedding_store.rocks import Batch, Db, open_db
 FORMAT = 2
 _SIGN = np.uint64(1 << 63)
 _META, _BLOBS, _OUTBOX, _GONE = "meta", "blobs", "outbox", "gone"
-_ABOUT, _HEAD, _DENSE = b"about", b"head", b"dense"
+_ABOUT, _HEAD, _DENSE, _RECORD = b"about", b"head", b"dense", b"note\x00"
 CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
 _AT, _FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 OWN = "."  # how the names of blob families begin that replicas do not need
@@ -65,6 +65,7 @@ class Commit:
     notes: dict[str, Notes] = field(default_factory=dict)  # of tables that have TOUCHED
     settings: str = ""  # a digest of the owner's settings
     event_time_ms: int = 0  # the newest that is in it
+    records: dict[bytes, bytes] = field(default_factory=dict)  # the owner's by key, in no digest; b"" takes one away
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ class CheckpointStore:
             commit.epoch, commit.sequence, commit.state, about, commit.settings, commit.event_time_ms
         )
         meta[_HEAD] = msgspec.msgpack.encode(head)
+        _put_records(batch, commit.records)
         for family in self._dated():
             batch.into(family)[_AT] = place
         fault("commit.filled")
@@ -247,6 +249,13 @@ class CheckpointStore:
             names.append(name.decode())
             found = next(self._db.items(_BLOBS, name + b"\x01"), None)
         return names
+
+    def records(self) -> Iterator[tuple[bytes, bytes]]:
+        """(key, value) of the owner's records, sorted by key."""
+        for key, value in self._db.items(_META, _RECORD):
+            if not key.startswith(_RECORD):
+                return
+            yield key[len(_RECORD) :], value
 
     def outbox(self) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the versions that were not acknowledged, oldest first, as they were committed."""
@@ -431,6 +440,15 @@ class CheckpointStore:
             raise StoreError(f"the store {self.path} holds rows of another size in {table!r}: restore from a snapshot")
         packed = np.frombuffer(joined, dtype)
         return TableRows(ids, {n: packed[n].copy() for n in dtype.names or ()})
+
+
+def _put_records(batch: Batch, records: dict[bytes, bytes]) -> None:
+    meta = batch.into(_META)
+    for key, value in sorted(records.items()):
+        if value:
+            meta[_RECORD + key] = value
+        else:
+            del meta[_RECORD + key]
 
 
 def _version_record(version: Version) -> _VersionRecord:

@@ -19,7 +19,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from embedding_store.columns import WEIGHTS, TableRows, concat
+from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
 from embedding_store.encoding import Encoding, decode_weights, encode_weights
 from embedding_store.errors import CorruptRecord
 
@@ -139,6 +139,13 @@ def encode_stream(
         part, check = _seal(meta, pieces)
         first = first or check
         yield part
+
+
+def row_bytes(layout: np.dtype, encoding: Encoding) -> int:
+    """What a row of a table with this `layout` (that of the store) takes in a version, with its id."""
+    weights = encode_weights(np.zeros((1, *layout[WEIGHTS].shape), np.float32), encoding)
+    own = layout.itemsize - layout[WEIGHTS].itemsize - layout[MOMENTUM].itemsize
+    return np.dtype(np.int64).itemsize + own + sum(array.nbytes for array in weights.values())
 
 
 def place_of_part(part: bytes) -> tuple[int, int]:

@@ -6,6 +6,7 @@ the same to a forward pass: reads need not write, and test-then-train agree.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ import torch
 from embedding_store.admission import Admission
 from embedding_store.checkpoint import OWN, CheckpointStore, Notes
 from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, concat
-from embedding_store.errors import StoreError
+from embedding_store.errors import StoreError, UsageError
 from embedding_store.eviction import lowest, policy
 from embedding_store.expiry import Calendar, grain
 from embedding_store.rows import RowMap
@@ -47,8 +48,9 @@ class EmbeddingTables:
         """
         self.specs = {spec.name: spec for spec in specs}
         self._device = torch.device(device)
-        self._sharded = ShardedTables([_config(spec) for spec in specs], self._device)
-        self._table_of = {feature: spec.name for spec in specs for feature in spec.features}
+        features = _feature_names(specs)
+        self._sharded = ShardedTables([_config(spec, features[spec.name]) for spec in specs], self._device)
+        self._table_of = {feature: table for table, own in features.items() for feature in own}
         self._tables = {spec.name: self._table(spec, store) for spec in specs}
 
     def rows(
@@ -87,6 +89,7 @@ class EmbeddingTables:
     def embed(self, features: Mapping[str, Feature]) -> dict[str, torch.Tensor]:
         """feature → (rows int64 [m], lengths) → embeddings float32 [m, dim] on the device.
 
+        A feature whose name several tables have is called "table.feature".
         `backward` through them updates weights and momentum at once, and where gradients are on the rows are touched
         here; row 0 stays zero. `lengths` is for the caller's own pooling, and only its sum is looked at.
         Raises ValueError on a feature that is not known or a row outside of its table.
@@ -414,9 +417,18 @@ class _Table:
             self._calendar.freed(rows)
 
 
-def _config(spec: TableSpec) -> TableConfig:
+def _feature_names(specs: Sequence[TableSpec]) -> dict[str, tuple[str, ...]]:
+    """table → what its features are called, each name once: TorchRec has one space of names for all tables."""
+    count = Counter(feature for spec in specs for feature in spec.features)
+    names = {spec.name: tuple(f if count[f] == 1 else f"{spec.name}.{f}" for f in spec.features) for spec in specs}
+    if twice := [name for name, n in Counter(name for own in names.values() for name in own).items() if n > 1]:
+        raise UsageError(f"the feature {twice[0]!r} is there twice: give it another name")
+    return names
+
+
+def _config(spec: TableSpec, features: tuple[str, ...]) -> TableConfig:
     s = spec.settings
-    return TableConfig(spec.name, s.capacity + 1, s.dim, spec.features, s.learning_rate, s.eps)
+    return TableConfig(spec.name, s.capacity + 1, s.dim, features, s.learning_rate, s.eps)
 
 
 def _without(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

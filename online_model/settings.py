@@ -55,6 +55,12 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     encoding: Annotated[
         Encoding, Meta(description="of rows in versions: fp16, int8 are smaller and a little off; snapshots are fp32")
     ] = "fp32"
+    row_bytes_per_s: Annotated[
+        int, Meta(ge=0, description="of rows in versions: what moved most goes first, the rest later; 0: all at once")
+    ] = 0
+    refresh_s: Annotated[
+        float, Meta(gt=0, description="once a row has waited so long for row_bytes_per_s, all that wait go")
+    ] = 60.0
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -29,17 +29,17 @@ import orjson
 from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import CheckpointStore, Commit
-from embedding_store.columns import MOMENTUM, TOUCHED
 from embedding_store.copies import settle_directory
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
 from embedding_store.faults import fault
 from embedding_store.ids import hash_text
+from embedding_store.owed import Owed
 from embedding_store.tables import EmbeddingTables
 from online_model.checkpoints import digest_of
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, USER, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
 from online_model.feedback import strategy
 from online_model.history import HISTORY
 from online_model.learner import Batch, Learner, unique_contexts
@@ -108,6 +108,8 @@ class Trainer:
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
+        rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
+        self._owed = Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
         self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
@@ -131,6 +133,16 @@ class Trainer:
     def pending(self) -> int:
         """Rows offered and not learned."""
         return self._intake.rows
+
+    @property
+    def owes(self) -> bool:
+        """Whether replicas wait for rows that a commit held back: commit also while nothing new comes."""
+        return self._owed.rows > 0
+
+    @property
+    def owed(self) -> dict[str, int]:
+        """How many rows are owed to replicas (`rows`), and for how long the oldest has been (`oldest_ms`)."""
+        return self._owed.info(self._clock())
 
     @property
     def commit_due(self) -> bool:
@@ -202,36 +214,41 @@ class Trainer:
             self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
             self._changed = True
 
-    def commit(self) -> list[bytes] | None:
+    def commit(self, everything: bool = False) -> list[bytes] | None:
         """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
 
-        None where nothing has changed. 1. Touched rows, dense weights and state are read, the version is encoded.
-        2. One atomic write to the store. 3. Only then the touched rows count as clean, and the sequence moves. If 1 or
-        2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
+        None where nothing has changed and no row that is owed to replicas may go yet. `everything`: all that is owed
+        goes, whatever `row_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
+        encoded. 2. One atomic write to the store. 3. Only then the touched rows count as clean, and the sequence
+        moves. If 1 or 2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
         """
         self._need_sound()
-        if not self._changed:
+        if not (self._changed or self.owes):
             return None
         fault("commit.begun")
-        sequence, touched, gone = self.sequence + 1, self.tables.touched(), self.tables.gone()
-        weights = self._ranker.weights()
+        now_ms, sequence = self._clock(), self.sequence + 1
+        touched, gone, weights = self.tables.touched(), self.tables.gone(), self._ranker.weights()
         version = Version(
-            epoch=self.epoch, sequence=sequence, base=self._base, created_ms=self._clock(),
-            positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(), dense=weights,
-            tables={name: rows.without(MOMENTUM, TOUCHED) for name, rows in touched.items()}, gone=gone,
-            blobs={CARD: self._cards} if self._cards else {},
+            epoch=self.epoch, sequence=sequence, base=self._base, created_ms=now_ms,
+            positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(),
+            dense=weights if self._changed else {}, gone=gone, blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
+        plan = self._owed.plan(touched, gone, now_ms, everything or self._base is None)
+        if not (self._changed or plan.tables):
+            return None
+        version.tables, version.info["owed"] = plan.tables, plan.info(now_ms)
         parts = encode(version, rows=self.settings.encoding)
         fault("commit.encoded")
         self.erasures += self._erased
-        dense = {**weights, **self._dense_state()}
         self.store.commit(Commit(
-            self.epoch, sequence, self._state(), dense, touched, {**version.blobs, **self.tables.sketches()}, parts,
-            version, gone, self.tables.notes(),
+            self.epoch, sequence, self._state(), {**weights, **self._dense_state()}, touched,
+            {**version.blobs, **self.tables.sketches()}, parts, replace(version, dense=weights), gone,
+            self.tables.notes(), records=plan.records,
             settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
         self.tables.clear_touched()
+        self._owed.accept(plan, now_ms)
         self.sequence, self._base = sequence, (self.epoch, sequence)
         self._cards, self._changed, self._erased = {}, False, False
         fault("commit.done")
@@ -259,6 +276,7 @@ class Trainer:
         self._evaluation.load(_part(head.dense, "scores."))
         fault("recover.weights")
         self.tables.restore()
+        self._owed.restore()
         fault("recover.rows")
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
@@ -288,6 +306,7 @@ class Trainer:
             **self._totals,
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
             "recent_items": len(self._recent),
+            "owed": self.owed,
             "settings": self._settings(),
         }
 

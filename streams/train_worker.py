@@ -101,7 +101,7 @@ class TrainWorker:
         self._waiting_bytes = 0
         self._items: list[CatalogueItem] = []
         self._draining = False
-        self._dirty = False  # something was offered since the last commit
+        self._dirty = False  # something was offered since the last commit, or replicas wait for rows
         self._stalled = False  # deterministic: there is no whole batch below the smallest watermark
         self._commit_due = 0.0
         self._turned = 0.0  # when the last turn began
@@ -129,6 +129,7 @@ class TrainWorker:
         while (items := await self._catalogue.read_to_end()) is not None:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
+        self._dirty = self._dirty or self._trainer.owes
         tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(), self._checkpoints())
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
@@ -180,13 +181,15 @@ class TrainWorker:
         self._trainer.store.close()
 
     def _values(self) -> dict[str, float]:
-        positions = list(self._trainer.positions.values())
+        positions, owed = list(self._trainer.positions.values()), self._trainer.owed
         return {
             "rows_total": sum(position.rows for position in positions),
             "pending_rows": self._trainer.pending,
             "waiting_bytes": self._waiting_bytes,
             "sequence": self._trainer.sequence,
             "published_sequence": self._published,
+            "owed_rows": owed["rows"],
+            "owed_oldest_seconds": owed["oldest_ms"] / 1000,
         }
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -274,17 +277,17 @@ class TrainWorker:
             with self._metrics.step.time():
                 self._stalled = not trainer.step()
         if last or trainer.commit_due or (self._dirty and time.monotonic() >= self._commit_due):
-            versions += self._commit()
+            versions += self._commit(everything=last)
         return versions
 
-    def _commit(self) -> list[tuple[int, list[bytes]]]:
-        """(sequence, parts) of the version, if anything has changed."""
+    def _commit(self, everything: bool = False) -> list[tuple[int, list[bytes]]]:
+        """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""
         trainer, start = self._trainer, time.monotonic()
         with self._metrics.commit.time():
-            parts = trainer.commit()
+            parts = trainer.commit(everything)
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
-        self._dirty = trainer.pending > 0 and not self._stalled
+        self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes
         return [] if parts is None else [(trainer.sequence, parts)]
 
     async def _publisher(self) -> None:
