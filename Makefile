@@ -1,5 +1,6 @@
 # make demo    watch a recommender learn from a stream, on a real Kafka     (SECONDS=60, RATE=…, LOG=taobao PATH_TO_LOG=…)
 # make test    everything that is promised, tested on the real broker
+# make nightly the tests that take minutes: replays of real logs, bugs planted for the torture to find
 # make check   lint, types, directions of imports
 # make figures every figure that is promised, measured anew    (ONLY=replay, ONLY=replay.kills; HEADRACE_DATA=…)
 # make setup   what the others need: .venv, from the pins, in seconds when it is done already
@@ -16,13 +17,16 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test check figures setup pins clean
+.PHONY: demo test nightly check figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
 
 test: setup
 	@$(BIN)/python -m pytest $(ARGS)
+
+nightly: setup
+	@$(BIN)/python -m pytest -m nightly $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -54,6 +54,7 @@ def _replay(config: Path, log: Path, *options: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.nightly
 def test_kafka_and_direct_make_the_same_examples(
     broker: str, topic_prefix: str, config: Path, log: Path, tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_without_determinism_nothing_is_lost_either(tmp_path: Path) -> None:
     assert figures["trained_examples"] == figures["examples"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "path", "events", "rejected"),
     [("kuairand", KUAIRAND, 111_140, 0), ("taobao", TAOBAO_BY_USER, 100_001, 0)],
