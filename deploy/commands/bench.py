@@ -76,7 +76,7 @@ def store(
 ) -> None:
     """The row map, commits and restores of large tables, and more ids than memory holds, on one core.
 
-    Exit 1 if a row did not come back as it was learned. As it stands: six minutes, 5 GB of memory, 10 GB of disk.
+    Exit 1 if a row did not come back as it was learned. As it stands: five minutes, 5 GB of memory, 10 GB of disk.
     """
     with Output(json) as out:
         from deploy.bench.common import BenchError
