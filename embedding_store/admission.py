@@ -12,13 +12,13 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
+from embedding_store.ids import GOLDEN, finalised
 from embedding_store.specs import RowRules
 
 DEPTH = 4
 _PAGE = 64  # cells written together
 _TIME = -1  # the blob that says how often was halved; the others are pages
 _MOST = 255
-_STEP, _WORDS = np.uint64(0x9E3779B97F4A7C15), (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 class CountSketch:
@@ -107,8 +107,5 @@ def hashed(ids: np.ndarray, seed: int) -> np.ndarray:
     x = ids.astype(np.uint64)
     with np.errstate(over="ignore"):
         for salt in (np.uint64(seed % (1 << 64)), np.uint64(0)):
-            x = (x ^ salt) + _STEP
-            x = (x ^ (x >> np.uint64(30))) * _WORDS[0]
-            x = (x ^ (x >> np.uint64(27))) * _WORDS[1]
-            x = x ^ (x >> np.uint64(31))
+            x = finalised((x ^ salt) + GOLDEN)
     return x

@@ -12,6 +12,7 @@ DEFAULT_ID = 0  # never a hash: the id of padding and of the default row
 _SIGN, _WRAP = 1 << 63, 1 << 64
 _MASK = _WRAP - 1
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN = np.uint64(_GOLDEN)  # 2^64 over the golden ratio
 
 
 def feature_id(feature: str, raw: str | int) -> int:
@@ -44,9 +45,13 @@ def combine(first: int, second: int) -> int:
 
 def combine_all(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """`combine` of each pair: int64 [n], [n] → int64 [n]."""
-    x = first.astype(np.uint64) * np.uint64(_GOLDEN) + second.astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
-    x ^= x >> np.uint64(31)
+    x = finalised(first.astype(np.uint64) * GOLDEN + second.astype(np.uint64))
     x[x == 0] = 1
     return x.view(np.int64)
+
+
+def finalised(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser of each number: a bijection of uint64 [...] in which every bit depends on all bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_SECOND)
+    return x ^ (x >> np.uint64(31))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embedding_store.ids import GOLDEN, finalised
 from embedding_store.specs import RowRules, TableSettings, TableSpec
 from online_model.history import COUNTED, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
 from online_model.settings import FeatureSettings
@@ -25,8 +26,6 @@ PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
 _DAY_MS, _WEEK_MS = 86_400_000, 604_800_000
 _PRIOR_LOGIT = float(np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))
-_MIX = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # splitmix64's multipliers
-_STEP = 0x9E3779B97F4A7C15
 
 USER_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("|u1", (HISTORY_BYTES,))}  # the newest state
 ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -126,10 +125,7 @@ def user_features(states: np.ndarray, ts: np.ndarray | int) -> UserFeatures:
 
 def mix(values: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each integer (the finaliser of splitmix64): int64 or uint64 [...] → uint64 [...]."""
-    x = values.astype(np.uint64) + np.uint64(_STEP)
-    x = (x ^ (x >> np.uint64(30))) * _MIX[0]
-    x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    return x ^ (x >> np.uint64(31))
+    return finalised(values.astype(np.uint64) + GOLDEN)
 
 
 def start_weights(ids: np.ndarray, dim: int, scale: float) -> np.ndarray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-_GOLDEN, _A, _B = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+from embedding_store.ids import GOLDEN, finalised
+
 _UNIT = 2.0**-53
 
 
@@ -17,11 +18,5 @@ def coins(seed: int, user: int, request: int, slots: int, purposes: int) -> np.n
     """Uniform numbers in (0, 1), float64 [purposes, slots]: splitmix64 of all that names them."""
     base = ((seed * 0x9E3779B97F4A7C15) ^ (user * 0xC2B2AE3D27D4EB4F) ^ (request * 0x165667B19E3779F9)) & (2**64 - 1)
     counter = np.arange(purposes * slots, dtype=np.uint64).reshape(slots, purposes).T  # a slot's do not depend on slots
-    x = _mix(_mix(np.uint64(base) + counter * _GOLDEN) + _GOLDEN)
+    x = finalised(finalised(np.uint64(base) + counter * GOLDEN) + GOLDEN)
     return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * _UNIT
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * _A
-    x = (x ^ (x >> np.uint64(27))) * _B
-    return x ^ (x >> np.uint64(31))
