@@ -28,7 +28,7 @@ from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
 from embedding_store.errors import DiskFull, PositionError, StoreError
 from embedding_store.faults import fault
-from embedding_store.rocks import Batch, Db, open_db
+from embedding_store.rocks import Batch, Db, keys_of, open_db
 
 FORMAT = 2
 _SIGN = np.uint64(1 << 63)
@@ -167,7 +167,7 @@ class CheckpointStore:
         for name, blobs in commit.blobs.items():
             ids = np.array(sorted(blobs), np.int64)
             prefix = _blob_prefix(name)
-            batch.put_all(_BLOBS, (prefix + key for key in _keys(ids)), (blobs[i] for i in ids.tolist()))
+            batch.put_all(_BLOBS, (prefix + key for key in keys_of(ids)), (blobs[i] for i in ids.tolist()))
         if commit.parts:
             batch.into(_OUTBOX)[_sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
         meta = batch.into(_META)
@@ -214,7 +214,7 @@ class CheckpointStore:
     def read_rows(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, TableRows]:
         """ids int64 [n] → (found bool [n], the rows of those that were found, in their order). 2 to 4 µs an id."""
         order = np.argsort(ids, kind="stable")
-        values = self._db.get_many(_family(table), _keys(ids[order]))
+        values = self._db.get_many(_family(table), keys_of(ids[order]))
         found_sorted = np.fromiter((v is not None for v in values), bool, len(values))
         found = np.empty(len(ids), bool)
         found[order] = found_sorted
@@ -419,7 +419,7 @@ class CheckpointStore:
                 )
 
     def _put_gone(self, batch: Batch, table: str, ids: np.ndarray, place: bytes) -> None:
-        keys = _keys(np.unique(ids))
+        keys = keys_of(np.unique(ids))
         delete = batch.into(_family(table))
         for key in keys:
             del delete[key]
@@ -431,7 +431,7 @@ class CheckpointStore:
         if set(rows.columns) != set(dtype.names or ()):
             raise ValueError(f"rows of {table!r} have the columns {sorted(rows.columns)}, not those of its layout")
         packed = pack(rows, dtype)
-        batch.put_all(_family(table), _keys(rows.ids), packed.view(f"V{dtype.itemsize}").tolist())
+        batch.put_all(_family(table), keys_of(rows.ids), packed.view(f"V{dtype.itemsize}").tolist())
 
     def _unpack(self, table: str, ids: np.ndarray, values: list[bytes] | tuple[bytes, ...]) -> TableRows:
         dtype = self.layouts[table]
@@ -513,13 +513,8 @@ def _sequence_key(sequence: int) -> bytes:
     return sequence.to_bytes(8, "big")
 
 
-def _keys(ids: np.ndarray) -> list[bytes]:
-    """int64 [n] → keys in whose order the ids ascend."""
-    return (ids.astype(np.uint64) ^ _SIGN).astype(">u8").view("V8").tolist()
-
-
 def _ids(keys: list[bytes] | tuple[bytes, ...]) -> np.ndarray:
-    """The inverse of `_keys`."""
+    """The inverse of `keys_of`."""
     return (np.frombuffer(b"".join(keys), ">u8").astype(np.uint64) ^ _SIGN).astype(np.int64)
 
 

@@ -7,15 +7,14 @@ Each piece takes part in a commit in the same way: `write` puts what changed sin
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import msgspec
-import numpy as np
 import xxhash
 
-from embedding_store.rocks import Batch, Cursor, Db
+from embedding_store.rocks import Batch, Cursor, Db, keys_of
 from streams.join_state import FOREVER, NEVER, Due, MemorySeen, MemoryTimers, Pair, Shown, Window
 
 LOOK_AHEAD_MS = 5_000  # of event time: timers due so soon are in memory
@@ -31,20 +30,12 @@ _decode = msgspec.msgpack.decode
 
 
 def key_of(number: int, *more: int) -> bytes:
-    """Sorts as the signed 64-bit numbers do, one after the other."""
+    """One of `keys_of`, where there is no other to make along with it."""
     if not more:
         return _ONE(number + _BIAS)
     if len(more) == 1:
         return _TWO(number + _BIAS, more[0] + _BIAS)
     return struct.pack(f">{1 + len(more)}Q", number + _BIAS, *[n + _BIAS for n in more])
-
-
-def keys_of(numbers: Sequence[int] | Sequence[tuple[int, ...]]) -> list[bytes]:
-    """`key_of` of each, all of them of the same length."""
-    if not numbers:
-        return []
-    array = np.array(numbers, np.int64).reshape(len(numbers), -1)
-    return (array.view(np.uint64) + np.uint64(_BIAS)).astype(">u8").view(f"V{8 * array.shape[1]}")[:, 0].tolist()
 
 
 def numbers_of(key: bytes) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from embedding_store.errors import PositionError, StoreError, UsageError
 from embedding_store.ids import feature_id
-from embedding_store.rocks import Batch, open_db
+from embedding_store.rocks import Batch, keys_of, open_db
 from online_model.examples import Counts
 from online_model.history import UserHistory
 from streams.dead_letters import DeadLetter
@@ -36,7 +36,6 @@ from streams.join_caches import (
     TimerCache,
     WindowCache,
     key_of,
-    keys_of,
     numbers_of,
 )
 from streams.join_state import Held, JoinState, Numbers
