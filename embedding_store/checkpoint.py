@@ -10,7 +10,6 @@ Keys of rows are big-endian ids with the sign bit flipped: RocksDB's order is th
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from embedding_store.columns import TOUCHED, TableRows
 from embedding_store.copies import write_synced
 from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
-from embedding_store.errors import DiskFull, PositionError, StoreError
+from embedding_store.errors import PositionError, StoreError, disk_errors
 from embedding_store.faults import fault
 from embedding_store.rocks import Batch, Db, keys_of, open_db
 
@@ -474,13 +473,9 @@ def _blob_prefix(name: str) -> bytes:
 
 def _say_closed(path: Path, place: tuple[int, int]) -> None:
     new = path.with_suffix(f".{get_ident()}")
-    try:
+    with disk_errors(f"no space left for {path}: free some; nothing was lost", f"{path} cannot be written"):
         write_synced(new, io.BytesIO(b"%d.%d\n" % place))
         new.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left for {path}: free some; nothing was lost") from error
-        raise StoreError(f"{path} cannot be written ({error}): check the directory") from error
 
 
 def _closed_at(path: Path) -> tuple[int, int]:

@@ -12,6 +12,12 @@ HeadraceError
 └── CorruptRecord     bytes that are not what their place says they are
 """
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HeadraceError(Exception):
     """Root of all errors that a user can act on; `str(error)` is one line with the remedy."""
@@ -51,3 +57,14 @@ class PositionError(HeadraceError):
 
 class CorruptRecord(HeadraceError):
     """Bytes that cannot be decoded as what their topic or file says they are."""
+
+
+@contextmanager
+def disk_errors(full: str, failed: str) -> Iterator[None]:
+    """An OSError becomes DiskFull, saying `full`, where no space is left, else StoreError, saying what `failed`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(full) from error
+        raise StoreError(f"{failed} ({error}): check the directory") from error

@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from safetensors.numpy import save_file
 
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows
-from embedding_store.errors import DiskFull, StoreError
+from embedding_store.errors import disk_errors
 
 ROWS = 1_000_000  # of a file
 
@@ -37,7 +35,7 @@ def export_store(store: CheckpointStore, out: Path, about: dict[str, Any], rows:
     not there.
     """
     partial = out.with_name(f".{out.name}.partial")
-    with _mapped_errors(out):
+    with disk_errors(f"no space left for {out}: free some, or choose another disk", f"{out} cannot be written"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -90,13 +88,3 @@ def _write_blobs(path: Path, blobs: Iterator[tuple[int, bytes]]) -> None:
         while chunk := list(islice(blobs, 100_000)):
             ids, values = zip(*chunk, strict=True)
             writer.write_table(pa.table({"id": list(ids), "value": list(values)}, schema))
-
-
-@contextmanager
-def _mapped_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left for {path}: free some, or choose another disk") from error
-        raise StoreError(f"{path} cannot be written ({error}): check the directory") from error

@@ -6,12 +6,11 @@ of `delta.encode`. It holds what replicas need: no momentum, no trainer's state.
 
 from __future__ import annotations
 
-import errno
 import io
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from embedding_store.checkpoint import OWN, CheckpointStore
 from embedding_store.columns import MOMENTUM, TOUCHED, TableRows
 from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
-from embedding_store.errors import CorruptRecord, DiskFull, StoreError
+from embedding_store.errors import CorruptRecord, StoreError, disk_errors
 from embedding_store.faults import fault
 
 KEEP = 3
@@ -132,11 +131,6 @@ def _snapshots(directory: Path) -> list[Path]:
     return [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
 
 
-@contextmanager
-def _mapped_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no space left for a snapshot in {path}: free some; the store itself is whole") from error
-        raise StoreError(f"the snapshot {path} cannot be read or written ({error}): check the directory") from error
+def _mapped_errors(path: Path) -> AbstractContextManager[None]:
+    full = f"no space left for a snapshot in {path}: free some; the store itself is whole"
+    return disk_errors(full, f"the snapshot {path} cannot be read or written")
