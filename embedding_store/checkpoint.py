@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
 from pathlib import Path
@@ -346,6 +348,17 @@ class CheckpointStore:
         at = self._last
         self._db.checkpoint(path)
         _say_closed(self.path / CLOSED_AT, at)  # it has flushed all that
+
+    @contextmanager
+    def copied(self, ending: str) -> Iterator[Path]:
+        """A copy as of the last commit beside the store, named as it with `ending`, for as long as it is needed."""
+        copy = self.path.with_name(self.path.name + ending)
+        shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
+        try:
+            self.checkpoint(copy)
+            yield copy
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
 
     def close(self) -> None:
         """Lets go of the store. Idempotent."""

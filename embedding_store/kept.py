@@ -38,10 +38,7 @@ class KeptCheckpoints:
         read through: what is damaged is not kept. `describe` says what is noted with it. 3. Its files are put, the
         manifest last. 4. Older ones go.
         """
-        copy = store.path.with_name(store.path.name + ".keep")
-        shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
-        try:
-            store.checkpoint(copy)
+        with store.copied(".keep") as copy:
             fault("keep.copied")
             with CheckpointStore(copy, store.layouts, read_only=True) as frozen:
                 head = frozen.head()
@@ -51,8 +48,6 @@ class KeptCheckpoints:
             fault("keep.read")
             self._copies.put(copy, number_of(head.place), about, keep, stopped, link=".sst")
             return head.place
-        finally:
-            shutil.rmtree(copy, ignore_errors=True)
 
     def newest_first(self) -> Iterator[Manifest]:
         """Those that are whole; `about` is what `describe` said."""

@@ -37,18 +37,13 @@ def snapshot_of(store: CheckpointStore, directory: Path, keep: int = KEEP) -> Pa
 
     Raises StoreError (DiskFull) where it cannot be written, or where nothing was committed yet.
     """
-    copy = store.path.with_name(store.path.name + ".copy")
-    shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed
-    try:
-        store.checkpoint(copy)
+    with store.copied(".copy") as copy:
         fault("snapshot.copied")
         with CheckpointStore(copy, store.layouts, read_only=True) as frozen:
             version = frozen.version()
             if version is None:
                 raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
             return _write(directory, version, _rows(frozen), _blobs(frozen), keep)
-    finally:
-        shutil.rmtree(copy, ignore_errors=True)
 
 
 def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:

@@ -102,18 +102,19 @@ class Rows:
         common: dict[str, Any] = dict(zip(COMMON, zip(*self._common, strict=True), strict=True))
         histories = as_array(list(common.pop("history")))
         names = np.array(common.pop("name"), np.int64)
+        columns: dict[str, np.ndarray] = {n: np.array(values, COLUMNS[n][0]) for n, values in common.items()}
         groups = np.arange(len(lengths)).repeat(lengths)
-        order = np.argsort(np.array(common["closed"], np.int64)[groups], kind="stable")
+        order = np.argsort(columns["closed"][groups], kind="stable")
         groups = groups[order]
-        parts, items = np.array(common["part"], np.uint8)[groups], np.array(self._items, np.int64)[order]
+        items = np.array(self._items, np.int64)[order]
         example_ids = combine_all(names[groups], items)
-        row_ids = combine_all(example_ids, parts)
+        row_ids = combine_all(example_ids, columns["part"][groups])
         if self._unclicked_of > 1:
-            unclicked = np.array(common["click"], np.int8)[groups] == 0
-            kept = ~unclicked | (row_ids.view(np.uint64) % np.uint64(self._unclicked_of) == 0)
-            order, groups, items, parts = order[kept], groups[kept], items[kept], parts[kept]
+            clicked = columns["click"][groups] != 0
+            kept = clicked | (row_ids.view(np.uint64) % np.uint64(self._unclicked_of) == 0)
+            order, groups, items = order[kept], groups[kept], items[kept]
             example_ids, row_ids = example_ids[kept], row_ids[kept]
-        items[parts == FORGET] = 0
+        items[columns["part"][groups] == FORGET] = 0
         texts = {item: orjson.dumps(item).decode() for item in set(self._as_they_came)}
         as_they_came = np.array([texts[item] for item in self._as_they_came], object)
         counts.rows += len(order)
@@ -121,7 +122,7 @@ class Rows:
             row_id=row_ids, example_id=example_ids, item=items, history=histories[groups], item_raw=as_they_came[order],
             position=np.array(self._positions, np.int16)[order],
             propensity=np.array(self._propensities, np.float32)[order],
-            **{name: np.array(values, COLUMNS[name][0])[groups] for name, values in common.items()},
+            **{name: column[groups] for name, column in columns.items()},
         )  # fmt: skip
 
     def _example(self, shown: Shown, place: int) -> None:

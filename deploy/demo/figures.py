@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from online_model.examples import Counts
+from online_model.positions import position_of
 
 BALANCE = ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside")
 
@@ -47,10 +48,7 @@ class Model:
     def trained(self) -> dict[int, tuple[int, int]]:
         """Partition → rows trained and the sum of their ids, those that were rolled back included: what the oracle
         checks."""
-        return {
-            p: tuple(at[name] + sum(back[name] for back in at["rolled_back"]) for name in ("rows", "sum"))
-            for p, at in self.partitions.items()
-        }
+        return {p: position_of(at).accounted for p, at in self.partitions.items()}
 
     @property
     def set_aside(self) -> dict[int, list[list[int]]]:

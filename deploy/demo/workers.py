@@ -17,6 +17,7 @@ from deploy.processes import ends_with_parent, terminate
 from embedding_store.errors import HeadraceError
 
 MAX_DEATHS, DEATHS_WITHIN_S = 5, 60.0
+LAUNCHER = (sys.executable, "-m", "deploy.cli")
 
 
 class WorkerFailed(HeadraceError):
@@ -31,7 +32,7 @@ class Worker:
     arguments: Sequence[str]
     log: Path
     process: subprocess.Popen | None = None
-    launcher: Sequence[str] = (sys.executable, "-m", "deploy.cli")
+    launcher: Sequence[str] = LAUNCHER  # what the arguments are for
     restarts: int = 0
     deaths: deque[float] = field(default_factory=deque)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.broker import Broker
@@ -27,6 +28,12 @@ class Replica:
 
     worker: Worker
     port: int
+
+    @property
+    def sequence(self) -> int | None:
+        """Of the version that it has, -1 for none; None while it does not answer."""
+        answer = _get(self.port, "/v1/model")
+        return None if answer is None else msgspec.json.decode(answer)["sequence"]
 
 
 @dataclass
@@ -60,7 +67,7 @@ class Cluster:
         """Returns when every replica has a model. Raises WorkerFailed."""
         deadline = time.monotonic() + READY_S
         for replica in self.replicas:
-            while not _serves(replica.port):
+            while replica.sequence in (None, -1):
                 self.revive()
                 if time.monotonic() > deadline:
                     raise WorkerFailed(f"no model within {READY_S:.0f} s at {replica.worker.name}: see its log")
@@ -147,11 +154,6 @@ class Cluster:
         self.restarts += 1
         worker.load()
         worker.go()
-
-
-def _serves(port: int) -> bool:
-    answer = _get(port, "/v1/model")
-    return answer is not None and b'"sequence":-1' not in answer
 
 
 def _get(port: int, path: str) -> bytes | None:

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.broker import Broker
-from deploy.demo.workers import WorkerFailed
+from deploy.demo.workers import LAUNCHER, WorkerFailed
 from deploy.processes import free_port
 from deploy.settings import Layer, Settings
 from deploy.torture.cluster import Cluster
 from deploy.torture.faults import GAP_S, Fault, plan
 from deploy.torture.story import Story
 from deploy.torture.verdict import Outcome, outcome
-from deploy.torture.watch import Watch, sequence_at
+from deploy.torture.watch import Watch
 from embedding_store.errors import BrokerError
 from replay.oracle import read_topic
 from replay.sinks import KafkaSink
@@ -39,7 +38,6 @@ EVENTS_A_FAULT = 2_500
 FEWEST_EVENTS = 20_000
 SETTLE_S = 180.0  # so long the workers may take for what was sent
 STILL_S = 10.0
-LAUNCHER = (sys.executable, "-m", "deploy.cli")
 JOIN = {
     "ticks": "log", "wait_ms": 2_000, "open_ms": 60_000, "click_window_ms": 30_000, "watch_wait_ms": 1_000,
     "purchase_window_ms": 300_000, "in_memory": 2_000,
@@ -72,14 +70,13 @@ class Torture:
             expected = None
             if self.calm:
                 self.say("an undisturbed run")
-                expected, _, _ = self._one(Cluster(self._settings("calm", broker), broker, LAUNCHER), [])
+                calm = Cluster(self._settings("calm", broker), broker, LAUNCHER)
+                expected, _, _ = self._one(calm, self._story(calm.settings), [])
             self.say(f"the log, with {len(faults)} faults")
-            found, watch, seconds = self._one(hurt, faults)
+            story = self._story(hurt.settings)
+            found, watch, seconds = self._one(hurt, story, faults)
             seen = watch.held_to(hurt.settings)
         counted = Counter(fault.kind for fault in faults)
-        story = self._story(hurt.settings)
-        for _ in story.steps():
-            pass
         return {
             "kills": counted["kill"],
             "faults": {**counted, "repeated_records": story.repeated, "spoilt_records": story.spoilt},
@@ -101,13 +98,12 @@ class Torture:
             "seed": self.seed,
         }
 
-    def _one(self, cluster: Cluster, faults: list[Fault]) -> tuple[Outcome, Watch, float]:
+    def _one(self, cluster: Cluster, story: Story, faults: list[Fault]) -> tuple[Outcome, Watch, float]:
         """The whole log through a cluster, which has ended when this returns."""
         settings = cluster.settings
         began = time.monotonic()
         try:
             cluster.start()
-            story = self._story(settings)
             with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
                 for item in story.catalogue():
                     sink.send(item)
@@ -161,7 +157,7 @@ class Torture:
             cluster.revive()
             rows = rows or _joined(settings, ends)
             training = cluster.training()
-            sequences = [sequence_at(replica.port) for replica in cluster.replicas]
+            sequences = [replica.sequence for replica in cluster.replicas]
             if training and rows and set(sequences) == {training["sequence"]}:
                 before, has = has, training["rows_total"] + training["pending_rows"]
                 since = since if has == before else time.monotonic()
@@ -225,8 +221,7 @@ class _Feed:
         except BrokerError as error:
             self._error = error
 
-    def _send(self, steps: Iterable[tuple[str, bytes] | int]) -> None:
-        steps = list(steps)
+    def _send(self, steps: list[tuple[str, bytes] | int]) -> None:
         began = time.monotonic()
         for number, step in enumerate(steps):
             if self._seconds and number % 50 == 0:

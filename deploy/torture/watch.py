@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import orjson
 
 from deploy.settings import Settings
@@ -133,15 +132,3 @@ class Watch:
         seen.versions = len(published & set(self.answers))
         seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)
         return seen
-
-
-def sequence_at(port: int) -> int | None:
-    """Of the version that a replica has; None while it does not answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-    try:
-        connection.request("GET", "/v1/model")
-        return msgspec.json.decode(connection.getresponse().read())["sequence"]
-    except (OSError, http.client.HTTPException, msgspec.DecodeError, KeyError):
-        return None
-    finally:
-        connection.close()
