@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from deploy.broker import Broker
+from streams.topics import TopicSettings, create_topics
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +28,14 @@ def broker(running_broker: Broker) -> str:
 def topic_prefix() -> str:
     """A prefix of topic names (and good for groups and transactional ids) that only this test has."""
     return f"test-{uuid.uuid4().hex[:12]}."
+
+
+@pytest.fixture
+def topics(request: pytest.FixtureRequest, broker: str, topic_prefix: str) -> TopicSettings:
+    """Topics that only this test has, of as many partitions as its module's PARTITIONS says (1)."""
+    settings = TopicSettings(prefix=topic_prefix, partitions=getattr(request.module, "PARTITIONS", 1))
+    create_topics(broker, settings)
+    return settings
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

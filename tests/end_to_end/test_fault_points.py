@@ -18,7 +18,7 @@ from embedding_store.faults import VARIABLE
 from embedding_store.kept import KeptCheckpoints
 from online_model.examples import Block
 from streams.blocks import encode_block
-from streams.topics import TopicSettings, create_topics
+from streams.topics import TopicSettings
 from tests.deploy.test_cli import environment, headrace
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import read_all, running, wait_for
@@ -27,13 +27,6 @@ pytestmark = pytest.mark.broker
 
 WORKER_POINTS = ["publish.begun", "publish.sent", "recover.resend"]  # only the worker itself comes to these
 ROWS = 6_000
-
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=1)
-    create_topics(broker, settings)
-    return settings
 
 
 @pytest.fixture

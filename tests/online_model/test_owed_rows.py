@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +20,7 @@ from embedding_store.snapshot import read_snapshot, snapshot_of
 from online_model.examples import Part
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.online_model.killing import learn_and_be_killed
 from tests.online_model.logs import START, make_blocks, make_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,32 +201,11 @@ def test_no_row_is_forgotten_and_no_byte_too_many_is_sent(steps, rate, encoding)
         run.end()
 
 
-# torch is imported once; each run is a fork of the process that has it, and has no thread yet.
-CHILD = """
-import os, pathlib, sys, torch
-torch.set_num_threads(1)
-from tests.online_model.test_owed_rows import learned_log, opened_at
-blocks = learned_log()
-def run():
-    trainer = opened_at(pathlib.Path(sys.argv[1]), 4_000)
-    for number, block in enumerate(blocks):
-        trainer.offer(block, number)
-        while trainer.step():
-            trainer.commit()
-            print(os.getpid(), flush=True)
-for _ in range(int(sys.argv[2])):
-    if not (pid := os.fork()):
-        run()
-        os._exit(0)
-    os.waitpid(pid, 0)
-"""
-
-
-def learned_log():
+def log():
     return make_blocks(ROWS.take(slice(0, 400)), 40)
 
 
-def opened_at(path: Path, rate: int) -> Trainer:
+def opened(path: Path, rate: int = 4_000) -> Trainer:
     """By a clock that goes 10 ms a row that was learned."""
     trainers: list[Trainer] = []
     model = msgspec.structs.replace(SMALL, row_bytes_per_s=rate, features=FeatureSettings(dim=8))
@@ -244,26 +220,15 @@ def opened_at(path: Path, rate: int) -> Trainer:
 
 @pytest.mark.timeout(400)
 def test_after_a_kill_9_the_model_is_the_same_and_what_was_owed_still_is(tmp_path: Path) -> None:
-    whole = opened_at(tmp_path / "whole", 0)
-    for number, block in enumerate(learned_log()):
+    whole = opened(tmp_path / "whole", 0)
+    for number, block in enumerate(log()):
         whole.offer(block, number)
         while whole.step():
             pass
     whole.commit()
     kills = (3, 7, 5)  # after so many commits
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(len(kills) + 1)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        killed: set[int] = set()
-        for commits in kills:
-            mine: list[int] = []
-            while len(mine) < commits:
-                pid = int(child.stdout.readline())
-                mine += [pid] if pid not in killed else []
-            os.kill(mine[0], signal.SIGKILL)
-            killed.add(mine[0])
-        child.stdout.read()
-    assert child.returncode == 0
-    trainer = opened_at(tmp_path / "killed", 4_000)
+    learn_and_be_killed(__name__, tmp_path / "killed", kills)
+    trainer = opened(tmp_path / "killed")
     assert trainer.digest() == whole.digest()
     assert trainer.owed["rows"] > 20, "the budget is far too small for what was learned"
     replica: Replica = {}

@@ -1,10 +1,5 @@
 """Effectively once: what a commit holds, what a restart goes on from, and what a kill -9 leaves."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import msgspec
 import numpy as np
@@ -20,6 +15,7 @@ from embedding_store.specs import RowRules
 from online_model.examples import Examples, Part, Source
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.online_model.killing import learn_and_be_killed
 from tests.online_model.logs import START, later, make_blocks, make_rows
 from tests.online_model.test_trainer import SMALL, catalogue
 
@@ -139,47 +135,13 @@ def test_a_deterministic_run_is_the_same_however_it_is_cut_and_committed(tmp_pat
     assert digests[0] == digests[1]
 
 
-# torch is imported once; each run is a fork of the process that has it, and has no thread yet.
-CHILD = """
-import os, pathlib, sys, torch
-torch.set_num_threads(1)
-from tests.online_model.test_trainer_commits import log, opened
-blocks = log()
-def run():
-    trainer = opened(pathlib.Path(sys.argv[1]))
-    for number, block in enumerate(blocks):
-        trainer.offer(block, number)
-        while trainer.step():
-            trainer.commit()
-            print(os.getpid(), flush=True)
-for _ in range(int(sys.argv[2])):
-    if not (pid := os.fork()):
-        run()
-        os._exit(0)
-    os.waitpid(pid, 0)
-"""
-
-
 @pytest.mark.timeout(400)
 def test_kill_9_at_any_moment_trains_every_row_once(tmp_path):
     whole = opened(tmp_path / "whole")
     learn(whole, log())
     whole.commit()
     kills = (1, 2, 1, 2, 1, 1)  # after so many commits
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "killed"), str(len(kills) + 1)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as child:
-        killed: set[int] = set()
-        for attempt, commits in enumerate(kills):
-            mine: list[int] = []
-            while len(mine) < commits:
-                pid = int(child.stdout.readline())
-                mine += [pid] if pid not in killed else []
-            time.sleep(0.002 * attempt)  # somewhere in a step or a commit
-            os.kill(mine[0], signal.SIGKILL)
-            killed.add(mine[0])
-        child.stdout.read()
-    assert child.returncode == 0
-    assert len(killed) == len(kills)
+    learn_and_be_killed(__name__, tmp_path / "killed", kills, 0.002)  # somewhere in a step or a commit
     again = opened(tmp_path / "killed")
     assert again.info()["trained_rows"] == BLOCKS * BLOCK
     assert everything(again) | {"state": b""} == everything(whole) | {"state": b""}

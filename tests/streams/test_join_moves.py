@@ -42,13 +42,6 @@ pytestmark = pytest.mark.broker
 OUTAGE_S = float(os.environ.get("BROKER_OUTAGE_S", "5"))  # of the broker; 20 is what is promised
 
 
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
-    create_topics(broker, settings)
-    return settings
-
-
 def _settings(broker: str, topics: TopicSettings, tmp_path: Path, **more: object) -> dict:
     """Of a worker on a machine of its own: `data_dir` is to be added."""
     about = {"prefix": topics.prefix, "partitions": topics.partitions}

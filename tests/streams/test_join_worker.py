@@ -16,11 +16,10 @@ from streams.blocks import encode_block
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, JoinSettings, Record
 from streams.outlet import Outlet
-from streams.topics import TopicSettings, create_topics
+from streams.topics import TopicSettings
 from tests.streams.children import Child, convert, read_all, running, wait_for
 from tests.streams.joining import (
     JOIN,
-    PARTITIONS,
     Players,
     blocks,
     check_against_one_joiner,
@@ -30,13 +29,6 @@ from tests.streams.joining import (
 )
 
 pytestmark = pytest.mark.broker
-
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
-    create_topics(broker, settings)
-    return settings
 
 
 @pytest.fixture

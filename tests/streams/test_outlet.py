@@ -9,17 +9,12 @@ from aiokafka import TopicPartition
 
 from embedding_store.errors import BrokerError, FencedError
 from streams.outlet import Message, Outlet
-from streams.topics import TopicSettings, create_topics
+from streams.topics import TopicSettings
 from tests.streams.children import group_offsets, read_all
 
 pytestmark = pytest.mark.broker
 
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=2)
-    create_topics(broker, settings)
-    return settings
+PARTITIONS = 2
 
 
 def test_a_transaction_may_be_larger_than_a_record(broker: str, topics: TopicSettings) -> None:

@@ -17,18 +17,11 @@ from embedding_store.snapshot import snapshot_of
 from online_model.examples import Block
 from online_model.settings import TrainerSettings
 from online_model.trainer import Trainer, open_trainer
-from streams.topics import TopicSettings, create_topics
+from streams.topics import TopicSettings
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, running, wait_for
 
 pytestmark = pytest.mark.broker
-
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=1)
-    create_topics(broker, settings)
-    return settings
 
 
 @pytest.fixture

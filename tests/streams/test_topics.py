@@ -24,6 +24,8 @@ from streams.topics import (
     wait_for_broker,
 )
 
+PARTITIONS = 3
+
 
 def configs(bootstrap: str, topic: str) -> dict[str, str]:
     with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
@@ -38,13 +40,6 @@ def set_config(bootstrap: str, topic: str, key: str, value: str) -> None:
     deadline = time.monotonic() + 10
     while configs(bootstrap, topic)[key] != value:  # the broker learns it from the controller a little later
         assert time.monotonic() < deadline
-
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(topic_prefix, partitions=3)
-    create_topics(broker, settings)
-    return settings
 
 
 def test_topics_are_made_as_the_rules_ask(broker: str, topics: TopicSettings) -> None:

@@ -22,20 +22,13 @@ from embedding_store.snapshot import latest_snapshot, place_of
 from online_model.examples import Block
 from streams.blocks import encode_block
 from streams.outlet import Outlet
-from streams.topics import TopicSettings, create_topics
+from streams.topics import TopicSettings
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, read_all, running, wait_for
 
 pytestmark = pytest.mark.broker
 
 PARTITIONS = 2
-
-
-@pytest.fixture
-def topics(broker: str, topic_prefix: str) -> TopicSettings:
-    settings = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
-    create_topics(broker, settings)
-    return settings
 
 
 @pytest.fixture
