@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deploy.commands.common import ConfigOption, DataDirOption, JsonOption, Output, say, settings_for
+from deploy.torture import WRONG
 from embedding_store.errors import HeadraceError
 
 
@@ -45,8 +46,7 @@ def torture(
 
 def _holds(result: dict) -> bool:
     calm = result["calm"]
-    wrong = ("lost", "duplicated", "replica_torn_reads", "missing_versions", "differing_rows")
-    return result["digest_equal"] and not any(result[name] for name in wrong) and not any(calm.values())
+    return result["digest_equal"] and not any(result[name] for name in WRONG) and not any(calm.values())
 
 
 def _text(result: dict) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from deploy.torture import WRONG
 from deploy.torture.faults import plan
 from deploy.torture.run import Torture
 from deploy.torture.story import Story
 
 pytestmark = pytest.mark.broker
-WRONG = ("lost", "duplicated", "replica_torn_reads", "missing_versions", "differing_rows")
 FOUND_BY = {
     "one_early": "duplicated", "one_late": "lost", "acknowledged_early": "missing_versions",
     "no_tombstones": "differing_rows", "half_a_version": "replica_torn_reads",
