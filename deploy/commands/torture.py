@@ -35,7 +35,6 @@ def torture(
         from deploy.torture.run import Torture
 
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker is to be away
-        home.parent.mkdir(parents=True, exist_ok=True)
         with alone(home.parent / "torture.lock", "torture", "wait for it"):
             result = Torture(kills, seed, home, say).run()
         out.result(result, _text(result))
