@@ -32,8 +32,9 @@ def topic_prefix() -> str:
 
 @pytest.fixture
 def topics(request: pytest.FixtureRequest, broker: str, topic_prefix: str) -> TopicSettings:
-    """Topics that only this test has, of as many partitions as its module's PARTITIONS says (1)."""
-    settings = TopicSettings(prefix=topic_prefix, partitions=getattr(request.module, "PARTITIONS", 1))
+    """Topics that only this test has, of one partition or of as many as its mark `partitions` says."""
+    mark = request.node.get_closest_marker("partitions")
+    settings = TopicSettings(prefix=topic_prefix, partitions=mark.args[0] if mark else 1)
     create_topics(broker, settings)
     return settings
 

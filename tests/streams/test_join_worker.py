@@ -20,6 +20,7 @@ from streams.topics import TopicSettings
 from tests.streams.children import Child, convert, read_all, running, wait_for
 from tests.streams.joining import (
     JOIN,
+    PARTITIONS,
     Players,
     blocks,
     check_against_one_joiner,
@@ -28,7 +29,7 @@ from tests.streams.joining import (
     rows,
 )
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.partitions(PARTITIONS)]
 
 
 @pytest.fixture

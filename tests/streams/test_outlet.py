@@ -12,9 +12,7 @@ from streams.outlet import Message, Outlet
 from streams.topics import TopicSettings
 from tests.streams.children import group_offsets, read_all
 
-pytestmark = pytest.mark.broker
-
-PARTITIONS = 2
+pytestmark = [pytest.mark.broker, pytest.mark.partitions(2)]
 
 
 def test_a_transaction_may_be_larger_than_a_record(broker: str, topics: TopicSettings) -> None:

@@ -24,7 +24,7 @@ from streams.topics import (
     wait_for_broker,
 )
 
-PARTITIONS = 3
+pytestmark = pytest.mark.partitions(3)
 
 
 def configs(bootstrap: str, topic: str) -> dict[str, str]:

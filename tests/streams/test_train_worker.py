@@ -26,9 +26,9 @@ from streams.topics import TopicSettings
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, read_all, running, wait_for
 
-pytestmark = pytest.mark.broker
-
 PARTITIONS = 2
+
+pytestmark = [pytest.mark.broker, pytest.mark.partitions(PARTITIONS)]
 
 
 @pytest.fixture
