@@ -1,11 +1,14 @@
 """Which rows replicas wait for, where versions have a budget of bytes per second.
 
 The rows of a version may take rate · (its time − that of the version before it) bytes: their ids and columns, as they
-are encoded. What must always go comes on top: dense weights, ids that are gone, blobs, headers. Rows go in this order:
+are encoded. What must always go comes on top: dense weights, ids that are gone, blobs, headers. Rows are of two kinds:
 
-1. Rows in which a column named in `first` has changed (a user's history, what an item is): the longest waiting first.
-2. The others by how far they have moved since they were sent, as the sum over commits of the L2 norm of the change:
+1. Those in which a column named in `first` has changed (a user's history, what an item is): the longest waiting first.
+2. The others, by how far they have moved since they were sent, as the sum over commits of the L2 norm of the change:
    of the weights, and of log(1 + count) of every other column. A path's length: never less than the distance.
+
+The first kind goes first, but while others wait it has half of the bytes (and a row at least): histories are large, and
+many change, so that weights would wait for the refresh otherwise. What one kind leaves the other takes.
 
 What does not fit is owed: it goes with a later version, in its value of then. Once a row has waited for `refresh_ms`
 everything owed goes with the next version, whatever the budget says. So statistics wait no longer than that.
@@ -130,9 +133,8 @@ class Owed:
             for table in names
         }
         every = concat([records[table] for table in names])
-        first, since, moved = every.columns["first"], every.columns["since"], every.columns["moved"]
-        order = np.lexsort((np.where(first, 0, -moved), np.where(first, since, 0), ~first))
         size = np.repeat([sizes[table] for table in names], [len(records[table]) for table in names])
+        order = _order(every, size, room)
         held_back = np.ones(len(every), bool)
         held_back[order] = np.cumsum(size[order]) > room
         ends = np.cumsum([len(records[table]) for table in names])
@@ -187,6 +189,17 @@ class Owed:
             _, old = self._store.read_rows(table, np.setdiff1d(ids, fresh.ids, assume_unique=True))
             return concat([fresh, old]).sorted()
         return self._store.read_rows(table, ids)[1]  # one that is gone by a rollback is not found, and owed no more
+
+
+def _order(records: TableRows, size: np.ndarray, room: int) -> np.ndarray:
+    """The places of the records in the order in which the rows go. size: bytes int64 [n]; room: bytes there are."""
+    first, since, moved = (records.columns[name] for name in ("first", "since", "moved"))
+    changed, others = np.flatnonzero(first), np.flatnonzero(~first)
+    changed = changed[np.argsort(since[changed], kind="stable")]
+    others = others[np.argsort(-moved[others], kind="stable")]
+    before_it = np.cumsum(size[changed]) - size[changed]
+    half = int(np.searchsorted(before_it, room / 2))
+    return np.concatenate((changed[:half], others, changed[half:]))
 
 
 def _info(waiting: Mapping[str, TableRows], now_ms: int) -> dict[str, int]:

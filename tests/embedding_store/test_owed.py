@@ -117,6 +117,19 @@ def test_a_changed_history_goes_before_all_that_moved_the_longest_waiting_before
     again.store.close()
 
 
+def test_changed_histories_take_half_while_others_wait_and_either_takes_what_the_other_leaves(tmp_path: Path) -> None:
+    owner = Owner(tmp_path / "s", 4 * USER)
+    owner.commit(0)
+    users, items = {i: 0.1 for i in range(1, 9)}, {i: 1.0 + i for i in range(1, 9)}
+    assert 2 * USER // ITEM == 2
+    assert _sent(owner.commit(1_000, user=users, item=items)) == {"item": [7, 8], "user": [1, 2]}
+    assert _sent(owner.commit(2_000)) == {"item": [5, 6], "user": [3, 4]}
+    assert _sent(owner.commit(2_000, user={9: 0.1}, item={1: -50.0})) == {}
+    assert _sent(owner.commit(3_400)) == {"item": [1, 3, 4], "user": [5, 6, 7]}, "of moves the largest"
+    assert _sent(owner.commit(4_400)) == {"item": [2], "user": [8, 9]}
+    owner.store.close()
+
+
 def test_carried_rows_go_in_their_value_of_then_after_a_restart_too(owner: Owner) -> None:
     owner.commit(500, item={1: 5.0, 2: 1.0})
     owner.commit(500, item={2: 7.0})
