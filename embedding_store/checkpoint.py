@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
@@ -48,6 +48,12 @@ class Notes:
     old_times: np.ndarray  # int64 [n] … ms, that it stands under
     ids: np.ndarray  # int64 [m]
     times: np.ndarray  # int64 [m] ms, not negative
+
+
+def all_notes(parts: Sequence[Notes]) -> Notes:
+    """Those of at least one part."""
+    columns = zip(*((n.old_ids, n.old_times, n.ids, n.times) for n in parts), strict=True)
+    return Notes(*map(np.concatenate, columns))
 
 
 @dataclass

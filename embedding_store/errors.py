@@ -8,6 +8,7 @@ HeadraceError
 ├── StoreError        a store cannot be opened, read or written
 │   ├── StoreLocked   another process holds it
 │   └── DiskFull      no space left
+├── RankLost          the trainer's ranks are no longer together
 ├── PositionError     blocks or versions do not follow one another
 └── CorruptRecord     bytes that are not what their place says they are
 """
@@ -49,6 +50,10 @@ class StoreLocked(StoreError):
 
 class DiskFull(StoreError):
     """No space left for a store; nothing of the failed commit is in it."""
+
+
+class RankLost(HeadraceError):
+    """A rank of the trainer has gone, or never came; the others cannot go on."""
 
 
 class PositionError(HeadraceError):

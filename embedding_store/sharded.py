@@ -8,7 +8,6 @@ On the CPU the other shardings either have no fused optimizer or no kernel; on C
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torchrec
 from torch.distributed.optim import _apply_optimizer_in_backward
+from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
@@ -26,13 +26,14 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedding_store.errors import UsageError
+from embedding_store.ranks import Ranks
 
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation inside torchrec, on stderr
 
 
 @dataclass(frozen=True)
 class TableConfig:
-    """What TorchRec must know of a table. `rows` includes row 0."""
+    """What TorchRec must know of a table. `rows` are those of one rank, and include its row 0."""
 
     name: str
     rows: int
@@ -54,19 +55,19 @@ class _Tables(torch.nn.Module):
 class ShardedTables:
     """Forward and backward over row numbers, and the rows themselves: `weights` and `momentum` by table.
 
-    These are the module's own storage: float32 [rows, dim] and [rows], all zero at first, writable in place.
+    These are the module's own storage: float32 [rows, dim] and [rows], all zero at first, writable in place. With
+    several ranks each has its own rows there, and row numbers count on from rank to rank.
     """
 
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
 
-    def __init__(self, configs: Sequence[TableConfig], device: torch.device) -> None:
+    def __init__(self, configs: Sequence[TableConfig], device: torch.device, ranks: Ranks) -> None:
         if len({config.dim for config in configs}) > 1:  # TorchRec's rule for one EmbeddingCollection
             raise UsageError("all tables must have the same `dim`: set it alike in their settings")
-        _join_process_group(device)
-        self._device = device
+        self._device, self._ranks = device, ranks
         self._features = [feature for config in configs for feature in config.features]
-        self._module = _shard(configs, device)
+        self._module = _shard(configs, device, ranks)
         self.weights, self.momentum = {}, {}
         for lookup in self._module.module.collection._lookups:
             for kernel in lookup._emb_modules:
@@ -89,15 +90,19 @@ class ShardedTables:
         # feature is one bag. Features may so differ in their number of examples.
         lengths = torch.tensor([len(v) for v in values], dtype=torch.int32)
         keyed = KeyedJaggedTensor(self._features, torch.cat(values).to(self._device), lengths=lengths.to(self._device))
-        out = self._module(keyed)
-        return {feature: out[feature].values() for feature in rows}
+        with self._ranks.together():
+            out = self._module(keyed)
+            return {feature: out[feature].values() for feature in rows}
 
 
-def _shard(configs: Sequence[TableConfig], device: torch.device) -> DistributedModelParallel:
+def _shard(configs: Sequence[TableConfig], device: torch.device, ranks: Ranks) -> DistributedModelParallel:
+    set_gradient_division(False)  # losses are sums: gradients of several ranks add up
     collection = EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
-            EmbeddingConfig(num_embeddings=c.rows, embedding_dim=c.dim, name=c.name, feature_names=list(c.features))
+            EmbeddingConfig(
+                num_embeddings=ranks.size * c.rows, embedding_dim=c.dim, name=c.name, feature_names=list(c.features)
+            )
             for c in configs
         ],
     )
@@ -111,8 +116,8 @@ def _shard(configs: Sequence[TableConfig], device: torch.device) -> DistributedM
         collection,
         {c.name: row_wise(compute_kernel="fused") for c in configs},  # the default plan may choose an unfused one
         sharder=sharder,
-        local_size=1,
-        world_size=1,
+        local_size=ranks.size,
+        world_size=ranks.size,
         device_type=device.type,
     )
     return DistributedModelParallel(
@@ -122,13 +127,3 @@ def _shard(configs: Sequence[TableConfig], device: torch.device) -> DistributedM
         plan=ShardingPlan(plan={"collection": plan}),
         sharders=[sharder],
     )
-
-
-def _join_process_group(device: torch.device) -> None:
-    """TorchRec wants a process group even for one rank; over the loopback interface, with no port to rendezvous at."""
-    if not dist.is_initialized():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if dist.get_world_size() != 1:
-        raise UsageError("the trainer runs as one rank so far: start it without torchrun")

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from embedding_store.admission import Admission
-from embedding_store.checkpoint import OWN, CheckpointStore, Notes
+from embedding_store.checkpoint import OWN, CheckpointStore, Notes, all_notes
 from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, concat
 from embedding_store.errors import StoreError, UsageError
 from embedding_store.eviction import lowest, policy
 from embedding_store.expiry import Calendar, grain
+from embedding_store.ranks import Ranks, SharedStore
 from embedding_store.rows import RowMap
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec
@@ -33,25 +34,38 @@ _EVICT_SHARE = 16  # an eviction frees at least capacity / 16 rows, so that it i
 class EmbeddingTables:
     """Tables by name. Not thread-safe: the trainer owns them.
 
-    Deterministic for one rank and a pinned number of threads (`torch.set_num_threads`), whatever the capacity and
-    whenever rows were evicted, as long as `room` suffices.
+    Deterministic for a number of ranks and a pinned number of threads (`torch.set_num_threads`), whatever the capacity
+    and whenever rows were evicted, as long as `room` suffices.
 
     A row number is good until the next `begin_step` or `clear_touched`: until then its row is not evicted.
+
+    With several ranks every method but `size`, `column`, `read_rows` and `write_rows` is called by all of them alike,
+    and row numbers and answers are the same on all. A row lies on one rank.
     """
 
-    def __init__(self, specs: Sequence[TableSpec], device: str = "cpu", store: CheckpointStore | None = None) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TableSpec],
+        device: str = "cpu",
+        store: CheckpointStore | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """`store`: where rows that are not in memory are read from; the owner commits to it what `touched`, `gone`,
-        `notes` and `sketches` say, all at once.
+        `notes` and `sketches` say, all at once. Of several ranks the first one has it.
 
         Without a store nothing is evicted. The tables start empty; `restore` brings rows in at once, else each
         comes when it is asked for.
         """
         self.specs = {spec.name: spec for spec in specs}
+        self.ranks = ranks or Ranks(device=device)
         self._device = torch.device(device)
         features = _feature_names(specs)
-        self._sharded = ShardedTables([_config(spec, features[spec.name]) for spec in specs], self._device)
+        configs = [_config(spec, features[spec.name], self.ranks.size) for spec in specs]
+        self._sharded = ShardedTables(configs, self._device, self.ranks)
         self._table_of = {feature: table for table, own in features.items() for feature in own}
-        self._tables = {spec.name: self._table(spec, store) for spec in specs}
+        there = self.ranks.from_first(lambda: store is not None)
+        shared = SharedStore(store, self.ranks) if there else None
+        self._tables = {spec.name: self._table(spec, shared) for spec in specs}
 
     def rows(
         self, table: str, ids: np.ndarray, admit: bool, examples: np.ndarray | None = None, at_once: bool = False
@@ -75,15 +89,18 @@ class EmbeddingTables:
             table.begin_step(now_ms)
 
     def room(self, table: str) -> int:
-        """How many ids that are not in memory may come before one is dropped. Too few for a step: commit first."""
-        return self._tables[table].room()
+        """How many ids that are not in memory may come before one is dropped. Too few for a step: commit first.
+
+        With several ranks: even if all of them belong to one.
+        """
+        return self.ranks.least(self._tables[table].room())
 
     def dropped(self, table: str) -> int:
         """How often an id got no row because all of the table was dirty or in use."""
         return self._tables[table].dropped
 
     def size(self, table: str) -> int:
-        """How many rows are in memory."""
+        """How many rows are in this rank's memory."""
         return len(self._tables[table].map)
 
     def embed(self, features: Mapping[str, Feature]) -> dict[str, torch.Tensor]:
@@ -92,6 +109,7 @@ class EmbeddingTables:
         A feature whose name several tables have is called "table.feature".
         `backward` through them updates weights and momentum at once, and where gradients are on the rows are touched
         here; row 0 stays zero. `lengths` is for the caller's own pooling, and only its sum is looked at.
+        With several ranks each gives the rows of its part of the batch, and touches all of them itself.
         Raises ValueError on a feature that is not known or a row outside of its table.
         """
         for feature, (rows, lengths) in features.items():
@@ -106,18 +124,39 @@ class EmbeddingTables:
         return out
 
     def column(self, table: str, name: str) -> np.ndarray:
-        """All rows of a column, [capacity + 1, …], live: write to it, then `touch` (which zeroes row 0 of extras).
+        """All of this rank's rows of a column, [capacity + 1, …], live: write to it, then `touch` (which zeroes row 0
+        of extras).
 
         Weights and momentum on a CUDA device come as a copy.
         """
         return self._tables[table].column(name)
 
+    def values(self, table: str, name: str, rows: Rows) -> np.ndarray:
+        """A column of numbers at `rows` int64 [n], wherever they lie: [n, …], a copy."""
+        return self._tables[table].values(name, rows)
+
+    def set(self, table: str, name: str, rows: Rows, values: np.ndarray) -> None:
+        """Sets an extra column at `rows` int64 [n], none of them 0, to `values` [n, …]. Does not touch them."""
+        owner = self._tables[table]
+        there, local = owner.located(rows)
+        owner.column(name)[local] = values[there]
+
+    def add(self, table: str, name: str, rows: Rows, numbers: np.ndarray) -> None:
+        """Adds `numbers` [n] to an extra column at `rows` int64 [n], none of them 0, which may repeat. No touch."""
+        owner = self._tables[table]
+        there, local = owner.located(rows)
+        np.add.at(owner.column(name), local, numbers[there])
+
+    def here(self, table: str, rows: Rows) -> np.ndarray:
+        """Which of `rows` int64 [n] lie on this rank (the default row: on the first), bool [n]."""
+        return self._tables[table].here(rows)
+
     def read_rows(self, table: str, rows: Rows) -> dict[str, np.ndarray]:
-        """Copies of all columns at `rows` int64 [n]: name → [n, …]."""
+        """Copies of all columns at `rows` int64 [n], which lie on this rank: name → [n, …]."""
         return self._tables[table].read(rows)
 
     def write_rows(self, table: str, rows: Rows, columns: Mapping[str, np.ndarray]) -> None:
-        """Sets columns [n, …] at `rows` int64 [n] (distinct, none of them 0). Does not touch them."""
+        """Sets columns [n, …] at `rows` int64 [n] (distinct, of this rank, none of them 0). Does not touch them."""
         self._tables[table].write(rows, columns)
 
     def forget(self, table: str, ids: np.ndarray) -> None:
@@ -136,14 +175,21 @@ class EmbeddingTables:
         self._tables[table].touch(rows)
 
     def touched(self) -> dict[str, TableRows]:
-        """All columns of the rows touched since `clear_touched`, sorted by id, as copies; only tables that have any."""
-        found = {name: table.touched_rows() for name, table in self._tables.items()}
-        return {name: rows for name, rows in found.items() if len(rows)}
+        """All columns of the rows touched since `clear_touched`, sorted by id, as copies; only tables that have any.
+
+        Of several ranks the first one is given those of all, the others nothing.
+        """
+        found = {name: self.ranks.at_first(table.touched_rows()) for name, table in self._tables.items()}
+        return {name: concat(parts).sorted() for name, parts in found.items() if sum(map(len, parts))}
 
     def notes(self) -> dict[str, Notes]:
-        """What the commit of `touched()` and `gone()` changes in the store's notes; only tables whose rows expire."""
-        found = {name: table.notes() for name, table in self._tables.items()}
-        return {name: notes for name, notes in found.items() if notes is not None}
+        """What the commit of `touched()` and `gone()` changes in the store's notes; only tables whose rows expire.
+
+        Given to the first rank, like `touched`.
+        """
+        found = {name: self.ranks.at_first(table.notes()) for name, table in self._tables.items()}
+        told = {name: [part for part in parts if part is not None] for name, parts in found.items()}
+        return {name: all_notes(parts) for name, parts in told.items() if parts}
 
     def sketches(self) -> dict[str, dict[int, bytes]]:
         """Blobs that changed since `clear_touched`, of tables that count sightings."""
@@ -170,41 +216,54 @@ class EmbeddingTables:
             table.restore()
 
     def digest_rows(self) -> Iterator[tuple[str, TableRows]]:
-        """(table, rows) in chunks, sorted by table and id: all rows, in memory or only in the store (see `Digest`)."""
+        """(table, rows) in chunks, sorted by table and id: all rows, in memory or only in the store (see `Digest`).
+
+        For one rank: several have all of it in the store, once it is committed.
+        """
         for name in sorted(self._tables):
             for rows in self._tables[name].logical_rows():
                 yield name, rows
 
-    def _table(self, spec: TableSpec, store: CheckpointStore | None) -> _Table:
-        return _Table(spec, store, self._sharded.weights[spec.name], self._sharded.momentum[spec.name])
+    def _table(self, spec: TableSpec, store: SharedStore | None) -> _Table:
+        return _Table(spec, store, self.ranks, self._sharded.weights[spec.name], self._sharded.momentum[spec.name])
 
     def _check(self, feature: str, rows: np.ndarray, lengths: np.ndarray | None) -> None:
         if feature not in self._table_of:
             raise ValueError(f"no table has the feature {feature!r}")
-        capacity = self.specs[self._table_of[feature]].settings.capacity
-        if len(rows) and not (rows.min() >= 0 and rows.max() <= capacity):  # fbgemm would take row 0 without a word
-            raise ValueError(f"rows of {feature!r} outside of 0 … {capacity}")
+        last = self._tables[self._table_of[feature]].last
+        if len(rows) and not (rows.min() >= 0 and rows.max() <= last):  # fbgemm would take row 0 without a word
+            raise ValueError(f"rows of {feature!r} outside of 0 … {last}")
         if lengths is not None and lengths.sum() != len(rows):
             raise ValueError(f"{len(rows)} rows of {feature!r}, but lengths for {lengths.sum()}")
 
 
 class _Table:
-    """One table: its map, its columns, which rows are dirty, and when each was last used.
+    """One table: its map, its columns, which rows are dirty, and when each was last used, of the ids of this rank.
+
+    What it is given and gives are row numbers of all ranks; `local` ones are those in its own columns.
 
     A row in memory is dirty (touched) or clean; a clean one is in the store with the same value, so it can be dropped
     at any time. A free row is zero.
     """
 
     def __init__(
-        self, spec: TableSpec, store: CheckpointStore | None, weights: torch.Tensor, momentum: torch.Tensor
+        self,
+        spec: TableSpec,
+        store: SharedStore | None,
+        ranks: Ranks,
+        weights: torch.Tensor,
+        momentum: torch.Tensor,
     ) -> None:
-        self.spec = spec
-        capacity, rules = spec.settings.capacity, spec.settings.rules
+        self.spec, self._ranks = spec, ranks
+        self.capacity, rules = capacity_of(spec, ranks.size), spec.settings.rules
+        capacity = self.capacity
+        self._first = ranks.rank * (capacity + 1)  # the row number of its local row 0
+        self.last = ranks.size * (capacity + 1) - 1  # of all ranks
         self.map = RowMap(capacity)
         self.touched = np.zeros(capacity + 1, bool)
         self.tick, self.now_ms = 1, 0
         self.usage = policy(rules, capacity)
-        self.dropped = 0
+        self.dropped = self._lost = 0  # ids that got no row, of all ranks and of this one
         self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
         self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
         self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.columns.items()}
@@ -228,8 +287,8 @@ class _Table:
             self._expire(cutoff)
 
     def rows(self, ids: np.ndarray, admit: bool, examples: np.ndarray | None, at_once: bool) -> Rows:
-        rows = self.map.find(ids)
-        self.usage.use(rows, self.tick)  # before anything is evicted
+        rows = self._find(ids)
+        self.usage.use(self.located(rows)[1], self.tick)  # before anything is evicted
         absent = np.flatnonzero((rows == 0) & (ids != 0))
         if len(absent) and (admit or self._tiered):
             wanted = self._bring_back(ids[absent])
@@ -237,26 +296,29 @@ class _Table:
                 at = absent[np.isin(ids[absent], wanted)]
                 wanted = self.admission.admitted(ids[at], None if examples is None else examples[at])
             if admit:
-                self._give_rows(wanted)
-            rows[absent] = self.map.find(ids[absent])
+                self._give_rows(self._own(wanted))
+            self._settle()
+            rows[absent] = self._find(ids[absent])
         if admit:
             self.touch(rows)
         return rows
 
     def touch(self, rows: Rows) -> None:
-        self.touched[rows] = True
+        _, local = self.located(rows)
+        self.touched[local] = True
         self.touched[0] = False
         if self._calendar is not None:
-            self._extras[TOUCHED][rows] = self.now_ms
+            self._extras[TOUCHED][local] = self.now_ms
         for column in self._extras.values():
             column[0] = 0  # written along with the others, for an id that got no row
 
     def forget(self, ids: np.ndarray) -> None:
         if self._calendar is not None and self._tiered:
             assert self._store is not None
-            only_there = ids[(self.map.find(ids) == 0) & ~np.isin(ids, self.gone)]
-            _, stored = self._store.read_rows(self.spec.name, only_there)
-            self._calendar.void(stored.ids, grain(stored.columns[TOUCHED]))
+            only_there = ids[(self._find(ids) == 0) & ~np.isin(ids, self.gone)]
+            stored = self._store.read_rows(self.spec.name, only_there)
+            own = self._ranks.owns(stored.ids)
+            self._calendar.void(stored.ids[own], grain(stored.columns[TOUCHED][own]))
         self._drop(ids)
 
     def notes(self) -> Notes | None:
@@ -277,41 +339,69 @@ class _Table:
         if self._store is None:
             return self.map.free
         kept = self.touched | (self.usage.last == self.tick)
-        return self.spec.settings.capacity - int(np.count_nonzero(kept[1:]))
+        return self.capacity - int(np.count_nonzero(kept[1:]))
 
     def column(self, name: str) -> np.ndarray:
         return self._extras[name] if name in self._extras else self._tensors[name].cpu().numpy()
 
+    def values(self, name: str, rows: Rows) -> np.ndarray:
+        if self._ranks.size == 1:
+            return self.column(name)[rows]
+        there, local = self.located(rows)
+        column = self.column(name)
+        values = np.zeros((len(rows), *column.shape[1:]), column.dtype)
+        values[there] = column[local]
+        return self._ranks.sum(values)
+
+    def here(self, rows: Rows) -> np.ndarray:
+        if self._ranks.size == 1:
+            return np.ones(len(rows), bool)
+        return rows // (self.capacity + 1) == self._ranks.rank
+
+    def located(self, rows: Rows) -> tuple[np.ndarray | slice, Rows]:
+        """(which of the rows int64 [n] lie on this rank, their local numbers int64 [k])."""
+        if self._ranks.size == 1:
+            return slice(None), rows
+        here = self.here(rows)
+        return here, rows[here] - self._first
+
     def read(self, rows: Rows) -> dict[str, np.ndarray]:
-        index = torch.from_numpy(rows)
-        columns = {n: t.index_select(0, index.to(t.device)).cpu().numpy() for n, t in self._tensors.items()}
-        return columns | {n: column[rows] for n, column in self._extras.items()}
+        return self._read(rows - self._first)
 
     def write(self, rows: Rows, columns: Mapping[str, np.ndarray]) -> None:
-        if len(rows) and not (rows.min() > 0 and rows.max() <= self.spec.settings.capacity):
-            raise ValueError(f"only rows 1 … {self.spec.settings.capacity} of {self.spec.name!r} can be written")
+        self._write(rows - self._first, columns)
+
+    def _read(self, local: Rows) -> dict[str, np.ndarray]:
+        index = torch.from_numpy(local)
+        columns = {n: t.index_select(0, index.to(t.device)).cpu().numpy() for n, t in self._tensors.items()}
+        return columns | {n: column[local] for n, column in self._extras.items()}
+
+    def _write(self, local: Rows, columns: Mapping[str, np.ndarray]) -> None:
+        if len(local) and not (local.min() > 0 and local.max() <= self.capacity):
+            raise ValueError(f"only rows 1 … {self.capacity} of {self.spec.name!r} can be written")
         for name, values in columns.items():
             if name in self._extras:
-                self._extras[name][rows] = values
+                self._extras[name][local] = values
             else:
                 tensor = self._tensors[name]
                 there = torch.tensor(values, dtype=torch.float32, device=tensor.device)
-                tensor.index_copy_(0, torch.from_numpy(rows).to(tensor.device), there)
+                tensor.index_copy_(0, torch.from_numpy(local).to(tensor.device), there)
 
     def touched_rows(self) -> TableRows:
         return self._read_sorted(np.flatnonzero(self.touched))
 
     def load(self, rows: TableRows) -> None:
+        rows = rows.take(self._ranks.owns(rows.ids))
         fitting = rows.take(slice(self.map.free))
         if len(fitting) < len(rows):
             if self._store is None:
                 raise StoreError(
-                    f"table {self.spec.name!r} has room for {self.spec.settings.capacity:,} rows, but more are to be "
+                    f"table {self.spec.name!r} has room for {self.capacity:,} rows, but more are to be "
                     "loaded: raise its capacity, or give it a store"
                 )
             self._tiered = True
         numbers, _ = self.map.admit(fitting.ids)
-        self.write(numbers, fitting.columns)
+        self._write(numbers, fitting.columns)
         if self._calendar is not None:
             self._calendar.loaded(numbers)
 
@@ -321,11 +411,12 @@ class _Table:
         self._tiered = False
         for rows in self._store.iter_rows(self.spec.name, _CHUNK):
             self.load(rows)
+            self._settle()
             if self._tiered:
                 return
 
     def logical_rows(self) -> Iterator[TableRows]:
-        here = np.flatnonzero(self.map.ids_of(np.arange(self.spec.settings.capacity + 1)))
+        here = np.flatnonzero(self.map.ids_of(np.arange(self.capacity + 1)))
         here = here[np.argsort(self.map.ids_of(here))]
         ids, done = self.map.ids_of(here), 0
         if self._tiered:
@@ -341,7 +432,7 @@ class _Table:
     def _read_sorted(self, rows: Rows) -> TableRows:
         ids = self.map.ids_of(rows)
         order = np.argsort(ids)
-        return TableRows(ids[order], self.read(rows[order]))
+        return TableRows(ids[order], self._read(rows[order]))
 
     def _bring_back(self, ids: np.ndarray) -> np.ndarray:
         """Ids that are not in memory: gives rows to those that the store has, as it has them; the others, distinct."""
@@ -350,22 +441,42 @@ class _Table:
             return ids
         assert self._store is not None
         asked = ids[~np.isin(ids, self.gone)]
-        found, stored = self._store.read_rows(self.spec.name, asked)
+        stored = self._store.read_rows(self.spec.name, asked)
         if not len(stored):
             return ids
-        rows = self._give_rows(stored.ids)
-        self.write(rows[rows > 0], stored.take(rows > 0).columns)
+        own = stored.take(self._ranks.owns(stored.ids))
+        rows = self._give_rows(own.ids)
+        self._write(rows[rows > 0], own.take(rows > 0).columns)
         if self._calendar is not None:
             self._calendar.loaded(rows[rows > 0])
-        return ids[~np.isin(ids, asked[found])]
+        return ids[~np.isin(ids, stored.ids)]
+
+    def _find(self, ids: np.ndarray) -> Rows:
+        """The rows of `ids`, wherever they lie, 0 where there is none."""
+        if self._ranks.size == 1:
+            return self.map.find(ids)
+        local = self.map.find(ids)
+        return self._ranks.sum(np.where(local > 0, local + self._first, 0))
+
+    def _own(self, ids: np.ndarray) -> np.ndarray:
+        return ids[self._ranks.owns(ids)]
+
+    def _settle(self) -> None:
+        """What a rank has found out about its own rows is true for all of them."""
+        if self._ranks.size > 1:
+            tiered, self.dropped = self._ranks.sum(np.array([self._tiered, self._lost], np.int64)).tolist()
+            self._tiered = tiered > 0
+        else:
+            self.dropped = self._lost
 
     def _give_rows(self, ids: np.ndarray) -> Rows:
-        """Rows for distinct ids that have none, ascending: the smallest where there is no room for all."""
+        """Local rows for distinct ids of this rank that have none, ascending: the smallest where there is no room for
+        all."""
         if len(ids) > self.map.free:
             self._evict(len(ids) - self.map.free)
         rows, _ = self.map.admit(ids)
         self.usage.enter(rows, self.tick)
-        self.dropped += int(np.count_nonzero(rows == 0))
+        self._lost += int(np.count_nonzero(rows == 0))
         return rows
 
     def _expire(self, before_ms: int) -> None:
@@ -377,9 +488,11 @@ class _Table:
         if self._tiered:
             assert self._store is not None
             noted, grains = self._store.noted_before(self.spec.name, before_ms)
-            only_there = (self.map.find(noted) == 0) & ~np.isin(noted, self.gone)
-            self._calendar.void(noted[only_there], grains[only_there])
-            ids = np.concatenate((ids, noted[only_there]))
+            only_there = (self._find(noted) == 0) & ~np.isin(noted, self.gone)
+            own = only_there & self._ranks.owns(noted)
+            self._calendar.void(noted[own], grains[own])
+            ids = np.concatenate((ids, noted[own]))
+        ids = np.concatenate(self._ranks.every(ids))
         if len(ids):
             self._drop(np.unique(ids))
 
@@ -400,7 +513,7 @@ class _Table:
         may_go = ~self.touched & (self.usage.last < self.tick)
         rows = np.flatnonzero(may_go)
         rows = rows[self.map.ids_of(rows) != 0]
-        count = min(len(rows), max(needed, self.spec.settings.capacity // _EVICT_SHARE))
+        count = min(len(rows), max(needed, self.capacity // _EVICT_SHARE))
         if count == 0:
             return
         rows = rows[lowest(self.usage.rank(rows, self.tick), count)]
@@ -410,7 +523,7 @@ class _Table:
 
     def _clear(self, rows: Rows) -> None:
         """Zeroes rows: they are free."""
-        self.write(rows, {n: np.zeros((len(rows), *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
+        self._write(rows, {n: np.zeros((len(rows), *t.shape[1:]), np.float32) for n, t in self._tensors.items()})
         for column in self._extras.values():
             column[rows] = 0
         if self._calendar is not None:
@@ -426,9 +539,14 @@ def _feature_names(specs: Sequence[TableSpec]) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _config(spec: TableSpec, features: tuple[str, ...]) -> TableConfig:
+def capacity_of(spec: TableSpec, ranks: int) -> int:
+    """How many of a table's rows are in the memory of each of so many ranks."""
+    return -(-spec.settings.capacity // ranks)
+
+
+def _config(spec: TableSpec, features: tuple[str, ...], ranks: int) -> TableConfig:
     s = spec.settings
-    return TableConfig(spec.name, s.capacity + 1, s.dim, features, s.learning_rate, s.eps)
+    return TableConfig(spec.name, capacity_of(spec, ranks) + 1, s.dim, features, s.learning_rate, s.eps)
 
 
 def _without(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,7 +9,17 @@ import torch
 
 from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.tables import EmbeddingTables
-from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights, user_features
+from online_model.features import (
+    CATEGORY,
+    ITEM,
+    START_SCALE,
+    USER,
+    UserFeatures,
+    item_features,
+    mix,
+    start_weights,
+    user_features,
+)
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum
 from online_model.ranker import CLICK, PURCHASE, Ranker
@@ -44,6 +54,43 @@ class Outcome:
     learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
 
 
+@dataclass
+class _Share:
+    """b contexts and their n candidates: what of them is in the tables. Distinct rows, and who needs which."""
+
+    part: np.ndarray | slice  # which of the batch's candidates
+    user: np.ndarray  # int64 [b] rows
+    item: np.ndarray  # int64 [m] rows, of candidates and of what is in histories
+    category: np.ndarray  # int64 [c] rows
+    category_of: np.ndarray  # int64 [m], the place in `category`
+    at: np.ndarray  # int64 [n], the candidate's place in `item`
+    history_at: np.ndarray  # int64 [h], the places in `item` of all entries of the histories
+    past: UserFeatures  # of the b contexts
+    ctx: np.ndarray  # int64 [n] the candidate's context
+
+    def of(self, contexts: slice) -> _Share:
+        """That of some of the contexts."""
+        part = np.flatnonzero((self.ctx >= contexts.start) & (self.ctx < contexts.stop))
+        ends = np.append(0, np.cumsum((self.past.items != 0).sum(1)))
+        at, history_at = self.at[part], self.history_at[ends[contexts.start] : ends[contexts.stop]]
+        items, place = np.unique(np.concatenate((at, history_at)), return_inverse=True)
+        categories, category_of = np.unique(self.category_of[items], return_inverse=True)
+        past = UserFeatures(*(column[contexts] for column in vars(self.past).values()))
+        return _Share(
+            part, self.user[contexts], self.item[items], self.category[categories], category_of, place[: len(at)],
+            place[len(at) :], past, self.ctx[part] - contexts.start,
+        )  # fmt: skip
+
+
+@dataclass
+class _Rows:
+    """What of a batch of N candidates is in the tables."""
+
+    rows: np.ndarray  # int64 [N] the candidates' items
+    dense: np.ndarray  # float32 [N, DENSE]
+    every: _Share  # all of it
+
+
 class Learner:
     """The ranker over the tables, and its optimizer (Adam; the tables have their own, fused in their backward)."""
 
@@ -60,33 +107,65 @@ class Learner:
 
     def learn(self, batch: Batch) -> Outcome:
         """Scores the batch, then learns it. Item statistics are read, not changed. Admits users, items, categories."""
-        leaves, outputs, logits, rows = self._forward(batch)
+        looked = self._look_up(batch)
+        share = self._share(looked)
+        leaves, outputs, logits = self._forward(batch, looked, share)
         p = probabilities(logits.detach(), self._feedback)
-        loss = self._loss(logits, batch, p)
+        loss = self._loss(logits, batch, share.part, p)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [leaf.grad for leaf in leaves]
         # Two backward passes, so that nothing is updated before every gradient is known to be finite.
-        learned = bool(torch.isfinite(loss)) and all(
-            bool(torch.isfinite(g).all()) for g in (*grads, *(w.grad for w in self._weights())) if g is not None
-        )
+        finite = (bool(torch.isfinite(g).all()) for g in grads if g is not None)
+        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite))
         if learned:
-            torch.autograd.backward(outputs, grads)
+            with self.tables.ranks.together():
+                torch.autograd.backward(outputs, grads)
             for w in self._weights():
                 if w.grad is not None:
                     w.grad /= len(batch.item)  # tables learn from sums, the ranker from means
             self._adam.step()
-        return Outcome(p.cpu().numpy(), rows, learned)
+        return Outcome(self._of_all(p.cpu().numpy(), share.part, len(batch.item)), looked.rows, learned)
 
-    def _loss(self, logits: torch.Tensor, batch: Batch, p: torch.Tensor) -> torch.Tensor:
-        target, weight = self._tensor(batch.target), self._tensor(batch.weight).unsqueeze(1).repeat(1, p.shape[1])
+    def _gathered(self, sound: bool) -> bool:
+        """Adds up the ranker's gradients over the ranks. Whether all of them are finite, and all ranks are `sound`."""
+        if self.tables.ranks.size > 1:
+            for w in self._weights():
+                if w.grad is None:
+                    w.grad = torch.zeros_like(w)
+            said = torch.tensor([float(not sound)], device=self._device)
+            flat = torch.cat([w.grad.ravel() for w in self._weights() if w.grad is not None] + [said])
+            self.tables.ranks.add_up(flat)
+            sound = float(flat[-1]) == 0
+            parts = flat[:-1].split([w.numel() for w in self._weights()])
+            for w, gradient in zip(self._weights(), parts, strict=True):
+                w.grad = gradient.view_as(w).clone()
+        return sound and all(bool(torch.isfinite(w.grad).all()) for w in self._weights() if w.grad is not None)
+
+    def _of_all(self, p: np.ndarray, part: np.ndarray | slice, n: int) -> np.ndarray:
+        """The probabilities of all n candidates, where `p` are those of this rank's part."""
+        if self.tables.ranks.size == 1:
+            return p
+        every = np.zeros((n, p.shape[1]), np.float32)
+        every[part] = p
+        return self.tables.ranks.sum(every)
+
+    def _loss(
+        self, logits: torch.Tensor, batch: Batch, part: np.ndarray | slice, p: torch.Tensor
+    ) -> torch.Tensor:
+        target = self._tensor(batch.target[part])
+        weight = self._tensor(batch.weight[part]).unsqueeze(1).repeat(1, p.shape[1])
         weight[:, PURCHASE:] *= self._feedback.weights(target[:, PURCHASE:], p[:, PURCHASE:])
-        offset = torch.nn.functional.pad(self._tensor(batch.offset).unsqueeze(1), (CLICK, p.shape[1] - 1 - CLICK))
+        offset = torch.nn.functional.pad(
+            self._tensor(batch.offset[part]).unsqueeze(1), (CLICK, p.shape[1] - 1 - CLICK)
+        )
         return loss_sum(logits + offset, target, weight)
 
     def begin(self, table: str, ids: np.ndarray, rows: np.ndarray) -> None:
         """Gives new rows among `rows` (of `ids`, both int64 [n]) their first weights."""
         fresh, first = np.unique(rows, return_index=True)
+        here = self.tables.here(table, fresh)
+        fresh, first = fresh[here], first[here]
         columns = self.tables.read_rows(table, fresh)
         weights = columns[WEIGHTS]
         new = (fresh > 0) & (columns[MOMENTUM] == 0) & ~weights.any(1)  # never learned, never begun
@@ -109,8 +188,34 @@ class Learner:
             if own:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
-    def _forward(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, np.ndarray]:
-        """(leaves, the tables' outputs they stand for, logits, the candidates' item rows)."""
+    def _forward(
+        self, batch: Batch, looked: _Rows, share: _Share
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """(leaves, the tables' outputs they stand for, logits of the share's candidates)."""
+        embedded = self.tables.embed(
+            {USER: (share.user, None), ITEM: (share.item, None), CATEGORY: (share.category, None)}
+        )
+        outputs = [embedded[USER], embedded[ITEM], embedded[CATEGORY]]
+        leaves = [e.detach().requires_grad_() for e in outputs]
+        user, item, category = leaves
+        category = category.index_select(0, self._tensor(share.category_of))  # [items, D]
+        at, past, there = self._tensor(share.at), share.past, share.past.items != 0
+        lengths = there.sum(1)
+        starts = self._tensor(np.cumsum(lengths) - lengths)
+        weights = self.ranker.history_weights(self._tensor(past.kinds), self._tensor(past.recency))
+        weights = weights.view(-1).index_select(0, self._tensor(np.flatnonzero(there)))
+        mean = torch.nn.functional.embedding_bag(
+            self._tensor(share.history_at), item + category, starts, mode="sum", per_sample_weights=weights
+        )
+        logits = self.ranker(
+            user, mean, self._tensor(past.context), item.index_select(0, at), category.index_select(0, at),
+            self._tensor(looked.dense[share.part]), self._tensor(batch.scenario[share.part]),
+            self._tensor(batch.position[share.part]), self._tensor(share.ctx),
+        )  # fmt: skip
+        return leaves, outputs, logits
+
+    def _look_up(self, batch: Batch) -> _Rows:
+        """Everything of the batch that is in the tables, but the embeddings. The same on all ranks."""
         tables = self.tables
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, batch.user, admit=True, examples=batch.sighting)
@@ -118,43 +223,36 @@ class Learner:
         self.begin(ITEM, batch.item, rows)
         self._first_seen(rows, batch.ts)
         past = user_features(batch.history, batch.moment)
-        there = past.items != 0
         # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
-        items, inverse = np.unique(np.concatenate((batch.item, past.items[there])), return_inverse=True)
+        ids = np.concatenate((batch.item, past.items[past.items != 0]))
+        items, inverse = np.unique(ids, return_inverse=True)
         item_rows = tables.rows(ITEM, items, admit=False)
-        categories, category_of = np.unique(tables.column(ITEM, "category")[item_rows], return_inverse=True)
+        categories, category_of = np.unique(tables.values(ITEM, "category", item_rows), return_inverse=True)
         category_rows = tables.rows(CATEGORY, categories, admit=True)
         self.begin(CATEGORY, categories, category_rows)
-        dense = self._tensor(stored_features(tables, rows, batch.ts))
+        at, history_at = inverse[: len(rows)], inverse[len(rows) :]
+        every = _Share(
+            slice(None), user_rows, item_rows, category_rows, category_of, at, history_at, past, batch.ctx
+        )
+        return _Rows(rows, stored_features(tables, rows, batch.ts), every)
 
-        embedded = tables.embed(
-            {USER: (user_rows, None), ITEM: (item_rows, None), CATEGORY: (category_rows, None)}
-        )
-        outputs = [embedded[USER], embedded[ITEM], embedded[CATEGORY]]
-        leaves = [e.detach().requires_grad_() for e in outputs]
-        user, item, category = leaves
-        category = category.index_select(0, self._tensor(category_of))  # [items, D]
-        at, history_at = self._tensor(inverse[: len(rows)]), self._tensor(inverse[len(rows) :])
-        lengths = there.sum(1)
-        starts = self._tensor(np.cumsum(lengths) - lengths)
-        weights = self.ranker.history_weights(self._tensor(past.kinds), self._tensor(past.recency))
-        weights = weights.view(-1).index_select(0, self._tensor(np.flatnonzero(there)))
-        mean = torch.nn.functional.embedding_bag(
-            history_at, item + category, starts, mode="sum", per_sample_weights=weights
-        )
-        logits = self.ranker(
-            user, mean, self._tensor(past.context), item.index_select(0, at), category.index_select(0, at), dense,
-            self._tensor(batch.scenario), self._tensor(batch.position), self._tensor(batch.ctx),
-        )  # fmt: skip
-        return leaves, outputs, logits, rows
+    def _share(self, looked: _Rows) -> _Share:
+        """This rank's share of the batch: that of some of its contexts."""
+        every, ranks = looked.every, self.tables.ranks
+        if ranks.size == 1:
+            return every
+        self.tables.touch(ITEM, every.item)  # those of the others' shares too
+        contexts = ranks.part(len(every.user))
+        return every.of(contexts)
 
     def _first_seen(self, rows: np.ndarray, ts: np.ndarray) -> None:
         """The creation time of items that the catalogue gave none: their first example's."""
-        created = self.tables.column(ITEM, "created")
-        new = (rows > 0) & (created[rows] == 0)
+        new = (rows > 0) & (self.tables.values(ITEM, "created", rows) == 0)
         if new.any():
-            created[rows[new]] = np.iinfo(np.int64).max
-            np.minimum.at(created, rows[new], np.maximum(ts[new], 1))
+            distinct, which = np.unique(rows[new], return_inverse=True)
+            created = np.full(len(distinct), np.iinfo(np.int64).max)
+            np.minimum.at(created, which, np.maximum(ts[new], 1))
+            self.tables.set(ITEM, "created", distinct, created)
 
     def _weights(self) -> list[torch.nn.Parameter]:
         return list(self.ranker.parameters())
@@ -166,7 +264,7 @@ class Learner:
 def stored_features(tables: EmbeddingTables, rows: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
     """`item_features` of item rows int64 [n] as they are in the table now."""
     impressions, clicks, interactions, created = (
-        tables.column(ITEM, name)[rows] for name in ("impressions", "clicks", "interactions", "created")
+        tables.values(ITEM, name, rows) for name in ("impressions", "clicks", "interactions", "created")
     )
     return item_features(impressions, clicks, interactions, created, ts)
 

@@ -28,13 +28,15 @@ import numpy as np
 import orjson
 from xxhash import xxh3_64_hexdigest
 
-from embedding_store.checkpoint import CheckpointStore, Commit
+from embedding_store.checkpoint import CheckpointStore, Commit, Notes
+from embedding_store.columns import TableRows
 from embedding_store.copies import settle_directory
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
 from embedding_store.faults import fault
 from embedding_store.ids import hash_text
 from embedding_store.owed import Owed
+from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
 from online_model.checkpoints import digest_of
 from online_model.evaluation import Evaluation
@@ -47,6 +49,7 @@ from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
 from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
+from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
 
 log = logging.getLogger("headrace")
@@ -58,29 +61,34 @@ _FORMAT = 3
 
 def open_trainer(
     settings: TrainerSettings,
-    path: Path,
+    path: Path | None,
     clock: Callable[[], int],
     partitions: int = 0,
     device: str = "cpu",
     sync: bool = False,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """A trainer that goes on from the store at `path` (made if there is none). Arguments: see Trainer.
 
-    With `sync` a commit outlives a power cut, without it only a kill -9.
+    With `sync` a commit outlives a power cut, without it only a kill -9. With several `ranks` each opens one, all but
+    the first without a path.
 
-    Raises StoreLocked, StoreError.
+    Raises StoreLocked, StoreError, RankLost.
     """
-    settle_directory(path)  # after a rollback that was cut short
     specs = table_specs(settings.features)
-    store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
+    store = None
+    if path is not None:
+        settle_directory(path)  # after a rollback that was cut short
+        store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
     try:
-        tables = EmbeddingTables(specs, device, store)
+        tables = EmbeddingTables(specs, device, store, ranks)
         extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
         ranker = Ranker(settings.features.dim, settings.ranker, extra).to(device)
         trainer = Trainer(settings, tables, ranker, store, clock, partitions)
         trainer.restore()
     except BaseException:
-        store.close()
+        if store is not None:
+            store.close()
         raise
     return trainer
 
@@ -96,11 +104,11 @@ class Trainer:
         settings: TrainerSettings,
         tables: EmbeddingTables,
         ranker: Ranker,
-        store: CheckpointStore,
+        store: CheckpointStore | None,
         clock: Callable[[], int],
         partitions: int = 0,
     ) -> None:
-        self.settings, self.tables, self.store = settings, tables, store
+        self.settings, self.tables, self._store = settings, tables, store
         self.epoch, self.sequence = 1, 0  # of the last commit; 0: none
         self._ranker, self._clock = ranker, clock
         self._feedback = strategy(settings.feedback, settings.purchase_wait_ms)
@@ -109,7 +117,7 @@ class Trainer:
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
-        self._owed = Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
+        self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
         self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
@@ -118,6 +126,17 @@ class Trainer:
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The first rank's."""
+        assert self._store is not None
+        return self._store
+
+    @property
+    def ranks(self) -> Ranks:
+        """This trainer's place among the ranks. Of several, what changes anything is called on the first one."""
+        return self.tables.ranks
 
     @property
     def positions(self) -> dict[int, Position]:
@@ -137,11 +156,12 @@ class Trainer:
     @property
     def owes(self) -> bool:
         """Whether replicas wait for rows that a commit held back: commit also while nothing new comes."""
-        return self._owed.rows > 0
+        return self._owed is not None and self._owed.rows > 0
 
     @property
     def owed(self) -> dict[str, int]:
         """How many rows are owed to replicas (`rows`), and for how long the oldest has been (`oldest_ms`)."""
+        assert self._owed is not None
         return self._owed.info(self._clock())
 
     @property
@@ -153,12 +173,17 @@ class Trainer:
         most = self.settings.batch_size
         users = most + self._intake.users_finished_by(most)
         rows = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
-        return self._changed and any(self.tables.room(table) < n for table, n in rows.items())
+        return self._changed and self._short_of(rows)
 
     def short_of(self, rows: int) -> bool:
         """Whether so many new ids may find a table full of rows that only a commit lets go of."""
-        return self._changed and any(self.tables.room(table) < rows for table in (USER, ITEM, CATEGORY))
+        return self._changed and self._short_of(dict.fromkeys((USER, ITEM, CATEGORY), rows))
 
+    @on_all_ranks
+    def _short_of(self, rows: dict[str, int]) -> bool:
+        return any([self.tables.room(table) < n for table, n in rows.items()])  # all of them: a look is collective
+
+    @on_all_ranks
     def offer(self, block: Block, source_offset: int) -> bool:
         """Takes a block, which lies at `source_offset` in its partition of `examples`. False: it was seen before.
 
@@ -169,6 +194,7 @@ class Trainer:
             self._finish_blocks()  # one without rows is done at once
         return taken
 
+    @on_all_ranks
     def step(self, drain: bool = False) -> int:
         """Scores, measures and learns the next batch. Returns its rows, 0 where there is nothing to do.
 
@@ -190,6 +216,7 @@ class Trainer:
             self._finish_blocks()
         return 0 if rows is None else len(rows)
 
+    @on_all_ranks
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
         """Items of the catalogue: admits them, keeps their cards. Those that are known as they are change nothing."""
         # Of several records of an item the last holds.
@@ -200,20 +227,21 @@ class Trainer:
         with self._whole():
             self.tables.begin_step(self._totals["event_time_ms"])
             known = self.tables.rows(ITEM, ids, admit=False)
-            new = np.flatnonzero((known == 0) | (self.tables.column(ITEM, "card")[known] != hashes))
+            new = np.flatnonzero((known == 0) | (self.tables.values(ITEM, "card", known) != hashes))
             rows = self.tables.rows(ITEM, ids[new], admit=True, at_once=True)
             new, rows = new[rows > 0], rows[rows > 0]  # the table may be full
             if not len(rows):
                 return
-            column = self.tables.column
-            column(ITEM, "category")[rows], column(ITEM, "seller")[rows] = about[new, 0], about[new, 1]
-            column(ITEM, "created")[rows] = np.where(about[new, 2] > 0, about[new, 2], column(ITEM, "created")[rows])
-            column(ITEM, "card")[rows] = hashes[new]
+            created = np.where(about[new, 2] > 0, about[new, 2], self.tables.values(ITEM, "created", rows))
+            columns = {"category": about[new, 0], "seller": about[new, 1], "created": created, "card": hashes[new]}
+            for name, values in columns.items():
+                self.tables.set(ITEM, name, rows, values)
             self._learner.begin(ITEM, ids[new], rows)
             raws = [raw for raw, *_ in last.values()]
             self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
             self._changed = True
 
+    @on_all_ranks
     def commit(self, everything: bool = False) -> list[bytes] | None:
         """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
 
@@ -223,11 +251,32 @@ class Trainer:
         moves. If 1 or 2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
         """
         self._need_sound()
-        if not (self._changed or self.owes):
+        if not self.ranks.from_first(lambda: self._changed or self.owes):
             return None
         fault("commit.begun")
+        touched, notes = self.tables.touched(), self.tables.notes()
+        parts = None
+        try:
+            if self.ranks.rank == 0:
+                parts = self._write(touched, notes, everything)
+        finally:
+            written = self.ranks.from_first(lambda: parts is not None)
+        if not written:
+            return None
+        self.tables.clear_touched()
+        self.sequence += 1
+        self._base = (self.epoch, self.sequence)
+        self._cards, self._changed, self._erased = {}, False, False
+        fault("commit.done")
+        return parts
+
+    def _write(
+        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool
+    ) -> list[bytes] | None:
+        """Steps 1 and 2 of a commit. None: there is nothing to write."""
+        assert self._owed is not None
         now_ms, sequence = self._clock(), self.sequence + 1
-        touched, gone, weights = self.tables.touched(), self.tables.gone(), self._ranker.weights()
+        gone, weights = self.tables.gone(), self._ranker.weights()
         version = Version(
             epoch=self.epoch, sequence=sequence, base=self._base, created_ms=now_ms,
             positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(),
@@ -243,15 +292,11 @@ class Trainer:
         self.store.commit(Commit(
             self.epoch, sequence, self._state(), {**weights, **self._dense_state()}, touched,
             {**version.blobs, **self.tables.sketches()}, parts, replace(version, dense=weights), gone,
-            self.tables.notes(), records=plan.records,
+            notes, records=plan.records,
             settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
-        self.tables.clear_touched()
         self._owed.accept(plan, now_ms)
-        self.sequence, self._base = sequence, (self.epoch, sequence)
-        self._cards, self._changed, self._erased = {}, False, False
-        fault("commit.done")
         return parts
 
     def restore(self) -> bool:
@@ -261,14 +306,12 @@ class Trainer:
         another.
         """
         fault("recover.opened")
-        head = self.store.head()
+        head = self.ranks.from_first(lambda: self.store.head())
         if head is None:
             return False
         state = orjson.loads(head.state)
         if state["format"] != _FORMAT:
-            raise StoreError(
-                f"the store {self.store.path} was written by another release: use that, or an empty data directory"
-            )
+            raise StoreError("the store was written by another release: use that, or an empty data directory")
         own = self._ranker.weights().keys()
         self._ranker.load_weights({name: head.dense[name] for name in head.dense.keys() & own})
         self._learner.load(_part(head.dense, "adam."))
@@ -276,7 +319,8 @@ class Trainer:
         self._evaluation.load(_part(head.dense, "scores."))
         fault("recover.weights")
         self.tables.restore()
-        self._owed.restore()
+        if self._owed is not None:
+            self._owed.restore()
         fault("recover.rows")
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
@@ -284,11 +328,12 @@ class Trainer:
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
-        if changed:
+        if changed and self._store is not None:
             log.info("the settings have changed: going on from version %s.%s in epoch %s", *self._base, self.epoch)
         fault("recover.done")
         return True
 
+    @on_all_ranks
     def supersede(self, epoch: int, sequence: int) -> bool:
         """Replicas may have versions up to this one. Whether the store has forgotten it, by a power cut or as an old
         copy: the next version then begins a new epoch, which goes on from what the store has.
@@ -306,7 +351,7 @@ class Trainer:
             **self._totals,
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
             "recent_items": len(self._recent),
-            "owed": self.owed,
+            "owed": {} if self._owed is None else self.owed,
             "settings": self._settings(),
         }
 
@@ -372,15 +417,14 @@ class Trainer:
             "impressions": shown & impression, "clicks": said & (rows.click == 1), "interactions": shown & ~impression,
         }.items():  # fmt: skip
             self._add(column, at[which], stands_for[which])
-        card = self.tables.column(ITEM, "card")
-        without = np.flatnonzero((at > 0) & (card[at] == 0))
-        for i in without[np.unique(at[without], return_index=True)[1]]:
-            raw = b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass")
-            self._cards[int(rows.item[i])] = raw
-            card[at[i]] = _card_hash(raw)
+        without = np.flatnonzero((at > 0) & (self.tables.values(ITEM, "card", at) == 0))
+        first = without[np.unique(at[without], return_index=True)[1]]
+        raws = [b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass") for i in first]
+        self._cards.update(zip(rows.item[first].tolist(), raws, strict=True))
+        self.tables.set(ITEM, "card", at[first], np.array([_card_hash(raw) for raw in raws], np.int64))
 
     def _add(self, column: str, at: np.ndarray, times: np.ndarray) -> None:
-        np.add.at(self.tables.column(ITEM, column), at[at > 0], times[at > 0])
+        self.tables.add(ITEM, column, at[at > 0], times[at > 0])
 
     def _finish_blocks(self) -> None:
         """The users that blocks forget and the histories that they bring, once all of their rows are learned.
@@ -396,7 +440,7 @@ class Trainer:
             if len(block.users):
                 self.tables.begin_step(self._totals["event_time_ms"])
                 at = self.tables.rows(USER, block.users, admit=True)
-                self.tables.column(USER, "history")[at[at > 0]] = block.histories[at > 0]
+                self.tables.set(USER, "history", at[at > 0], block.histories[at > 0])
 
     def _need_sound(self) -> None:
         if not self._sound:

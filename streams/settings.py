@@ -57,6 +57,9 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     model: TrainerSettings = TrainerSettings()
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
     threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
+    ranks: Annotated[
+        int, Meta(ge=1, le=64, description="processes that share tables and work (a GPU each); may be changed later")
+    ] = 1
     deterministic: Annotated[
         bool, Meta(description="batches depend on the log alone: whole ones, below the smallest watermark; one thread")
     ] = False

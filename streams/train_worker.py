@@ -38,8 +38,10 @@ from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord, StoreError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
+from embedding_store.ranks import Ranks
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.checkpoints import describe
+from online_model.ranks import Followers
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
@@ -109,6 +111,7 @@ class TrainWorker:
         self._snapshot_folder = settings.data_dir / "snapshots"
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
+        self._followers: Followers | None = None
         self._metrics = TrainMetrics(self._values)
 
     # --- start and stop -----------------------------------------------------------------------------------------
@@ -163,7 +166,8 @@ class TrainWorker:
 
     def _open(self) -> Trainer:
         settings = self.settings
-        torch.set_num_threads(1 if settings.deterministic else settings.threads)
+        threads = 1 if settings.deterministic else settings.threads
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
         device = settings.device
         if device == "auto":
@@ -171,12 +175,22 @@ class TrainWorker:
         self._kept = KeptCheckpoints(settings.checkpoints_url)
         _refuse_to_begin_anew(settings.store, self._kept)
         partitions = settings.topics.partitions if settings.deterministic else 0
-        trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync)
+        ranks = None
+        if settings.ranks > 1:
+            folder = settings.data_dir / "ranks"
+            self._followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
+            log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, self._followers.pids)))
+            ranks = Ranks(0, settings.ranks, self._followers.meeting, device)
+        trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)
+        if self._followers is not None:
+            self._followers.tidy()
         trainer.store.remember_gone(self._oldest_kept())
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
     def _close(self) -> None:
+        if self._followers is not None:
+            self._followers.end(self._trainer.ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 

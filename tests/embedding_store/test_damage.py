@@ -13,6 +13,7 @@ from embedding_store.checkpoint import CLOSED_AT, CheckpointStore
 from embedding_store.errors import CorruptRecord, HeadraceError, StoreError
 from embedding_store.kept import KeptCheckpoints
 from tests.embedding_store.committing import commit_of
+from tests.embedding_store.killed import killed
 from tests.embedding_store.made import LAYOUTS
 
 PLACES = 12  # in each file, evenly …
@@ -85,7 +86,7 @@ def test_a_store_that_was_closed_refuses_every_damage_or_is_as_it_was(tmp_path: 
 def test_a_store_that_was_killed_is_refused_or_at_a_whole_commit_as_after_a_power_cut(tmp_path: Path) -> None:
     """Of its log RocksDB takes what comes before the damage: never a part of a commit, never less than is in tables."""
     with _made(tmp_path / "s") as (store, digests):
-        shutil.copytree(store.path, tmp_path / "killed")
+        killed(store, tmp_path / "killed")
     names = _names(tmp_path / "killed")
     assert names["table"]
     assert names["log"]

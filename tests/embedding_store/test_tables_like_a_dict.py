@@ -21,6 +21,7 @@ from embedding_store.columns import TOUCHED, WEIGHTS
 from embedding_store.expiry import GRAIN_MS
 from embedding_store.specs import RowRules, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
+from tests.embedding_store.killed import killed
 
 CAPACITY, DIM = 6, 4
 IDS = st.lists(st.one_of(st.integers(0, 12), st.sampled_from([-(2**63), 2**63 - 1])), min_size=1, max_size=4)
@@ -124,8 +125,7 @@ class TablesLikeADict(RuleBasedStateMachine):
         """The files as they are on the disk, as a kill -9 leaves them: nothing was flushed or closed."""
         self.stores += 1
         path = self.folder / str(self.stores)
-        shutil.copytree(self.store.path, path)
-        self.store.close()
+        killed(self.store, path)
         self.store = CheckpointStore(path, {"t": self.spec.layout})
         self.tables = EmbeddingTables([self.spec], store=self.store)
         if restore:

@@ -20,6 +20,7 @@ from embedding_store.snapshot import read_snapshot, snapshot_of
 from online_model.examples import Part
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.embedding_store.killed import killed
 from tests.online_model.killing import learn_and_be_killed
 from tests.online_model.logs import START, make_blocks, make_rows
 
@@ -135,8 +136,7 @@ class Run:
         """As kill -9 leaves it: the store's files, never closed; what was not committed is offered again."""
         digest = self.trainer.digest()
         self.copies += 1
-        shutil.copytree(self._path(self.copies - 1), self._path(self.copies))
-        self.trainer.store.close()
+        killed(self.trainer.store, self._path(self.copies))
         shutil.rmtree(self._path(self.copies - 1))
         self.trainer, self.waiting = self._open(), dict(self.noted)
         assert self.trainer.digest() == digest

@@ -37,7 +37,7 @@ from tests.streams.joining import (
 )
 from tests.streams.test_topics import set_config
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.partitions(PARTITIONS)]
 
 OUTAGE_S = float(os.environ.get("BROKER_OUTAGE_S", "5"))  # of the broker; 20 is what is promised
 

@@ -1,0 +1,164 @@
+"""The ranks: processes that make the same calls in the same order, each with a share of the rows and of every batch.
+
+All ranks know all that is small (positions, dense weights, which ids are gone); an id's row is in the memory of one of
+them, its owner. Rank 0 alone has the store, and feeds the others. What is called collective here must be called by all
+ranks, with arguments that say the same; a rank that is lost ends the others at their next collective.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from embedding_store.checkpoint import CheckpointStore
+from embedding_store.columns import TableRows
+from embedding_store.errors import RankLost, UsageError
+from embedding_store.ids import finalised
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=365)  # a rank may be slow, or have nothing to do: only one that is lost ends a wait
+_MEETING = timedelta(seconds=120)  # for all ranks to have started
+
+
+class Ranks:
+    """This process among the ranks. One rank (the default) needs no others, and every call then returns at once."""
+
+    def __init__(self, rank: int = 0, size: int = 1, meeting: Path | None = None, device: str = "cpu") -> None:
+        """rank: 0 … size − 1; meeting: a file, not there yet, that all of one machine's ranks are given.
+
+        TorchRec wants a process group even for one rank. Gloo talks over the loopback interface unless
+        GLOO_SOCKET_IFNAME says otherwise. Raises RankLost where the others do not come, UsageError where this process
+        is in another group already.
+        """
+        self.rank, self.size = rank, size
+        if not dist.is_initialized():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            store = dist.HashStore() if meeting is None else dist.FileStore(str(meeting), size)
+            store.set_timeout(_MEETING)
+            with self.together():
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        if (dist.get_rank(), dist.get_world_size()) != (rank, size):
+            raise UsageError(f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already")
+        # Numbers and objects of the host go over gloo, whatever moves the embeddings.
+        self._group: Any = dist.group.WORLD
+        if size > 1 and dist.get_backend() != "gloo":
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def owns(self, ids: np.ndarray) -> np.ndarray:
+        """Which of the ids int64 [n] this rank has the rows of: bool [n]."""
+        if self.size == 1:
+            return np.ones(len(ids), bool)
+        return finalised(ids.astype(np.uint64)) % np.uint64(self.size) == self.rank
+
+    def part(self, n: int) -> slice:
+        """This rank's of n things."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """The sum over the ranks, of arrays of one shape and type; in place. Collective."""
+        if self.size > 1:
+            with self.together():
+                dist.all_reduce(torch.from_numpy(array), group=self._group)
+        return array
+
+    def least(self, number: int) -> int:
+        """The least of the ranks' numbers. Collective."""
+        return min(self.every(number))
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """The sum over the ranks, in place, where the tensor is. Collective."""
+        if self.size > 1:
+            with self.together():
+                dist.all_reduce(tensor)
+
+    def every(self, value: T) -> list[T]:
+        """The value of every rank, in their order. Collective."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        with self.together():
+            dist.all_gather_object(out, value, group=self._group)
+        return out
+
+    def at_first(self, value: T) -> list[T]:
+        """On rank 0 the value of every rank, in their order; elsewhere nothing. Collective."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        with self.together():
+            dist.gather_object(value, out, group=self._group)
+        return out or []
+
+    def from_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank. Collective."""
+        if self.size == 1:
+            return call()
+        box = [call() if self.rank == 0 else None]
+        with self.together():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raises RankLost where what is inside fails because another rank is no longer there."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1:
+                raise
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+            raise RankLost(
+                f"the {self.size} ranks of the trainer are no longer together ({reason}): start it again, it goes on "
+                "from its last commit"
+            ) from error
+
+
+class SharedStore:
+    """What tables read from the store. Rank 0 has it, reads, and tells the others. All methods are collective."""
+
+    def __init__(self, store: CheckpointStore | None, ranks: Ranks) -> None:
+        """store: on rank 0, None elsewhere."""
+        self._store, self._ranks = store, ranks
+
+    def has_rows(self, table: str) -> bool:
+        """As `CheckpointStore.has_rows`."""
+        return self._ranks.from_first(lambda: self._there.has_rows(table))
+
+    def read_rows(self, table: str, ids: np.ndarray) -> TableRows:
+        """The rows of those of `ids` int64 [n] that it has, in their order."""
+        return self._ranks.from_first(lambda: self._there.read_rows(table, ids)[1])
+
+    def noted_before(self, table: str, time: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `CheckpointStore.noted_before`."""
+        return self._ranks.from_first(lambda: self._there.noted_before(table, time))
+
+    def iter_rows(self, table: str, chunk: int) -> Iterator[TableRows]:
+        """As `CheckpointStore.iter_rows`; to be read alike on all ranks."""
+        chunks = self._there.iter_rows(table, chunk) if self._store is not None else iter(())
+        while (rows := self._ranks.from_first(lambda: next(chunks, None))) is not None:
+            yield rows
+
+    def iter_blobs(self, name: str) -> list[tuple[int, bytes]]:
+        """All of `CheckpointStore.iter_blobs`."""
+        return self._ranks.from_first(lambda: list(self._there.iter_blobs(name)))
+
+    @property
+    def _there(self) -> CheckpointStore:
+        assert self._store is not None
+        return self._store
+
+
+def end() -> None:
+    """Leaves the process group, if there is one: another one may be joined then."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

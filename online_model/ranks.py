@@ -1,0 +1,115 @@
+"""The trainer on several ranks: each has a trainer of its own, and does what the first one does, in its order.
+
+A call of the first rank's trainer that changes anything is told to the others before it is done (`on_all_ranks`), with
+its arguments. So all trainers know the same; of the rows and of the work of a step each has a share (see
+embedding_store/ranks.py). Rank 0 alone has the store, reads clocks, and publishes. A rank that is lost ends all others;
+started again, they go on from the last commit, of which nothing hangs on how many they were.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from functools import wraps
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from embedding_store.errors import HeadraceError
+from embedding_store.ranks import Ranks
+from online_model.settings import TrainerSettings
+
+
+class _OnRanks(Protocol):
+    @property
+    def ranks(self) -> Ranks: ...
+
+
+S = TypeVar("S", bound=_OnRanks)
+P = ParamSpec("P")
+R = TypeVar("R")
+_END: tuple[str, tuple, dict] = ("", (), {})
+
+
+def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """A method that all ranks call when the first one does. It must not call another one of its kind."""
+
+    @wraps(method)
+    def told(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.ranks.rank == 0 and self.ranks.size > 1:
+            self.ranks.from_first(lambda: (method.__name__, args, kwargs))
+        with self.ranks.together():
+            return method(self, *args, **kwargs)
+
+    return told
+
+
+def follow(trainer: _OnRanks) -> None:
+    """On a further rank: does what the first one's trainer does, until that says `end`. Raises RankLost."""
+    while True:
+        name, args, kwargs = trainer.ranks.from_first(lambda: _END)
+        if not name:
+            return
+        getattr(trainer, name)(*args, **kwargs)
+
+
+class Followers:
+    """The processes of ranks 1 … size − 1, on this machine. To be started before the first rank joins the others."""
+
+    def __init__(
+        self, size: int, folder: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
+    ) -> None:
+        """folder: where they meet. The rest: as of the first rank."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # New each time: a rank of a trainer that was killed may still be on its way to the one before.
+        self.meeting = folder / uuid.uuid4().hex
+        context = multiprocessing.get_context("spawn")
+        every = (size, self.meeting, settings, partitions, device, threads)
+        self._processes: list[BaseProcess] = [
+            context.Process(target=_run, args=(rank, *every), name=f"rank-{rank}", daemon=True)
+            for rank in range(1, size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of ranks 1, 2, …"""
+        return [process.pid or 0 for process in self._processes]
+
+    def tidy(self) -> None:
+        """Removes what trainers that were killed have left behind. To be called by the one that has the store."""
+        for path in self.meeting.parent.iterdir():
+            if path != self.meeting:
+                path.unlink()
+
+    def end(self, ranks: Ranks) -> None:
+        """Lets them go, and waits until they have."""
+        ranks.from_first(lambda: _END)
+        for process in self._processes:
+            process.join()
+        self.meeting.unlink(missing_ok=True)
+
+
+def _run(
+    rank: int, size: int, meeting: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first rank, which then says `end`
+    import torch
+
+    from online_model.trainer import open_trainer
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(partitions > 0)
+    own = f"cuda:{rank}" if device.startswith("cuda") else device
+    try:
+        follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=Ranks(rank, size, meeting, own)))
+    except HeadraceError:
+        os._exit(1)  # the first rank says why, and what to do
+
+
+def _no_clock() -> Any:
+    raise AssertionError("clocks are read by the first rank alone")

@@ -1,0 +1,186 @@
+"""Several ranks hold what one would: rows, counts, expiry and store do not hang on how many there are."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedding_store.checkpoint import CheckpointStore, Commit
+from embedding_store.columns import TOUCHED
+from embedding_store.errors import RankLost, UsageError
+from embedding_store.expiry import GRAIN_MS
+from embedding_store.ranks import Ranks
+from embedding_store.specs import RowRules, TableSettings, TableSpec
+from embedding_store.tables import EmbeddingTables
+from tests.embedding_store.killed import killed
+from tests.embedding_store.test_tables_like_a_dict import AFTER, DIM, HALF_LIFE, Plain
+
+TOGETHER = multiprocessing.get_context("forkserver")
+TOGETHER.set_forkserver_preload(["tests.embedding_store.test_ranks"])
+STEPS = 150
+
+
+def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Runs `work(ranks, *arguments)` in a process for each rank; their exit codes."""
+    every = [
+        TOGETHER.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
+    ]
+    for process in every:
+        process.start()
+    for process in every:
+        process.join(100)
+        process.kill()
+    return [process.exitcode for process in every]
+
+
+def _run(rank: int, size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> None:
+    work(Ranks(rank, size, meeting if size > 1 else None), *arguments)
+
+
+class _Machine:
+    """Random calls, of a seed: the same on all ranks, which all hold the dict that says what must come of them."""
+
+    def __init__(self, ranks: Ranks, folder: Path, seed: int) -> None:
+        self.ranks, self.folder, self.dice = ranks, folder, random.Random(seed)
+        rules = RowRules(
+            admit_after=1 + seed % 3, admit_cells=1 << 14, admit_half_life_ms=HALF_LIFE,
+            expire_after_ms=AFTER * (seed % 2), evict=("lru", "lfu", "score")[seed % 3],
+        )  # fmt: skip
+        self.spec = TableSpec("t", ("t",), TableSettings(dim=DIM, capacity=16, rules=rules), {"n": ("<i8", ())})
+        self.plain = Plain(rules.admit_after, rules.expire_after_ms)
+        self.committed = copy.deepcopy(self.plain)
+        self.sequence = self.stores = 0
+        self.open()
+
+    def open(self) -> None:
+        first = self.ranks.rank == 0
+        self.store = CheckpointStore(self.folder / str(self.stores), {"t": self.spec.layout}) if first else None
+        self.tables = EmbeddingTables([self.spec], store=self.store, ranks=self.ranks)
+
+    def learn(self) -> None:
+        ids = [self.dice.randrange(40) for _ in range(self.dice.randrange(1, 5))]
+        self.plain.advance(self.plain.now + self.dice.randrange(GRAIN_MS))
+        self.tables.begin_step(self.plain.now)
+        if self.tables.room("t") < len(ids):
+            self.commit()
+        at = self.tables.rows("t", np.array(ids), admit=True)
+        self.plain.learn(ids)
+        at = np.unique(at[at > 0])
+        self.tables.add("t", "n", at, np.ones(len(at), np.int64))
+        self.tables.touch("t", at)
+        assert self.tables.dropped("t") == 0
+
+    def read(self) -> None:
+        ids = [self.dice.randrange(40) for _ in range(4)]
+        self.tables.begin_step()
+        if self.tables.room("t") >= len(ids):
+            at = self.tables.rows("t", np.array(ids), admit=False)
+            expected = [self.plain.rows.get(i, [0])[0] for i in ids]
+            assert self.tables.values("t", "n", at).tolist() == expected
+
+    def pass_time(self) -> None:
+        self.plain.advance(self.plain.now + self.dice.randrange(4 * GRAIN_MS))
+        self.tables.begin_step(self.plain.now)
+
+    def forget(self) -> None:
+        i = self.dice.randrange(40)
+        self.tables.forget("t", np.array([i]))
+        self.plain.rows.pop(i, None)
+
+    def commit(self) -> None:
+        rows, notes = self.tables.touched(), self.tables.notes()
+        self.sequence += 1
+        if self.store is not None:
+            commit = Commit(1, self.sequence, b"", rows=rows, blobs=self.tables.sketches(), gone=self.tables.gone())
+            commit.notes = notes
+            self.store.commit(commit)
+        self.tables.clear_touched()
+        self.committed = copy.deepcopy(self.plain)
+        self.check()
+
+    def crash(self) -> None:
+        self.stores += 1
+        if self.store is not None:
+            killed(self.store, self.folder / str(self.stores))
+        self.plain = copy.deepcopy(self.committed)
+        self.open()
+        if self.dice.random() < 0.5:
+            self.tables.restore()
+        self.tables.begin_step(self.plain.now)
+
+    def check(self) -> None:
+        if self.store is None:
+            return
+        found = {}
+        for rows in self.store.iter_rows("t"):
+            times = rows.columns.get(TOUCHED, np.zeros(len(rows), np.int64)).tolist()
+            found |= {i: [n, t] for i, n, t in zip(rows.ids.tolist(), rows.columns["n"].tolist(), times, strict=True)}
+        timed = bool(self.plain.expire_after)
+        assert found == {i: [n, t * timed] for i, (n, t) in self.committed.rows.items()}
+        if timed:  # one note a row, under its time
+            ids, grains = self.store.noted_before("t", 1 << 60)
+            assert dict(zip(ids.tolist(), grains.tolist(), strict=True)) == {
+                i: t // GRAIN_MS * GRAIN_MS for i, (_, t) in self.committed.rows.items()
+            }
+
+
+def _random_calls(ranks: Ranks, folder: Path, seed: int) -> None:
+    machine = _Machine(ranks, folder, seed)
+    rare = [machine.forget, machine.commit, machine.pass_time, machine.crash]
+    calls = [machine.learn] * 8 + [machine.read] * 4 + rare
+    for _ in range(STEPS):
+        machine.dice.choice(calls)()
+    machine.commit()
+
+
+@pytest.mark.parametrize(("size", "seed"), [(2, 0), (2, 1), (2, 2), (2, 3), (3, 5)])
+def test_any_calls_on_several_ranks_hold_the_rows_of_a_dict(size: int, seed: int, tmp_path: Path) -> None:
+    assert on_ranks(size, tmp_path / "meeting", _random_calls, tmp_path, seed) == [0] * size
+
+
+def _sums(ranks: Ranks) -> None:
+    spec = TableSpec("t", ("t",), TableSettings(dim=4, capacity=100, learning_rate=0.1))
+    tables = EmbeddingTables([spec], ranks=ranks)
+    ids = np.arange(1, 41)
+    rows = tables.rows("t", ids, admit=True)
+    assert len(set(rows.tolist())) == 40
+    assert 10 < int(tables.here("t", rows).sum()) < 30, "shared by their hashes"
+    part = ranks.part(40)
+    out = tables.embed({"t": (rows[part], None)})["t"]
+    (out.sum() * 2).backward()  # every gradient is 2: their mean square is 4
+    learned = tables.values("t", "weights", rows)
+    np.testing.assert_allclose(learned, np.full((40, 4), -0.1, np.float32), rtol=1e-6)
+    both = tables.embed({"t": (rows[:3], None)})["t"]  # the same three rows on both
+    both.sum().backward()
+    momentum = tables.values("t", "momentum", rows)
+    np.testing.assert_allclose(momentum[:3], 4 + ranks.size**2, rtol=1e-6, err_msg="gradients of ranks add up")
+    np.testing.assert_allclose(momentum[3:], 4)
+
+
+def test_gradients_of_all_ranks_reach_the_rows_wherever_they_lie(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "meeting", _sums) == [0, 0]
+
+
+def _lost(ranks: Ranks) -> None:
+    if ranks.rank == 1:
+        os._exit(9)
+    with pytest.raises(RankLost, match="start it again"):
+        ranks.sum(np.ones(1))
+
+
+def test_a_rank_that_is_lost_ends_the_others(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "meeting", _lost) == [0, 9]
+
+
+def test_a_process_is_in_one_group() -> None:
+    Ranks()
+    with pytest.raises(UsageError, match="is rank 0 of 1 already"):
+        Ranks(1, 2)

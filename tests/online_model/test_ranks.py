@@ -1,0 +1,161 @@
+"""A trainer on two ranks learns what it would on one, from one store that does not know how many there are."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedding_store.errors import RankLost
+from embedding_store.ranks import Ranks
+from online_model.ranks import Followers
+from online_model.settings import FeatureSettings, TrainerSettings
+from online_model.trainer import Trainer, open_trainer
+from tests.online_model.logs import START, make_blocks, make_rows
+
+SMALL = TrainerSettings(
+    features=FeatureSettings(dim=8, users=3_000, items=3_000, categories=100), batch_size=64, window=20_000
+)
+TIGHT = TrainerSettings(
+    features=FeatureSettings(dim=8, users=600, items=8_000, categories=1_000), batch_size=64, window=1_000
+)
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, done in a process of its own: TorchRec wants one process group in a process's life."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(work, *arguments).result(timeout=120)
+
+
+@contextmanager
+def trainer_on(size: int, store: Path, settings: TrainerSettings = SMALL) -> Iterator[tuple[Trainer, list[int]]]:
+    """(a trainer on the store, the process ids of its further ranks)."""
+    torch.set_num_threads(1)
+    followers = Followers(size, store.with_name("ranks"), settings, 1, "cpu", 1) if size > 1 else None
+    ranks = Ranks(0, size, followers.meeting) if followers else None
+    trainer = open_trainer(settings, store, lambda: START, 1, ranks=ranks)
+    try:
+        yield trainer, followers.pids if followers else []
+        if followers is not None:
+            followers.end(trainer.ranks)
+    finally:
+        trainer.store.close()
+
+
+def learn(trainer: Trainer, rows: int, every: int = 7, start: int = 0) -> dict[str, np.ndarray]:
+    """Rows of a made log; a commit every so many blocks. The scores as they were measured."""
+    blocks = make_blocks(make_rows(rows, seed=3, users=200, items=100, from_row=start), 100, 0, start // 100 * 10)
+    for number, block in enumerate(blocks):
+        trainer.offer(block, start // 100 + number)
+        while trainer.step():
+            pass
+        if number % every == 0:
+            trainer.commit()
+    while trainer.step(drain=True):
+        pass
+    trainer.commit()
+    return trainer._evaluation.tasks["click"].state()
+
+
+def _columns(trainer: Trainer) -> dict[str, np.ndarray]:
+    store = trainer.store
+    return {f"{t}.{n}": c for t in store.layouts for rows in store.iter_rows(t) for n, c in rows.columns.items()}
+
+
+def _session(size: int, store: Path, rows: int, starts: list[int], settings: TrainerSettings, every: int) -> tuple:
+    """What a trainer on the store scored and knows once it has learned so many rows from each start."""
+    with trainer_on(size, store, settings) as (trainer, _):
+        sequence = trainer.sequence
+        scores = [learn(trainer, rows, every, start) for start in starts][-1]
+        dropped = sum(trainer.info()["no_room"].values())
+        return scores, _columns(trainer), trainer.positions[0].accounted, trainer.digest(), sequence, dropped
+
+
+def test_two_ranks_learn_what_one_does_and_hand_the_store_to_and_fro(tmp_path: Path) -> None:
+    """More than 200 steps on the same batches, on one rank and on two, one, two: one store each."""
+    rows, starts = 4_800, [0, 4_800, 9_600]
+    assert 3 * rows / SMALL.batch_size > 200
+    one, columns, accounted, *_ = alone(_session, 1, tmp_path / "one", rows, starts, SMALL, 40)
+    digests = []
+    for start, size in zip(starts, (2, 1, 2), strict=True):
+        two, *told, digest, sequence, _ = alone(_session, size, tmp_path / "two", rows, [start], SMALL, 40)
+        assert sequence > 0 or start == 0, "it goes on from the commit of another number of ranks"
+        digests.append(digest)
+    assert abs(_loss(two) - _loss(one)) < 1e-5
+    np.testing.assert_allclose(two["p"], one["p"], atol=1e-3)  # of single ones: what is rounded otherwise adds up
+    assert (two["key"] == one["key"]).all()
+    assert told[1] == accounted
+    for name, column in columns.items():
+        if column.dtype.kind == "f":
+            np.testing.assert_allclose(told[0][name], column, atol=1e-3, err_msg=name)
+        else:
+            assert (told[0][name] == column).all(), name
+    *_, digest, _, _ = alone(_session, 2, tmp_path / "again", rows, [0], SMALL, 40)
+    assert digest == digests[0], "the same ranks, the same log: the same digest"
+
+
+def _loss(scores: dict[str, np.ndarray]) -> float:
+    p, label = scores["p"].astype(np.float64), scores["label"].astype(bool)
+    return -float(np.log(np.where(label, p, 1 - p)).mean())
+
+
+def test_rows_leave_the_memory_of_both_ranks_and_come_back(tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        _, columns, *_, dropped = alone(_session, size, tmp_path / str(size), 4_000, [0], TIGHT, 1)
+        assert dropped == 0
+        found.append(columns)
+    for name, column in found[0].items():
+        np.testing.assert_allclose(found[1][name], column, atol=1e-5, err_msg=name)
+
+
+def _not_finite(store: Path) -> None:
+    with trainer_on(2, store) as (trainer, _):
+        learn(trainer, 1_000)
+        before = trainer._ranker.weights()
+        rows = make_rows(64, seed=3, users=200, items=100, from_row=1_000)
+        rows.rate[63] = 1e-45  # its weight is infinite, on one rank
+        (block,) = make_blocks(rows, 64, 0, 100)
+        trainer.offer(block, 10)
+        trainer.step(drain=True)
+        assert trainer.info()["not_finite"] == 64
+        for name, weights in trainer._ranker.weights().items():
+            assert (weights == before[name]).all(), name
+        trainer.commit()
+
+
+def test_a_batch_that_is_not_finite_is_left_out_on_all_ranks(tmp_path: Path) -> None:
+    alone(_not_finite, tmp_path / "s")
+
+
+def _loses_a_rank(store: Path) -> tuple[str, int]:
+    """(what the first rank says, what was learned before)."""
+    rows = 0
+    try:
+        with trainer_on(2, store) as (trainer, pids):
+            rows = trainer.positions[0].rows if trainer.positions else 0
+            learn(trainer, 2_000, start=rows)
+            os.kill(pids[0], signal.SIGKILL)
+            learn(trainer, 2_000, start=rows + 2_000)
+    except RankLost as error:
+        return str(error), rows
+    return "nothing was lost", rows
+
+
+def test_a_rank_that_is_lost_ends_the_trainer_at_its_last_commit(tmp_path: Path) -> None:
+    for before in (0, 2_000):
+        said, rows = alone(_loses_a_rank, tmp_path / "s")
+        assert "the 2 ranks of the trainer are no longer together" in said
+        assert "\n" not in said
+        assert rows == before
+    *_, accounted, _, sequence, _ = alone(_session, 1, tmp_path / "s", 2_000, [4_000], SMALL, 7)
+    assert accounted[0] == 6_000
+    assert sequence > 0
