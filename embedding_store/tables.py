@@ -176,7 +176,7 @@ class EmbeddingTables:
                 yield name, rows
 
     def _table(self, spec: TableSpec, store: CheckpointStore | None) -> _Table:
-        return _Table(spec, store, self._sharded.weights[spec.name], self._sharded.momentum[spec.name])
+        return _Table(spec, store, self._sharded.weights[spec.name], self._sharded.momentum.get(spec.name))
 
     def _check(self, feature: str, rows: np.ndarray, lengths: np.ndarray | None) -> None:
         if feature not in self._table_of:
@@ -196,7 +196,7 @@ class _Table:
     """
 
     def __init__(
-        self, spec: TableSpec, store: CheckpointStore | None, weights: torch.Tensor, momentum: torch.Tensor
+        self, spec: TableSpec, store: CheckpointStore | None, weights: torch.Tensor, momentum: torch.Tensor | None
     ) -> None:
         self.spec = spec
         capacity, rules = spec.settings.capacity, spec.settings.rules
@@ -206,7 +206,7 @@ class _Table:
         self.usage = policy(rules, capacity)
         self.dropped = 0
         self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
-        self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
+        self._tensors = {WEIGHTS: weights} | ({} if momentum is None else {MOMENTUM: momentum})
         self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.columns.items()}
         self._calendar = Calendar(rules.expire_after_ms, self._extras[TOUCHED]) if TOUCHED in self._extras else None
         self.admission = Admission(rules)
@@ -428,7 +428,7 @@ def _feature_names(specs: Sequence[TableSpec]) -> dict[str, tuple[str, ...]]:
 
 def _config(spec: TableSpec, features: tuple[str, ...]) -> TableConfig:
     s = spec.settings
-    return TableConfig(spec.name, s.capacity + 1, s.dim, features, s.learning_rate, s.eps)
+    return TableConfig(spec.name, s.capacity + 1, s.dim, features, s.learning_rate, s.eps, s.optimizer)
 
 
 def _without(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
