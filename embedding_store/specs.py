@@ -12,6 +12,7 @@ import numpy as np
 from embedding_store.columns import TOUCHED, layout
 
 Optimizer: TypeAlias = Literal["row_wise_adagrad", "adagrad", "sgd"]  # see optimizers.py
+Initialiser: TypeAlias = Literal["zero", "signs", "uniform", "normal"]
 
 
 class RowRules(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -35,7 +36,7 @@ class RowRules(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
 
 class TableSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table: its size and its optimizer."""
+    """One table: its size, its optimizer, and what new rows start from (initial.py)."""
 
     dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=4)] = 32
     capacity: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 18  # rows in memory; more live in the store
@@ -43,6 +44,9 @@ class TableSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fi
     eps: Annotated[float, msgspec.Meta(ge=1e-12)] = 1e-8  # not 0 in float32: row 0 is divided by it
     rules: RowRules = RowRules()
     optimizer: Optimizer = "row_wise_adagrad"  # sgd has no eps
+    initialiser: Initialiser = "zero"
+    init_scale: Annotated[float, msgspec.Meta(gt=0)] = 0.05  # ±scale of signs, bounds of uniform, deviation of normal
+    init_seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
 
     @property
     def momentum(self) -> tuple[int, ...] | None:

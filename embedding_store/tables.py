@@ -1,7 +1,7 @@
 """The embedding tables: feature ids to rows, the rows in memory, and a tier on disk for those that do not fit.
 
-Every row starts at zero, so that an unknown id (the default row 0), a new row and a row that was never learned are
-the same to a forward pass: reads need not write, and test-then-train agree.
+The default row 0, which unknown ids read, is zero and stays so: reads need not write. A new row starts from what the
+table's `initialiser` makes of its id; where that is zero, an unknown id and a new row are the same to a forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, conca
 from embedding_store.errors import StoreError, UsageError
 from embedding_store.eviction import lowest, policy
 from embedding_store.expiry import Calendar, grain
+from embedding_store.initial import first_weights
 from embedding_store.rows import RowMap
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec
@@ -237,7 +238,7 @@ class _Table:
                 at = absent[np.isin(ids[absent], wanted)]
                 wanted = self.admission.admitted(ids[at], None if examples is None else examples[at])
             if admit:
-                self._give_rows(wanted)
+                self._begin(self._give_rows(wanted))
             rows[absent] = self.map.find(ids[absent])
         if admit:
             self.touch(rows)
@@ -367,6 +368,12 @@ class _Table:
         self.usage.enter(rows, self.tick)
         self.dropped += int(np.count_nonzero(rows == 0))
         return rows
+
+    def _begin(self, rows: Rows) -> None:
+        """Gives rows that were just admitted (0: not) their first weights; free rows are zero."""
+        if self.spec.settings.initialiser != "zero":
+            rows = rows[rows > 0]
+            self.write(rows, {WEIGHTS: first_weights(self.spec.settings, self.map.ids_of(rows))})
 
     def _expire(self, before_ms: int) -> None:
         """Forgets all that was last learned before then, in memory or only in the store."""

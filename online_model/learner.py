@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.tables import EmbeddingTables
-from online_model.features import CATEGORY, ITEM, START_SCALE, USER, item_features, mix, start_weights, user_features
+from online_model.features import CATEGORY, ITEM, USER, item_features, mix, user_features
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum
 from online_model.ranker import CLICK, PURCHASE, Ranker
@@ -84,16 +83,6 @@ class Learner:
         offset = torch.nn.functional.pad(self._tensor(batch.offset).unsqueeze(1), (CLICK, p.shape[1] - 1 - CLICK))
         return loss_sum(logits + offset, target, weight)
 
-    def begin(self, table: str, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Gives new rows among `rows` (of `ids`, both int64 [n]) their first weights."""
-        fresh, first = np.unique(rows, return_index=True)
-        columns = self.tables.read_rows(table, fresh)
-        weights = columns[WEIGHTS]
-        new = (fresh > 0) & (columns[MOMENTUM] == 0) & ~weights.any(1)  # never learned, never begun
-        if new.any():
-            start = start_weights(ids[first[new]], weights.shape[1], START_SCALE[table])
-            self.tables.write_rows(table, fresh[new], {WEIGHTS: start})
-
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, float32, as copies."""
         out = {}
@@ -115,7 +104,6 @@ class Learner:
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, batch.user, admit=True, examples=batch.sighting)
         rows = tables.rows(ITEM, batch.item, admit=True, examples=batch.example)
-        self.begin(ITEM, batch.item, rows)
         self._first_seen(rows, batch.ts)
         past = user_features(batch.history, batch.moment)
         there = past.items != 0
@@ -124,7 +112,6 @@ class Learner:
         item_rows = tables.rows(ITEM, items, admit=False)
         categories, category_of = np.unique(tables.column(ITEM, "category")[item_rows], return_inverse=True)
         category_rows = tables.rows(CATEGORY, categories, admit=True)
-        self.begin(CATEGORY, categories, category_rows)
         dense = self._tensor(stored_features(tables, rows, batch.ts))
 
         embedded = tables.embed(

@@ -209,7 +209,6 @@ class Trainer:
             column(ITEM, "category")[rows], column(ITEM, "seller")[rows] = about[new, 0], about[new, 1]
             column(ITEM, "created")[rows] = np.where(about[new, 2] > 0, about[new, 2], column(ITEM, "created")[rows])
             column(ITEM, "card")[rows] = hashes[new]
-            self._learner.begin(ITEM, ids[new], rows)
             raws = [raw for raw, *_ in last.values()]
             self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
             self._changed = True
