@@ -414,8 +414,8 @@ class CheckpointStore:
         if layouts is not None and stored != dict(layouts):
             different = [t for t in {**stored, **layouts} if stored.get(t) != layouts.get(t)]
             raise StoreError(
-                f"the store {self.path} was written with other tables or dimensions ({', '.join(sorted(different))}): "
-                "set them back, or choose an empty data directory"
+                f"the store {self.path} was written with other tables, dimensions or optimizers "
+                f"({', '.join(sorted(different))}): set them back, or choose an empty data directory"
             )
         return stored
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-WEIGHTS, MOMENTUM = "weights", "momentum"  # the columns that every table has, float32 [n, dim] and [n]
+WEIGHTS = "weights"  # float32 [n, dim], of every table
+MOMENTUM = "momentum"  # the optimizer's state float32 [n] or [n, dim], of tables whose optimizer has one
 TOUCHED = "touched_ms"  # int64 [n], of tables whose rows expire: event time when it was last learned
 
 
@@ -49,12 +50,19 @@ def concat(parts: Sequence[TableRows]) -> TableRows:
     return TableRows(np.concatenate([p.ids for p in parts]), columns)
 
 
-def layout(dim: int, extras: Mapping[str, tuple[str, tuple[int, ...]]]) -> np.dtype:
+def layout(
+    dim: int, extras: Mapping[str, tuple[str, tuple[int, ...]]], momentum: tuple[int, ...] | None = ()
+) -> np.dtype:
     """The structured dtype of one stored row: weights, momentum, then the extras in the order given.
+
+    `momentum`: the shape of a row's, None: the table has none.
+
 
     >>> layout(2, {"seen": ("<f4", ())}).names
     ('weights', 'momentum', 'seen')
+    >>> layout(2, {}, None).names
+    ('weights',)
     """
-    fields = [(WEIGHTS, "<f4", (dim,)), (MOMENTUM, "<f4", ())]
+    fields = [(WEIGHTS, "<f4", (dim,))] + ([] if momentum is None else [(MOMENTUM, "<f4", momentum)])
     fields += [(name, np.dtype(dtype).newbyteorder("<").str, shape) for name, (dtype, shape) in extras.items()]
     return np.dtype(fields)

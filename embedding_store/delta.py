@@ -144,7 +144,7 @@ def encode_stream(
 def row_bytes(layout: np.dtype, encoding: Encoding) -> int:
     """What a row of a table with this `layout` (that of the store) takes in a version, with its id."""
     weights = encode_weights(np.zeros((1, *layout[WEIGHTS].shape), np.float32), encoding)
-    own = layout.itemsize - layout[WEIGHTS].itemsize - layout[MOMENTUM].itemsize
+    own = sum(layout[name].itemsize for name in layout.names or () if name not in (WEIGHTS, MOMENTUM))
     return np.dtype(np.int64).itemsize + own + sum(array.nbytes for array in weights.values())
 
 

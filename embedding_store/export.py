@@ -2,7 +2,8 @@
 
     DIR/about.json                    what it is, and which files belong to which table
     DIR/dense.safetensors             dense weights and their optimizer's state, by name
-    DIR/<table>-<n>.safetensors       weights float32 [rows, dim], momentum float32 [rows], …: the numbers of a chunk
+    DIR/<table>-<n>.safetensors       weights float32 [rows, dim], of a chunk, and the optimizer's state, if it has one:
+                                      momentum float32 [rows] or [rows, dim]
     DIR/<table>-<n>.parquet           id of each of its rows, in the same order, and what else a row carries
     DIR/<blobs>.parquet               id and bytes, such as an item's record
 """
@@ -64,7 +65,7 @@ def _write(store: CheckpointStore, folder: Path, about: dict[str, Any], rows: in
 
 
 def _write_rows(path: Path, rows: TableRows) -> None:
-    numbers = {name: np.ascontiguousarray(rows.columns[name]) for name in (WEIGHTS, MOMENTUM)}
+    numbers = {name: np.ascontiguousarray(c) for name, c in rows.columns.items() if name in (WEIGHTS, MOMENTUM)}
     save_file(numbers, path.with_suffix(".safetensors"))
     columns = {"id": pa.array(rows.ids)}
     columns |= {name: _array(c) for name, c in rows.columns.items() if name not in numbers}

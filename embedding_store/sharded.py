@@ -1,7 +1,5 @@
-"""The embedding weights in TorchRec: row-wise sharded tables with a row-wise Adagrad fused into the backward pass.
+"""The embedding weights in TorchRec: row-wise sharded tables, their optimizers fused into the backward pass.
 
-Row-wise Adagrad keeps one sum of squared gradients a row (Gupta et al. 2014, arXiv 1405.1665; fbgemm's
-EXACT_ROWWISE_ADAGRAD: the mean over the row's elements is added).
 On the CPU the other shardings either have no fused optimizer or no kernel; on CUDA the same plan runs over NCCL.
 """
 
@@ -14,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torchrec
-from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -25,8 +21,9 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embedding_store.errors import UsageError
+from embedding_store.optimizers import fuse
 from embedding_store.ranks import Ranks
+from embedding_store.specs import Optimizer
 
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # a deprecation inside torchrec, on stderr
 
@@ -41,41 +38,45 @@ class TableConfig:
     features: tuple[str, ...]
     learning_rate: float
     eps: float
+    optimizer: Optimizer
 
 
 class _Tables(torch.nn.Module):
-    def __init__(self, collection: EmbeddingCollection) -> None:
-        super().__init__()
-        self.collection = collection
+    """A collection for each dimension: the tables of one must have the same."""
 
-    def forward(self, rows: KeyedJaggedTensor) -> Any:  # a lazy awaitable of feature → JaggedTensor
-        return self.collection(rows)
+    def __init__(self, collections: Sequence[EmbeddingCollection]) -> None:
+        super().__init__()
+        self.collections = torch.nn.ModuleList(collections)
+
+    def forward(self, rows: Sequence[KeyedJaggedTensor]) -> list[Any]:  # lazy awaitables of feature → JaggedTensor
+        return [collection(own) for collection, own in zip(self.collections, rows, strict=True)]
 
 
 class ShardedTables:
     """Forward and backward over row numbers, and the rows themselves: `weights` and `momentum` by table.
 
-    These are the module's own storage: float32 [rows, dim] and [rows], all zero at first, writable in place. With
-    several ranks each has its own rows there, and row numbers count on from rank to rank.
+    These are the module's own storage: float32 [rows, dim], and [rows] or [rows, dim] as the optimizer has it (nothing
+    for one without a state); all zero at first, writable in place. With several ranks each has its own rows there, and
+    row numbers count on from rank to rank.
     """
 
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
 
     def __init__(self, configs: Sequence[TableConfig], device: torch.device, ranks: Ranks) -> None:
-        if len({config.dim for config in configs}) > 1:  # TorchRec's rule for one EmbeddingCollection
-            raise UsageError("all tables must have the same `dim`: set it alike in their settings")
         self._device, self._ranks = device, ranks
-        self._features = [feature for config in configs for feature in config.features]
-        self._module = _shard(configs, device, ranks)
+        of_dim = {dim: [config for config in configs if config.dim == dim] for dim in {c.dim: None for c in configs}}
+        self._features = [[feature for config in own for feature in config.features] for own in of_dim.values()]
+        self._module = _shard(list(of_dim.values()), device, ranks)
         self.weights, self.momentum = {}, {}
-        for lookup in self._module.module.collection._lookups:
-            for kernel in lookup._emb_modules:
-                tbe = kernel.emb_module
-                states = zip(tbe.split_embedding_weights(), tbe.split_optimizer_states(), strict=True)
-                for config, (weights, state) in zip(kernel._config.embedding_tables, states, strict=True):
-                    self.weights[config.name] = weights.detach().zero_()
-                    self.momentum[config.name] = state[0].detach().zero_()
+        lookups = (lookup for collection in self._module.module.collections for lookup in collection._lookups)
+        for kernel in (kernel for lookup in lookups for kernel in lookup._emb_modules):
+            tbe, tables = kernel.emb_module, [config.name for config in kernel._config.embedding_tables]
+            for table, weights in zip(tables, tbe.split_embedding_weights(), strict=True):
+                self.weights[table] = weights.detach().zero_()
+            if states := tbe.split_optimizer_states():  # empty where the optimizer has none
+                for table, (state, *_) in zip(tables, states, strict=True):
+                    self.momentum[table] = state.detach().zero_()
         missing = {c.name for c in configs} - set(self.weights)
         assert not missing, f"TorchRec made no fused kernel for {missing}"
 
@@ -84,19 +85,49 @@ class ShardedTables:
 
         Features that are not given have no rows. The optimizer's step happens in `backward`.
         """
+        with self._ranks.together():
+            answers = self._module([self._keyed(own, rows) for own in self._features])
+            of_feature = {feature: a for own, a in zip(self._features, answers, strict=True) for feature in own}
+            return {feature: of_feature[feature][feature].values() for feature in rows}
+
+    def _keyed(self, features: list[str], rows: dict[str, torch.Tensor]) -> KeyedJaggedTensor:
         none = torch.empty(0, dtype=torch.int64)
-        values = [rows.get(feature, none) for feature in self._features]
+        values = [rows.get(feature, none) for feature in features]
         # A sequence look-up answers row by row, so how rows belong to examples is no concern of TorchRec's: each
         # feature is one bag. Features may so differ in their number of examples.
         lengths = torch.tensor([len(v) for v in values], dtype=torch.int32)
-        keyed = KeyedJaggedTensor(self._features, torch.cat(values).to(self._device), lengths=lengths.to(self._device))
-        with self._ranks.together():
-            out = self._module(keyed)
-            return {feature: out[feature].values() for feature in rows}
+        return KeyedJaggedTensor(features, torch.cat(values).to(self._device), lengths=lengths.to(self._device))
 
 
-def _shard(configs: Sequence[TableConfig], device: torch.device, ranks: Ranks) -> DistributedModelParallel:
+def _shard(
+    groups: Sequence[Sequence[TableConfig]], device: torch.device, ranks: Ranks
+) -> DistributedModelParallel:
+    """`groups`: the tables of each collection."""
     set_gradient_division(False)  # losses are sums: gradients of several ranks add up
+    # A faster CPU kernel goes in here: a sharder of our own whose look-ups create it (see docs/architecture.md).
+    sharder = EmbeddingCollectionSharder()
+    collections = [_collection(configs, ranks) for configs in groups]
+    plans = {
+        f"collections.{number}": construct_module_sharding_plan(
+            collection,
+            {c.name: row_wise(compute_kernel="fused") for c in configs},  # the default plan may choose an unfused one
+            sharder=sharder,
+            local_size=ranks.size,
+            world_size=ranks.size,
+            device_type=device.type,
+        )
+        for number, (configs, collection) in enumerate(zip(groups, collections, strict=True))
+    }
+    return DistributedModelParallel(
+        _Tables(collections),
+        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        device=device,
+        plan=ShardingPlan(plan=plans),
+        sharders=[sharder],
+    )
+
+
+def _collection(configs: Sequence[TableConfig], ranks: Ranks) -> EmbeddingCollection:
     collection = EmbeddingCollection(
         device=torch.device("meta"),
         tables=[
@@ -107,23 +138,5 @@ def _shard(configs: Sequence[TableConfig], device: torch.device, ranks: Ranks) -
         ],
     )
     for config in configs:
-        parameters = collection.embeddings[config.name].parameters()
-        options = {"lr": config.learning_rate, "eps": config.eps}
-        _apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, parameters, options)
-    # A faster CPU kernel goes in here: a sharder of our own whose look-ups create it (see docs/architecture.md).
-    sharder = EmbeddingCollectionSharder()
-    plan = construct_module_sharding_plan(
-        collection,
-        {c.name: row_wise(compute_kernel="fused") for c in configs},  # the default plan may choose an unfused one
-        sharder=sharder,
-        local_size=ranks.size,
-        world_size=ranks.size,
-        device_type=device.type,
-    )
-    return DistributedModelParallel(
-        _Tables(collection),
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=device,
-        plan=ShardingPlan(plan={"collection": plan}),
-        sharders=[sharder],
-    )
+        fuse(config.optimizer, collection.embeddings[config.name].parameters(), config.learning_rate, config.eps)
+    return collection

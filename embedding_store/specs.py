@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import numpy as np
 
 from embedding_store.columns import TOUCHED, layout
+
+Optimizer: TypeAlias = Literal["row_wise_adagrad", "adagrad", "sgd"]  # see optimizers.py
+Initialiser: TypeAlias = Literal["zero", "signs", "uniform", "normal"]
 
 
 class RowRules(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -33,13 +36,22 @@ class RowRules(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=
 
 
 class TableSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """One table: its size and its optimizer (row-wise Adagrad)."""
+    """One table: its size, its optimizer, and what new rows start from (initial.py)."""
 
     dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=4)] = 32
     capacity: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)] = 1 << 18  # rows in memory; more live in the store
     learning_rate: Annotated[float, msgspec.Meta(gt=0)] = 0.05
     eps: Annotated[float, msgspec.Meta(ge=1e-12)] = 1e-8  # not 0 in float32: row 0 is divided by it
     rules: RowRules = RowRules()
+    optimizer: Optimizer = "row_wise_adagrad"  # sgd has no eps
+    initialiser: Initialiser = "zero"
+    init_scale: Annotated[float, msgspec.Meta(gt=0)] = 0.05  # ±scale of signs, bounds of uniform, deviation of normal
+    init_seed: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
+
+    @property
+    def momentum(self) -> tuple[int, ...] | None:
+        """The shape of the optimizer's state of a row; None: it has none."""
+        return {"row_wise_adagrad": (), "adagrad": (self.dim,), "sgd": None}[self.optimizer]
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class TableSpec:
     @property
     def layout(self) -> np.dtype:
         """The structured dtype of a stored row, as `CheckpointStore` wants it."""
-        return layout(self.settings.dim, self.columns)
+        return layout(self.settings.dim, self.columns, self.settings.momentum)
 
     @property
     def columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:

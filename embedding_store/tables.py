@@ -1,7 +1,7 @@
 """The embedding tables: feature ids to rows, the rows in memory, and a tier on disk for those that do not fit.
 
-Every row starts at zero, so that an unknown id (the default row 0), a new row and a row that was never learned are
-the same to a forward pass: reads need not write, and test-then-train agree.
+The default row 0, which unknown ids read, is zero and stays so: reads need not write. A new row starts from what the
+table's `initialiser` makes of its id; where that is zero, an unknown id and a new row are the same to a forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, conca
 from embedding_store.errors import StoreError, UsageError
 from embedding_store.eviction import lowest, policy
 from embedding_store.expiry import Calendar, grain
+from embedding_store.initial import first_weights
 from embedding_store.ranks import Ranks, SharedStore
 from embedding_store.rows import RowMap
 from embedding_store.sharded import ShardedTables, TableConfig
@@ -147,10 +148,6 @@ class EmbeddingTables:
         there, local = owner.located(rows)
         np.add.at(owner.column(name), local, numbers[there])
 
-    def here(self, table: str, rows: Rows) -> np.ndarray:
-        """Which of `rows` int64 [n] lie on this rank (the default row: on the first), bool [n]."""
-        return self._tables[table].here(rows)
-
     def read_rows(self, table: str, rows: Rows) -> dict[str, np.ndarray]:
         """Copies of all columns at `rows` int64 [n], which lie on this rank: name → [n, …]."""
         return self._tables[table].read(rows)
@@ -225,7 +222,8 @@ class EmbeddingTables:
                 yield name, rows
 
     def _table(self, spec: TableSpec, store: SharedStore | None) -> _Table:
-        return _Table(spec, store, self.ranks, self._sharded.weights[spec.name], self._sharded.momentum[spec.name])
+        momentum = self._sharded.momentum.get(spec.name)
+        return _Table(spec, store, self.ranks, self._sharded.weights[spec.name], momentum)
 
     def _check(self, feature: str, rows: np.ndarray, lengths: np.ndarray | None) -> None:
         if feature not in self._table_of:
@@ -252,7 +250,7 @@ class _Table:
         store: SharedStore | None,
         ranks: Ranks,
         weights: torch.Tensor,
-        momentum: torch.Tensor,
+        momentum: torch.Tensor | None,
     ) -> None:
         self.spec, self._ranks = spec, ranks
         self.capacity, rules = capacity_of(spec, ranks.size), spec.settings.rules
@@ -265,7 +263,7 @@ class _Table:
         self.usage = policy(rules, capacity)
         self.dropped = self._lost = 0  # ids that got no row, of all ranks and of this one
         self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
-        self._tensors = {WEIGHTS: weights, MOMENTUM: momentum}
+        self._tensors = {WEIGHTS: weights} | ({} if momentum is None else {MOMENTUM: momentum})
         self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.columns.items()}
         self._calendar = Calendar(rules.expire_after_ms, self._extras[TOUCHED]) if TOUCHED in self._extras else None
         self.admission = Admission(rules)
@@ -296,7 +294,7 @@ class _Table:
                 at = absent[np.isin(ids[absent], wanted)]
                 wanted = self.admission.admitted(ids[at], None if examples is None else examples[at])
             if admit:
-                self._give_rows(self._own(wanted))
+                self._begin(self._give_rows(self._own(wanted)))
             self._settle()
             rows[absent] = self._find(ids[absent])
         if admit:
@@ -353,16 +351,11 @@ class _Table:
         values[there] = column[local]
         return self._ranks.sum(values)
 
-    def here(self, rows: Rows) -> np.ndarray:
-        if self._ranks.size == 1:
-            return np.ones(len(rows), bool)
-        return rows // (self.capacity + 1) == self._ranks.rank
-
     def located(self, rows: Rows) -> tuple[np.ndarray | slice, Rows]:
         """(which of the rows int64 [n] lie on this rank, their local numbers int64 [k])."""
         if self._ranks.size == 1:
             return slice(None), rows
-        here = self.here(rows)
+        here = rows // (self.capacity + 1) == self._ranks.rank
         return here, rows[here] - self._first
 
     def read(self, rows: Rows) -> dict[str, np.ndarray]:
@@ -479,6 +472,12 @@ class _Table:
         self._lost += int(np.count_nonzero(rows == 0))
         return rows
 
+    def _begin(self, local: Rows) -> None:
+        """Gives rows that were just admitted (0: not) their first weights; free rows are zero."""
+        if self.spec.settings.initialiser != "zero":
+            local = local[local > 0]
+            self._write(local, {WEIGHTS: first_weights(self.spec.settings, self.map.ids_of(local))})
+
     def _expire(self, before_ms: int) -> None:
         """Forgets all that was last learned before then, in memory or only in the store."""
         assert self._calendar is not None
@@ -546,7 +545,8 @@ def capacity_of(spec: TableSpec, ranks: int) -> int:
 
 def _config(spec: TableSpec, features: tuple[str, ...], ranks: int) -> TableConfig:
     s = spec.settings
-    return TableConfig(spec.name, capacity_of(spec, ranks) + 1, s.dim, features, s.learning_rate, s.eps)
+    rows = capacity_of(spec, ranks) + 1
+    return TableConfig(spec.name, rows, s.dim, features, s.learning_rate, s.eps, s.optimizer)
 
 
 def _without(rows: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

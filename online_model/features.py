@@ -20,7 +20,9 @@ CARD = "card"  # the blob family of catalogue records: item id → JSON
 DENSE = 4  # dense features of an item
 CONTEXT = len(HORIZONS_S) * len(COUNTED) + 2 + 4  # features of a user at a moment
 
-START_SCALE = {ITEM: 0.05, CATEGORY: 0.2}  # size of a new row's weights; users start from zero
+# New rows start from ±scale by the bits of their id. If items and users all started from zero, their products would
+# have no gradient and all rows would move along a few common directions. Users can start from zero if items do not.
+START_SCALE = {ITEM: 0.05, CATEGORY: 0.2}
 CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
 PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
@@ -45,15 +47,17 @@ SENT_FIRST: dict[str, tuple[str, ...]] = {USER: ("history",), ITEM: ("category",
 def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:
     """The three tables: user, item, category."""
 
-    def table(capacity: int, rules: RowRules) -> TableSettings:
+    def table(name: str, capacity: int, rules: RowRules) -> TableSettings:
         return TableSettings(
-            dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps, rules=rules
-        )
+            dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps, rules=rules,
+            optimizer=settings.optimizer, initialiser="signs" if name in START_SCALE else "zero",
+            init_scale=START_SCALE.get(name, 1.0),
+        )  # fmt: skip
 
     return (
-        TableSpec(USER, (USER,), table(settings.users, settings.user_rules), USER_EXTRAS),
-        TableSpec(ITEM, (ITEM,), table(settings.items, settings.item_rules), ITEM_EXTRAS),
-        TableSpec(CATEGORY, (CATEGORY,), table(settings.categories, settings.category_rules)),
+        TableSpec(USER, (USER,), table(USER, settings.users, settings.user_rules), USER_EXTRAS),
+        TableSpec(ITEM, (ITEM,), table(ITEM, settings.items, settings.item_rules), ITEM_EXTRAS),
+        TableSpec(CATEGORY, (CATEGORY,), table(CATEGORY, settings.categories, settings.category_rules)),
     )
 
 
@@ -126,17 +130,3 @@ def user_features(states: np.ndarray, ts: np.ndarray | int) -> UserFeatures:
 def mix(values: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each integer (the finaliser of splitmix64): int64 or uint64 [...] → uint64 [...]."""
     return finalised(values.astype(np.uint64) + GOLDEN)
-
-
-def start_weights(ids: np.ndarray, dim: int, scale: float) -> np.ndarray:
-    """What a new row starts from: ±scale by the bits of the id's hash, float32 [n, dim]; an id 0 stays zero.
-
-    If items and users all started from zero, their products would have no gradient and all rows would move along a
-    few common directions. Users can start from zero as long as items do not.
-    """
-    words = -(-dim // 64)
-    hashed = mix(ids.astype(np.uint64)[:, None] + np.arange(1, words + 1, dtype=np.uint64)[None, :])
-    bits = np.unpackbits(hashed.astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :dim]
-    out = (bits.astype(np.float32) * 2 - 1) * np.float32(scale)
-    out[ids == 0] = 0
-    return out

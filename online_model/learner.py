@@ -7,19 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.tables import EmbeddingTables
-from online_model.features import (
-    CATEGORY,
-    ITEM,
-    START_SCALE,
-    USER,
-    UserFeatures,
-    item_features,
-    mix,
-    start_weights,
-    user_features,
-)
+from online_model.features import CATEGORY, ITEM, USER, UserFeatures, item_features, mix, user_features
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum
 from online_model.ranker import CLICK, PURCHASE, Ranker
@@ -161,18 +150,6 @@ class Learner:
         )
         return loss_sum(logits + offset, target, weight)
 
-    def begin(self, table: str, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Gives new rows among `rows` (of `ids`, both int64 [n]) their first weights."""
-        fresh, first = np.unique(rows, return_index=True)
-        here = self.tables.here(table, fresh)
-        fresh, first = fresh[here], first[here]
-        columns = self.tables.read_rows(table, fresh)
-        weights = columns[WEIGHTS]
-        new = (fresh > 0) & (columns[MOMENTUM] == 0) & ~weights.any(1)  # never learned, never begun
-        if new.any():
-            start = start_weights(ids[first[new]], weights.shape[1], START_SCALE[table])
-            self.tables.write_rows(table, fresh[new], {WEIGHTS: start})
-
     def state(self) -> dict[str, np.ndarray]:
         """The optimizer's state by name, float32, as copies."""
         out = {}
@@ -220,7 +197,6 @@ class Learner:
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, batch.user, admit=True, examples=batch.sighting)
         rows = tables.rows(ITEM, batch.item, admit=True, examples=batch.example)
-        self.begin(ITEM, batch.item, rows)
         self._first_seen(rows, batch.ts)
         past = user_features(batch.history, batch.moment)
         # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
@@ -229,7 +205,6 @@ class Learner:
         item_rows = tables.rows(ITEM, items, admit=False)
         categories, category_of = np.unique(tables.values(ITEM, "category", item_rows), return_inverse=True)
         category_rows = tables.rows(CATEGORY, categories, admit=True)
-        self.begin(CATEGORY, categories, category_rows)
         at, history_at = inverse[: len(rows)], inverse[len(rows) :]
         every = _Share(
             slice(None), user_rows, item_rows, category_rows, category_of, at, history_at, past, batch.ctx

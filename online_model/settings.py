@@ -8,13 +8,13 @@ import msgspec
 from msgspec import Meta
 
 from embedding_store.encoding import Encoding
-from embedding_store.specs import RowRules
+from embedding_store.specs import Optimizer, RowRules
 
 Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
 
 class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Sizes and learning rate of the tables. Capacities are rows in memory; more live in the store."""
+    """Sizes and optimizer of the tables. Capacities are rows in memory; more live in the store."""
 
     dim: Annotated[int, Meta(ge=4, le=1024, multiple_of=4)] = 32
     users: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
@@ -22,6 +22,7 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     learning_rate: Annotated[float, Meta(gt=0)] = 0.2
     eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
+    optimizer: Optimizer = "row_wise_adagrad"  # of the tables; it decides what else a row holds in the store
     user_rules: RowRules = RowRules()
     item_rules: RowRules = RowRules()
     category_rules: RowRules = RowRules()

@@ -236,7 +236,6 @@ class Trainer:
             columns = {"category": about[new, 0], "seller": about[new, 1], "created": created, "card": hashes[new]}
             for name, values in columns.items():
                 self.tables.set(ITEM, name, rows, values)
-            self._learner.begin(ITEM, ids[new], rows)
             raws = [raw for raw, *_ in last.values()]
             self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
             self._changed = True

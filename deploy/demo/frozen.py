@@ -25,7 +25,8 @@ from deploy.demo.twin import TwinSettings
 from embedding_store.columns import TableRows
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
-from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, START_SCALE, start_weights
+from embedding_store.initial import first_weights
+from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, table_specs
 from online_model.ranker import Ranker
 from online_model.serving.replica import Replica
 from replay.simulator import Marketplace
@@ -38,17 +39,17 @@ class Frozen:
     """A replica with the first weights and a catalogue that is kept up to date."""
 
     def __init__(self, settings: TwinSettings) -> None:
-        self._dim = settings.features.dim
+        (self._items,) = (spec.settings for spec in table_specs(settings.features) if spec.name == ITEM)
         self._sequence = 0
         self.replica = Replica(settings.replica, settings.features, settings.ranker)
-        self._dense = Ranker(self._dim, settings.ranker).weights()
+        self._dense = Ranker(settings.features.dim, settings.ranker).weights()
 
     def catalogue(self, items: Sequence[Item]) -> None:
         """New and changed items, with rows as they are before anything is learned."""
         newest = {feature_id(ITEM, item.item): item for item in items}
         ids = np.array(sorted(newest), np.int64)
         columns = {name: np.zeros((len(ids), *shape), dtype) for name, (dtype, shape) in ITEM_EXTRAS.items()}
-        columns["weights"] = start_weights(ids, self._dim, START_SCALE[ITEM])
+        columns["weights"] = first_weights(self._items, ids)
         columns["created"][:] = [newest[i].created or 0 for i in ids.tolist()]
         columns["category"][:] = [feature_id(CATEGORY, newest[i].category or "") for i in ids.tolist()]
         version = Version(

@@ -1,4 +1,4 @@
-"""A disk that is small and real: a tmpfs of a few megabytes, where root can mount one; else the test is skipped."""
+"""What the tests of the tables share: one thread, and a disk that is small and real."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @dataclass
@@ -20,7 +21,17 @@ class SmallDisk:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the last bits of the results depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A tmpfs of a few megabytes, where root can mount one; else the test is skipped."""
     path = tmp_path / "small"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]

@@ -112,7 +112,7 @@ def test_a_commit_that_does_not_follow_is_refused(tmp_path: Path) -> None:
 
 def test_other_tables_or_dimensions_are_refused(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "s", LAYOUTS).close()
-    with pytest.raises(StoreError, match="other tables or dimensions"):
+    with pytest.raises(StoreError, match="other tables, dimensions"):
         CheckpointStore(tmp_path / "s", LAYOUTS | {"item": layout(8, {})})
     CheckpointStore(tmp_path / "s", LAYOUTS).close()  # the refusal let go of it
 

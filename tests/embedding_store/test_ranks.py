@@ -152,7 +152,7 @@ def _sums(ranks: Ranks) -> None:
     ids = np.arange(1, 41)
     rows = tables.rows("t", ids, admit=True)
     assert len(set(rows.tolist())) == 40
-    assert 10 < int(tables.here("t", rows).sum()) < 30, "shared by their hashes"
+    assert 10 < int(ranks.owns(ids).sum()) < 30, "shared by their hashes"
     part = ranks.part(40)
     out = tables.embed({"t": (rows[part], None)})["t"]
     (out.sum() * 2).backward()  # every gradient is 2: their mean square is 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 import torch
 
 from embedding_store.checkpoint import CheckpointStore, Commit, Digest
-from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
-from embedding_store.errors import DiskFull, StoreError, UsageError
+from embedding_store.columns import WEIGHTS, TableRows, concat
+from embedding_store.errors import DiskFull, StoreError
 from embedding_store.specs import TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.conftest import SmallDisk
@@ -19,12 +18,7 @@ from tests.embedding_store.conftest import SmallDisk
 DIM, RATE, EPS = 8, 0.1, 1e-8
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _specs(capacity: int) -> list[TableSpec]:
@@ -116,23 +110,6 @@ def test_row_zero_stays_zero(gradient: float) -> None:
     assert sorted(tables.touched()["item"].ids.tolist()) == [7, 8]
 
 
-def test_the_optimizer_is_row_wise_adagrad() -> None:
-    """Against the formula, duplicates summed first: m += mean(g²); w −= rate · g / (√m + eps)."""
-    tables = EmbeddingTables(_specs(10))
-    rows = tables.rows("item", np.array([7, 8, 7]), admit=True)
-    rng = np.random.default_rng(0)
-    w, m = np.zeros((3, DIM)), np.zeros(3)
-    for _ in range(20):
-        g = rng.standard_normal((3, DIM)).astype(np.float32)
-        tables.embed({"item": (rows, None)})["item"].backward(torch.from_numpy(g))
-        summed = np.zeros((3, DIM))
-        np.add.at(summed, rows, g)
-        m += (summed**2).mean(1)
-        w -= RATE * summed / (np.sqrt(m) + EPS)[:, None]
-    np.testing.assert_allclose(tables.column("item", WEIGHTS)[:3], w, atol=1e-5)
-    np.testing.assert_allclose(tables.column("item", MOMENTUM)[:3], m, rtol=1e-5)
-
-
 def test_features_may_differ_in_length_and_keep_their_order() -> None:
     tables = EmbeddingTables(_specs(100))
     ids = np.arange(50, 0, -1)
@@ -153,11 +130,6 @@ def test_wrong_rows_never_reach_fbgemm() -> None:
         tables.embed({"seller": (np.array([1]), None)})
     with pytest.raises(ValueError, match="lengths for 3"):
         tables.embed({"item": (np.array([1, 1]), np.array([3], np.int32))})
-
-
-def test_tables_of_different_dimensions_are_refused() -> None:
-    with pytest.raises(UsageError, match="same `dim`"):
-        EmbeddingTables([TableSpec("a", ("a",), TableSettings(dim=4)), TableSpec("b", ("b",), TableSettings(dim=8))])
 
 
 def test_what_learns_is_touched_and_sorted_by_id() -> None:

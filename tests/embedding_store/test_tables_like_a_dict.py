@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from embedding_store.checkpoint import CheckpointStore, Commit
-from embedding_store.columns import TOUCHED, WEIGHTS
+from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows
 from embedding_store.expiry import GRAIN_MS
-from embedding_store.specs import RowRules, TableSettings, TableSpec
+from embedding_store.initial import first_weights
+from embedding_store.specs import Optimizer, RowRules, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.killed import killed
 
@@ -56,14 +57,19 @@ class Plain:
 
 class TablesLikeADict(RuleBasedStateMachine):
     @initialize(
-        admit_after=st.sampled_from([1, 2, 3]), expires=st.booleans(), evict=st.sampled_from(["lru", "lfu", "score"])
-    )
-    def begin(self, admit_after: int, expires: bool, evict: str) -> None:
+        admit_after=st.sampled_from([1, 2, 3]), expires=st.booleans(), evict=st.sampled_from(["lru", "lfu", "score"]),
+        optimizer=st.sampled_from(["row_wise_adagrad", "adagrad", "sgd"]), begun=st.booleans(),
+    )  # fmt: skip
+    def begin(self, admit_after: int, expires: bool, evict: str, optimizer: Optimizer, begun: bool) -> None:
         rules = RowRules(
             admit_after=admit_after, admit_cells=1 << 14, admit_half_life_ms=HALF_LIFE,
             expire_after_ms=AFTER if expires else 0, evict=evict, evict_half_life=2,
         )  # fmt: skip
-        self.spec = TableSpec("t", ("t",), TableSettings(dim=DIM, capacity=CAPACITY, rules=rules), {"n": ("<i8", ())})
+        settings = TableSettings(
+            dim=DIM, capacity=CAPACITY, rules=rules, optimizer=optimizer, initialiser="signs" if begun else "zero",
+            init_scale=0.5,
+        )  # fmt: skip
+        self.spec = TableSpec("t", ("t",), settings, {"n": ("<i8", ())})
         self.folder = Path(tempfile.mkdtemp(prefix="headrace-test-"))
         self.stores = 0
         self.plain = Plain(admit_after, AFTER if expires else 0)
@@ -85,7 +91,8 @@ class TablesLikeADict(RuleBasedStateMachine):
         self.plain.learn(ids)
         at = np.unique(at[at > 0])
         self.tables.column("t", "n")[at] += 1
-        self.tables.write_rows("t", at, {WEIGHTS: self.tables.read_rows("t", at)[WEIGHTS] + 1})
+        columns = self.tables.read_rows("t", at)
+        self.tables.write_rows("t", at, {n: columns[n] + 1 for n in (WEIGHTS, MOMENTUM) if n in columns})
         self.tables.touch("t", at)
         assert self.tables.dropped("t") == 0
 
@@ -98,7 +105,15 @@ class TablesLikeADict(RuleBasedStateMachine):
         expected = [self.plain.rows.get(i, [0])[0] for i in ids]
         columns = self.tables.read_rows("t", at)
         assert columns["n"].tolist() == expected
-        assert columns[WEIGHTS].tolist() == [[float(n)] * DIM for n in expected]
+        known = np.array([i if i in self.plain.rows else 0 for i in ids])
+        self.holds_what_was_learned(TableRows(known, columns))
+
+    def holds_what_was_learned(self, rows: TableRows) -> None:
+        """First weights by the id (0: none) and 1 more each time it was learned; the optimizer's state counts too."""
+        times = rows.columns["n"][:, None]
+        assert (rows.columns[WEIGHTS] == first_weights(self.spec.settings, rows.ids) + times).all()
+        state = rows.columns.get(MOMENTUM, times)
+        assert (state == (times if state.ndim == 2 else times[:, 0])).all()
 
     @rule(grains=st.floats(0, 4))
     def pass_time(self, grains: float) -> None:
@@ -148,6 +163,7 @@ class TablesLikeADict(RuleBasedStateMachine):
             return
         found = {}
         for _, rows in self.tables.digest_rows():
+            self.holds_what_was_learned(rows)
             times = rows.columns.get(TOUCHED, np.zeros(len(rows), np.int64))
             found |= {i: list(row) for i, *row in zip(rows.ids.tolist(), rows.columns["n"], times, strict=True)}
         timed = bool(self.plain.expire_after)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from embedding_store.initial import first_weights
 from online_model.examples import Examples, Part, Source
-from online_model.features import CATEGORY, ITEM, START_SCALE, item_features, start_weights, user_features
+from online_model.features import CATEGORY, ITEM, item_features, table_specs, user_features
 from online_model.feedback import probabilities, strategy
 from online_model.ranker import Ranker
 from online_model.settings import TrainerSettings
@@ -105,8 +106,8 @@ class PlainTrainer:
 
     def _admit(self, table: str, i: int) -> None:
         if i and i not in self.tables[table]:
-            start = start_weights(np.array([i]), self.dim, START_SCALE[table]) if table in START_SCALE else None
-            self.tables[table][i] = torch.zeros(self.dim) if start is None else torch.from_numpy(start)[0]
+            (settings,) = (spec.settings for spec in table_specs(self.settings.features) if spec.name == table)
+            self.tables[table][i] = torch.from_numpy(first_weights(settings, np.array([i])))[0]
             self.momentum[table][i] = 0.0
 
 

@@ -13,7 +13,6 @@ from online_model.features import (
     DENSE,
     item_features,
     mix,
-    start_weights,
     table_specs,
     user_features,
 )
@@ -63,23 +62,6 @@ def test_age_is_never_negative_and_takes_one_time_or_many():
     many = item_features(zeros, zeros, zeros, created, np.array([3_601_000, 3_601_000]))
     assert one.tolist() == many.tolist()
     assert one[:, 3] == pytest.approx([np.log(2) / 10, 0])
-
-
-def test_first_weights_are_a_function_of_the_id_and_differ_between_ids():
-    ids = np.array([0, 1, 2, -(1 << 63), 1])
-    for dim in (4, 32, 100):
-        weights = start_weights(ids, dim, 0.1)
-        assert weights.shape == (5, dim)
-        assert weights.dtype == np.float32
-        assert not weights[0].any()
-        assert set(np.unique(weights[1:])) == {np.float32(-0.1), np.float32(0.1)}
-        assert (weights[1] == weights[4]).all()
-        assert (weights[1] != weights[2]).any()
-
-
-def test_first_weights_have_no_common_direction():
-    weights = start_weights(np.arange(1, 20_001), 64, 1.0)
-    assert np.abs(weights.mean(0)).max() < 0.05
 
 
 def test_mix_is_splitmix64():

@@ -271,10 +271,12 @@ def test_what_cannot_go_on_is_refused_with_a_remedy(tmp_path):
     opened(tmp_path).store.close()
 
 
-def test_a_model_larger_than_memory_is_the_same_model(tmp_path):
+@pytest.mark.parametrize("optimizer", ["row_wise_adagrad", "adagrad", "sgd"])
+def test_a_model_larger_than_memory_is_the_same_model(tmp_path, optimizer):
     blocks = make_blocks(make_rows(600, users=150, items=400), 40)
-    digests = []
-    for name, features in (("fits", FeatureSettings(dim=8)), ("small", FeatureSettings(dim=8, users=60, items=330))):
+    digests, fits = [], FeatureSettings(dim=8, optimizer=optimizer)
+    small = msgspec.structs.replace(fits, users=60, items=330)
+    for name, features in (("fits", fits), ("small", small)):
         trainer = opened(tmp_path / name, msgspec.structs.replace(SMALL, batch_size=10, features=features))
         for number, block in enumerate(blocks):
             trainer.offer(block, number)
