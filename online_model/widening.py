@@ -90,7 +90,7 @@ def open_widened(
     said = reshape(path, layouts, commit)
     store = CheckpointStore(path, layouts, sync=sync)
     if (head := store.head()) is not None:
-        log.info("another shape of the model: %s; going on in epoch %s", ", ".join(said + grown), head.epoch)
+        log.info("another shape of the model: %s; going on in epoch %s", "; ".join(said + grown), head.epoch)
     return store
 
 

@@ -58,7 +58,8 @@ def fill(path: Path, layouts: Mapping[str, np.dtype], ids: list[int]) -> dict[st
         store.remember_gone((0, 0))
         store.commit(Commit(
             3, 7, b"state", {"w": np.ones(3, np.float32)}, rows, blobs, [b"part"],
-            gone={table: np.array([77]) for table in layouts}, notes=notes, settings="digest", event_time_ms=NOW, records=owed,
+            gone={table: np.array([77]) for table in layouts}, notes=notes, settings="digest", event_time_ms=NOW,
+            records=owed,
         ))  # fmt: skip
     return rows
 
