@@ -11,7 +11,8 @@
 | a smaller dim, another type of a column | refused |
 
 Tables whose layout stays are not read, let alone written: their files are hard links. The others are rewritten in
-chunks, some 3 µs a row. Ids that went before are still known as gone (`gone_since`), of tables that are gone too.
+chunks, some 3 µs a row, and 3 more where each is noted anew. Ids that went before are still known as gone
+(`gone_since`), of tables that are gone too.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ NOW = 1_700_000_000_000  # event time of the last commit, ms
 TOUCHED_TYPE: dict[str, tuple[str, tuple[int, ...]]] = {TOUCHED: ("<i8", ())}
 BEFORE = {
     "item": layout(4, {"clicks": ("<i8", ())}),
-    "item2": layout(4, {}),  # a name that goes on from another
+    "use": layout(4, {}),  # another name goes on from it
     "user": layout(4, {"history": ("|u1", (5,)), **TOUCHED_TYPE}),
 }
 AFTER = {"item": layout(8, {"clicks": ("<i8", ()), **TOUCHED_TYPE}), "user": BEFORE["user"], "new": layout(4, {})}
@@ -83,7 +83,7 @@ def test_what_stays_is_the_same_bit_for_bit_and_what_goes_leaves_nothing(tmp_pat
     with CheckpointStore(tmp_path / "s", BEFORE) as store:
         digest = digest_of(store, "user")
     said = reshape(tmp_path / "s", AFTER, nothing)
-    assert said == ["table new added", "table item2 removed", "table item widened from dim 4 to 8",
+    assert said == ["table new added", "table use removed", "table item widened from dim 4 to 8",
                     f"column item.{TOUCHED} added"]  # fmt: skip
     with CheckpointStore(tmp_path / "s", AFTER) as store:
         assert_same_rows(all_of(store, "user"), rows["user"])
@@ -101,7 +101,7 @@ def test_what_stays_is_the_same_bit_for_bit_and_what_goes_leaves_nothing(tmp_pat
             assert dict(zip(ids.tolist(), times.tolist(), strict=True)) == at
         assert store.blob_names() == [".seen.item.64.0", ".seen.user.64.0", "card"]
         assert {key[:-8] for key, _ in store.records()} == {b"item", b"user"}
-        assert store.gone_since((0, 0))["item2"].tolist() == [77], "a way back must not bring it back"
+        assert store.gone_since((0, 0))["use"].tolist() == [77], "a way back must not bring it back"
         assert store.outbox() == [(7, [b"part"])]
         head = store.head()
         assert head is not None
