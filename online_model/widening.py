@@ -147,7 +147,8 @@ def _commit(store: CheckpointStore, settings: TrainerSettings, fresh: dict[str, 
         )
     )  # fmt: skip
     before, after = _sizes(head.dense), _sizes(fresh)
-    return [f"{name} {before[name]} → {after[name]}" for name in _SIZES if before[name] != after[name]]
+    said = (_HIDDEN, _SECOND, _HEADS)  # the tables speak of the dim
+    return [f"{name} from {before[name]} to {after[name]}" for name in said if before[name] != after[name]]
 
 
 def _sizes(weights: Mapping[str, np.ndarray]) -> dict[str, int]:

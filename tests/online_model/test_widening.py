@@ -126,6 +126,15 @@ def test_a_wider_model_scores_as_before_and_goes_on_learning(wanted: TrainerSett
     assert (rows[WEIGHTS] != 0).all(), "new weights of items that were known learn too"
 
 
+def test_one_line_says_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    learned(tmp_path / "s")
+    with caplog.at_level("INFO", "headrace"):
+        opened(tmp_path / "s", SHAPES["all and heads"]).store.close()
+    tables = "".join(f"table {table} widened from dim 8 to 16; " for table in (CATEGORY, ITEM, USER))
+    line = f"{tables}hidden from 16 to 17; second from 8 to 9; heads from 3 to 5; going on in epoch 2"
+    assert caplog.messages == [f"another shape of the model: {line}"]
+
+
 def test_all_that_was_known_is_there_and_what_is_new_is_as_said(tmp_path: Path) -> None:
     learned(tmp_path / "s")
     with CheckpointStore(tmp_path / "s", None) as store:
