@@ -2,9 +2,8 @@
 
 A commit holds the touched rows, the dense weights, the trainer's own state (positions among it) and the encoded
 version that tells replicas of it. So after a kill -9 the store is at a commit, never between two, and the versions
-that the broker may not have are in its outbox, byte for byte as they were first sent.
-
-Keys of rows are big-endian ids with the sign bit flipped: RocksDB's order is the order of the ids.
+that the broker may not have are in its outbox, byte for byte as they were first sent. Where in RocksDB all of it is:
+families.py.
 """
 
 from __future__ import annotations
@@ -23,20 +22,39 @@ import msgspec
 import numpy as np
 from safetensors.numpy import load, save
 
-from embedding_store.columns import TOUCHED, TableRows
+from embedding_store.columns import TableRows
 from embedding_store.copies import write_synced
 from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
-from embedding_store.errors import PositionError, StoreError, disk_errors
+from embedding_store.errors import OtherLayouts, PositionError, StoreError, disk_errors
+from embedding_store.families import (
+    ABOUT,
+    AT,
+    BLOBS,
+    FIRST,
+    GONE,
+    META,
+    OUTBOX,
+    RECORD,
+    blob_prefix,
+    described,
+    dtype_of,
+    ids_of,
+    note_families,
+    note_family,
+    note_keys,
+    noted,
+    place_of,
+    place_value,
+    row_family,
+    sequence_key,
+)
 from embedding_store.faults import fault
 from embedding_store.rocks import Batch, Db, keys_of, open_db
 
 FORMAT = 2
-_SIGN = np.uint64(1 << 63)
-_META, _BLOBS, _OUTBOX, _GONE = "meta", "blobs", "outbox", "gone"
-_ABOUT, _HEAD, _DENSE, _RECORD = b"about", b"head", b"dense", b"note\x00"
+_HEAD, _DENSE = b"head", b"dense"
 CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
-_AT, _FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 OWN = "."  # how the names of blob families begin that replicas do not need
 
 
@@ -127,21 +145,21 @@ class CheckpointStore:
         With `layouts` None a store that is there is opened with those that it was written with. With `sync` a commit
         waits for the disk and outlives a power cut, without it only a kill -9. `strict`: see `open_db`.
 
-        Raises StoreLocked where another process has it open, StoreError where it was written with other layouts or in
-        another format, is damaged, or (with None) is not there.
+        Raises StoreLocked where another process has it open, OtherLayouts where it was written with others (see
+        reshape.py), StoreError where it has another format, is damaged, or (with None) is not there.
         """
         self.path, self._sync = Path(path), sync
         if layouts is None and not (self.path / "CURRENT").exists():
             raise StoreError(f"there is no store at {self.path}: name the data directory of a train worker")
         self._read_only, self._closed, self._remembers = read_only, False, False
-        families = [_META, _BLOBS, _OUTBOX, _GONE, *map(_family, layouts or ()), *_noted(layouts or {})]
+        families = [META, BLOBS, OUTBOX, GONE, *map(row_family, layouts or ()), *note_families(layouts or {})]
         self._db = open_db(self.path, families, read_only, strict=strict)
         try:
             self.layouts = self._checked_layouts(layouts, read_only)
             record = self._head_record()
             self._last = (record.epoch, record.sequence) if record else (0, 0)
             self._check_commits()
-            self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(_OUTBOX, _FIRST)]
+            self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(OUTBOX, FIRST)]
         except BaseException:
             self._db.close()
             raise
@@ -164,20 +182,20 @@ class CheckpointStore:
         if about and not commit.dense.keys() >= set(about.dense):
             raise ValueError("the version has dense weights that its commit has not")
         batch = self._db.batch()
-        place = _place_value((commit.epoch, commit.sequence))
+        place = place_value((commit.epoch, commit.sequence))
         for table, ids in commit.gone.items():
             self._put_gone(batch, table, ids, place)
         for table, rows in commit.rows.items():
             self._put_rows(batch, table, rows.sorted())
         for table, notes in commit.notes.items():
-            _put_notes(batch, _notes(table), notes)
+            _put_notes(batch, note_family(table), notes)
         for name, blobs in commit.blobs.items():
             ids = np.array(sorted(blobs), np.int64)
-            prefix = _blob_prefix(name)
-            batch.put_all(_BLOBS, (prefix + key for key in keys_of(ids)), (blobs[i] for i in ids.tolist()))
+            prefix = blob_prefix(name)
+            batch.put_all(BLOBS, (prefix + key for key in keys_of(ids)), (blobs[i] for i in ids.tolist()))
         if commit.parts:
-            batch.into(_OUTBOX)[_sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
-        meta = batch.into(_META)
+            batch.into(OUTBOX)[sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
+        meta = batch.into(META)
         meta[_DENSE] = save({n: np.ascontiguousarray(a) for n, a in commit.dense.items()})
         head = _HeadRecord(
             commit.epoch, commit.sequence, commit.state, about, commit.settings, commit.event_time_ms
@@ -185,7 +203,7 @@ class CheckpointStore:
         meta[_HEAD] = msgspec.msgpack.encode(head)
         _put_records(batch, commit.records)
         for family in self._dated():
-            batch.into(family)[_AT] = place
+            batch.into(family)[AT] = place
         fault("commit.filled")
         self._db.write(batch, self._sync)
         fault("commit.written")
@@ -199,7 +217,7 @@ class CheckpointStore:
         if record is None:
             return None
         return Head(
-            record.epoch, record.sequence, record.state, load(self._db.get(_META, _DENSE) or b""), record.settings,
+            record.epoch, record.sequence, record.state, load(self._db.get(META, _DENSE) or b""), record.settings,
             record.event_time_ms, record.version.created_ms if record.version else 0,
         )  # fmt: skip
 
@@ -214,14 +232,14 @@ class CheckpointStore:
 
     def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
         """All rows of a table sorted by id, in chunks of up to `chunk`. Do not commit while it runs."""
-        items = self._db.items(_family(table), _FIRST)
+        items = self._db.items(row_family(table), FIRST)
         while flat := list(chain.from_iterable(islice(items, chunk))):  # pairs would be work for the garbage collector
-            yield self._unpack(table, _ids(flat[::2]), flat[1::2])
+            yield self._unpack(table, ids_of(flat[::2]), flat[1::2])
 
     def read_rows(self, table: str, ids: np.ndarray) -> tuple[np.ndarray, TableRows]:
         """ids int64 [n] → (found bool [n], the rows of those that were found, in their order). 2 to 4 µs an id."""
         order = np.argsort(ids, kind="stable")
-        values = self._db.get_many(_family(table), keys_of(ids[order]))
+        values = self._db.get_many(row_family(table), keys_of(ids[order]))
         found_sorted = np.fromiter((v is not None for v in values), bool, len(values))
         found = np.empty(len(ids), bool)
         found[order] = found_sorted
@@ -231,43 +249,43 @@ class CheckpointStore:
     def noted_before(self, table: str, time: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int64 [n], their times int64 [n] ms) of a table's notes under times before `time`, 1 µs each."""
         end = time.to_bytes(8, "big")
-        keys = takewhile(lambda key: key < end, (key for key, _ in self._db.items(_notes(table), _FIRST)))
-        both = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2)
-        return (both[:, 1].astype(np.uint64) ^ _SIGN).astype(np.int64), both[:, 0].astype(np.int64)
+        keys = takewhile(lambda key: key < end, (key for key, _ in self._db.items(note_family(table), FIRST)))
+        times, ids = noted(list(keys))
+        return ids, times
 
     def has_rows(self, table: str) -> bool:
         """Whether the table has any row."""
-        return next(self._db.items(_family(table), _FIRST), None) is not None
+        return next(self._db.items(row_family(table), FIRST), None) is not None
 
     def iter_blobs(self, name: str) -> Iterator[tuple[int, bytes]]:
         """(id, bytes) of a blob family, sorted by id."""
-        prefix = _blob_prefix(name)
-        for key, value in self._db.items(_BLOBS, prefix):
+        prefix = blob_prefix(name)
+        for key, value in self._db.items(BLOBS, prefix):
             if not key.startswith(prefix):
                 return
-            yield int(_ids([key[len(prefix) :]])[0]), value
+            yield int(ids_of([key[len(prefix) :]])[0]), value
 
     def blob_names(self) -> list[str]:
         """The blob families that hold something."""
         names: list[str] = []
-        found = next(self._db.items(_BLOBS, _FIRST), None)
+        found = next(self._db.items(BLOBS, FIRST), None)
         while found is not None:
             name = found[0][:-9]  # the id's eight bytes and the zero before them
             names.append(name.decode())
-            found = next(self._db.items(_BLOBS, name + b"\x01"), None)
+            found = next(self._db.items(BLOBS, name + b"\x01"), None)
         return names
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """(key, value) of the owner's records, sorted by key."""
-        for key, value in self._db.items(_META, _RECORD):
-            if not key.startswith(_RECORD):
+        for key, value in self._db.items(META, RECORD):
+            if not key.startswith(RECORD):
                 return
-            yield key[len(_RECORD) :], value
+            yield key[len(RECORD) :], value
 
     def outbox(self) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the versions that were not acknowledged, oldest first, as they were committed."""
-        keys = [_sequence_key(s) for s in self._outbox]
-        values = self._db.get_many(_OUTBOX, keys)
+        keys = [sequence_key(s) for s in self._outbox]
+        values = self._db.get_many(OUTBOX, keys)
         stored = zip(self._outbox, values, strict=True)
         return [(s, msgspec.msgpack.decode(v, type=list[bytes])) for s, v in stored if v is not None]
 
@@ -281,9 +299,9 @@ class CheckpointStore:
             return
         fault("acknowledge.begun")
         batch = self._db.batch()
-        outbox = batch.into(_OUTBOX)
+        outbox = batch.into(OUTBOX)
         for sequence in gone:
-            del outbox[_sequence_key(sequence)]
+            del outbox[sequence_key(sequence)]
         self._db.write(batch, sync=False)
         fault("acknowledge.written")
         self._outbox = self._outbox[len(gone) :]
@@ -315,7 +333,7 @@ class CheckpointStore:
 
         Commits may go on meanwhile, in another thread.
         """
-        for family in (_META, _GONE, *self._dated()):
+        for family in (META, GONE, *self._dated()):
             self._db.compact(family)
 
     def remember_gone(self, since: tuple[int, int] | None) -> None:
@@ -325,10 +343,10 @@ class CheckpointStore:
         """
         self._remembers = since is not None
         batch = self._db.batch()
-        notes = batch.into(_GONE)
+        notes = batch.into(GONE)
         count = 0
-        for key, value in self._db.items(_GONE):
-            if since is None or _place_of(value) <= since:
+        for key, value in self._db.items(GONE):
+            if since is None or place_of(value) <= since:
                 del notes[key]
                 count += 1
         if count:
@@ -337,15 +355,15 @@ class CheckpointStore:
     def gone_since(self, since: tuple[int, int]) -> dict[str, np.ndarray]:
         """table → int64 ids, ascending, that commits after the version `since` took away, as far as it was noted."""
         keys: dict[str, list[bytes]] = {}
-        for key, value in self._db.items(_GONE):
-            if _place_of(value) > since:
+        for key, value in self._db.items(GONE):
+            if place_of(value) > since:
                 keys.setdefault(key[:-9].decode(), []).append(key[-8:])
-        return {table: _ids(some) for table, some in keys.items()}
+        return {table: ids_of(some) for table, some in keys.items()}
 
     def scan(self) -> None:
         """Reads every block of every file, so that RocksDB compares its checksums. Raises StoreError at the first that
         is damaged."""
-        for family in (_META, _GONE, *self._dated()):
+        for family in (META, GONE, *self._dated()):
             for _ in self._db.items(family):
                 pass
 
@@ -387,21 +405,20 @@ class CheckpointStore:
         return self._db
 
     def _head_record(self) -> _HeadRecord | None:
-        value = self._db.get(_META, _HEAD)
+        value = self._db.get(META, _HEAD)
         return None if value is None else msgspec.msgpack.decode(value, type=_HeadRecord)
 
     def _dated(self) -> list[str]:
         """The families that say which commit they are at."""
-        return [_BLOBS, _OUTBOX, *map(_family, self.layouts), *_noted(self.layouts)]
+        return [BLOBS, OUTBOX, *map(row_family, self.layouts), *note_families(self.layouts)]
 
     def _checked_layouts(self, layouts: Mapping[str, np.dtype] | None, read_only: bool) -> dict[str, np.dtype]:
-        raw = self._db.get(_META, _ABOUT)
+        raw = self._db.get(META, ABOUT)
         if raw is None:
             if layouts is None or read_only:
                 raise StoreError(f"{self.path} is no store of a train worker: check the path")
-            described = {table: dtype.descr for table, dtype in sorted(layouts.items())}
             batch = self._db.batch()
-            batch.into(_META)[_ABOUT] = msgspec.json.encode({"format": FORMAT, "layouts": described})
+            batch.into(META)[ABOUT] = msgspec.json.encode({"format": FORMAT, "layouts": described(layouts)})
             self._db.write(batch)
             return dict(layouts)
         about = msgspec.json.decode(raw)
@@ -410,12 +427,12 @@ class CheckpointStore:
                 f"the store {self.path} has the format {about['format']}, this release has {FORMAT}: use the release "
                 "that wrote it, or choose an empty data directory"
             )
-        stored = {table: _dtype(fields) for table, fields in about["layouts"].items()}
+        stored = {table: dtype_of(fields) for table, fields in about["layouts"].items()}
         if layouts is not None and stored != dict(layouts):
             different = [t for t in {**stored, **layouts} if stored.get(t) != layouts.get(t)]
-            raise StoreError(
+            raise OtherLayouts(
                 f"the store {self.path} was written with other tables, dimensions or optimizers "
-                f"({', '.join(sorted(different))}): set them back, or choose an empty data directory"
+                f"({', '.join(sorted(different))}): start a train worker with these settings, it reshapes the store"
             )
         return stored
 
@@ -428,8 +445,8 @@ class CheckpointStore:
                 f"{self._last[0]}.{self._last[1]}: go back to a kept one with `headrace checkpoint rollback`"
             )
         for family in self._dated():
-            value = self._db.get(family, _AT)
-            at = _place_of(value) if value else (0, 0)
+            value = self._db.get(family, AT)
+            at = place_of(value) if value else (0, 0)
             if at != self._last:
                 raise StoreError(
                     f"the store {self.path} is damaged: {family!r} is at commit {at[0]}.{at[1]}, the rest at "
@@ -438,18 +455,18 @@ class CheckpointStore:
 
     def _put_gone(self, batch: Batch, table: str, ids: np.ndarray, place: bytes) -> None:
         keys = keys_of(np.unique(ids))
-        delete = batch.into(_family(table))
+        delete = batch.into(row_family(table))
         for key in keys:
             del delete[key]
         if self._remembers:
-            batch.put_all(_GONE, (_blob_prefix(table) + key for key in keys), (place for _ in keys))
+            batch.put_all(GONE, (blob_prefix(table) + key for key in keys), (place for _ in keys))
 
     def _put_rows(self, batch: Batch, table: str, rows: TableRows) -> None:
         dtype = self.layouts[table]
         if set(rows.columns) != set(dtype.names or ()):
             raise ValueError(f"rows of {table!r} have the columns {sorted(rows.columns)}, not those of its layout")
         packed = pack(rows, dtype)
-        batch.put_all(_family(table), keys_of(rows.ids), packed.view(f"V{dtype.itemsize}").tolist())
+        batch.put_all(row_family(table), keys_of(rows.ids), packed.view(f"V{dtype.itemsize}").tolist())
 
     def _unpack(self, table: str, ids: np.ndarray, values: list[bytes] | tuple[bytes, ...]) -> TableRows:
         dtype = self.layouts[table]
@@ -461,33 +478,16 @@ class CheckpointStore:
 
 
 def _put_records(batch: Batch, records: dict[bytes, bytes]) -> None:
-    meta = batch.into(_META)
+    meta = batch.into(META)
     for key, value in sorted(records.items()):
         if value:
-            meta[_RECORD + key] = value
+            meta[RECORD + key] = value
         else:
-            del meta[_RECORD + key]
+            del meta[RECORD + key]
 
 
 def _version_record(version: Version) -> _VersionRecord:
     return _VersionRecord(version.created_ms, version.positions, version.info, list(version.dense))
-
-
-def _family(table: str) -> str:
-    return f"rows.{table}"
-
-
-def _notes(table: str) -> str:
-    return f"notes.{table}"
-
-
-def _noted(layouts: Mapping[str, np.dtype]) -> list[str]:
-    """The families of notes that tables of these layouts have."""
-    return [_notes(table) for table, layout in layouts.items() if TOUCHED in (layout.names or ())]
-
-
-def _blob_prefix(name: str) -> bytes:
-    return name.encode() + b"\x00"
 
 
 def _say_closed(path: Path, place: tuple[int, int]) -> None:
@@ -510,38 +510,8 @@ def _closed_at(path: Path) -> tuple[int, int]:
         ) from error
 
 
-def _place_value(place: tuple[int, int]) -> bytes:
-    return place[0].to_bytes(8, "big") + place[1].to_bytes(8, "big")
-
-
-def _place_of(value: bytes) -> tuple[int, int]:
-    return int.from_bytes(value[:8], "big"), int.from_bytes(value[8:], "big")
-
-
-def _dtype(fields: list) -> np.dtype:
-    """The structured dtype whose `descr` was written as JSON."""
-    return np.dtype([(name, text, *(tuple(shape) for shape in rest)) for name, text, *rest in fields])
-
-
-def _sequence_key(sequence: int) -> bytes:
-    return sequence.to_bytes(8, "big")
-
-
-def _ids(keys: list[bytes] | tuple[bytes, ...]) -> np.ndarray:
-    """The inverse of `keys_of`."""
-    return (np.frombuffer(b"".join(keys), ">u8").astype(np.uint64) ^ _SIGN).astype(np.int64)
-
-
 def _put_notes(batch: Batch, family: str, notes: Notes) -> None:
     delete = batch.into(family)
-    for key in _note_keys(notes.old_times, notes.old_ids):
+    for key in note_keys(notes.old_times, notes.old_ids):
         del delete[key]
-    batch.put_all(family, _note_keys(notes.times, notes.ids), repeat(b"", len(notes.ids)))
-
-
-def _note_keys(times: np.ndarray, ids: np.ndarray) -> list[bytes]:
-    """int64 [n] each → sorted keys in whose order the times ascend, then the ids."""
-    order = np.lexsort((ids, times))
-    keys = np.empty((len(ids), 2), ">u8")
-    keys[:, 0], keys[:, 1] = times[order], ids[order].astype(np.uint64) ^ _SIGN
-    return keys.view("V16").ravel().tolist()
+    batch.put_all(family, note_keys(notes.times, notes.ids), repeat(b"", len(notes.ids)))

@@ -7,6 +7,7 @@ HeadraceError
 ├── FencedError       another worker took over this worker's place
 ├── StoreError        a store cannot be opened, read or written
 │   ├── StoreLocked   another process holds it
+│   ├── OtherLayouts  it was written with other tables
 │   └── DiskFull      no space left
 ├── RankLost          the trainer's ranks are no longer together
 ├── PositionError     blocks or versions do not follow one another
@@ -46,6 +47,10 @@ class StoreError(HeadraceError):
 
 class StoreLocked(StoreError):
     """Another process holds the store."""
+
+
+class OtherLayouts(StoreError):
+    """A store was written with other tables, or with others of their columns."""
 
 
 class DiskFull(StoreError):

@@ -157,6 +157,14 @@ class Db:
             options.set_bottommost_level_compaction(BottommostLevelCompaction.force())
             self.family(family).compact_range(None, None, options)
 
+    def drop(self, family: str) -> None:
+        """Takes a family away, with all that is in it."""
+        with _mapped_errors(self.path):
+            db = self._opened()
+            self._families.pop(family).close()
+            del self._handles[family]
+            db.drop_column_family(family)
+
     def batch(self) -> Batch:
         """An empty batch for `write`; after a failed write the database is opened anew first."""
         self._reopen_if_failed()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import FORMAT, CheckpointStore, Commit, Head
 from embedding_store.copies import Manifest, replace_directory, settle_directory
@@ -25,6 +26,21 @@ from online_model.features import USER
 from online_model.positions import Position, position_of, rolled_back
 
 log = logging.getLogger("headrace")
+
+STATE_FORMAT = 3
+
+
+def state_of(head: Head, path: Path) -> dict[str, Any]:
+    """The trainer's state in a commit of the store at `path`. Raises StoreError where another release wrote it."""
+    state = orjson.loads(head.state)
+    if state["format"] != STATE_FORMAT:
+        raise StoreError(f"the store {path} was written by another release: use that, or an empty data directory")
+    return state
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """16 hex digits of a trainer's settings, as they are in its state."""
+    return xxh3_64_hexdigest(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS))
 
 
 def logical_state(state: bytes) -> bytes:
@@ -133,7 +149,8 @@ def _commit(store: CheckpointStore, live: Head | None, forgotten: dict[str, np.n
         state["mark"] = told["mark"]
         epoch, sequence = max(head.epoch, live.epoch) + 1, max(head.sequence, live.sequence) + 1
     # What users did is their own: one who was forgotten after the checkpoint was kept is not brought back by it.
-    gone = {table: ids for table, ids in forgotten.items() if len(ids)}
+    # A table that was added since is not in it.
+    gone = {table: ids for table, ids in forgotten.items() if len(ids) and table in store.layouts}
     if USER in gone:
         state["erased"] = 1  # the next snapshot is made of rewritten files
     partitions = {str(p): asdict(at) for p, at in sorted(positions.items())}

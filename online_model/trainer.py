@@ -26,11 +26,9 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 import orjson
-from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import CheckpointStore, Commit, Notes
 from embedding_store.columns import TableRows
-from embedding_store.copies import settle_directory
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
 from embedding_store.faults import fault
@@ -38,7 +36,7 @@ from embedding_store.ids import hash_text
 from embedding_store.owed import Owed
 from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
-from online_model.checkpoints import digest_of
+from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
@@ -51,12 +49,12 @@ from online_model.positions import Intake, Position
 from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
+from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
-_FORMAT = 3
 
 
 def open_trainer(
@@ -70,20 +68,19 @@ def open_trainer(
 ) -> Trainer:
     """A trainer that goes on from the store at `path` (made if there is none). Arguments: see Trainer.
 
-    With `sync` a commit outlives a power cut, without it only a kill -9. With several `ranks` each opens one, all but
-    the first without a path.
+    With `sync` a commit outlives a power cut, without it only a kill -9. Settings of another shape of model change the
+    store first: `widening.open_widened`. With several `ranks` each opens one, all but the first without a path.
 
-    Raises StoreLocked, StoreError, RankLost.
+    Raises StoreLocked, StoreError, UsageError, RankLost.
     """
     specs = table_specs(settings.features)
-    store = None
+    extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
+    ranker, store = Ranker(settings.features.dim, settings.ranker, extra), None
     if path is not None:
-        settle_directory(path)  # after a rollback that was cut short
-        store = CheckpointStore(path, {spec.name: spec.layout for spec in specs}, sync=sync)
+        store = open_widened(settings, {spec.name: spec.layout for spec in specs}, ranker, path, clock, sync)
     try:
         tables = EmbeddingTables(specs, device, store, ranks)
-        extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
-        ranker = Ranker(settings.features.dim, settings.ranker, extra).to(device)
+        ranker.to(device)
         trainer = Trainer(settings, tables, ranker, store, clock, partitions)
         trainer.restore()
     except BaseException:
@@ -292,7 +289,7 @@ class Trainer:
             self.epoch, sequence, self._state(), {**weights, **self._dense_state()}, touched,
             {**version.blobs, **self.tables.sketches()}, parts, replace(version, dense=weights), gone,
             notes, records=plan.records,
-            settings=xxh3_64_hexdigest(orjson.dumps(self._settings(), option=orjson.OPT_SORT_KEYS)),
+            settings=settings_digest(self._settings()),
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
         self._owed.accept(plan, now_ms)
@@ -308,9 +305,7 @@ class Trainer:
         head = self.ranks.from_first(lambda: self.store.head())
         if head is None:
             return False
-        state = orjson.loads(head.state)
-        if state["format"] != _FORMAT:
-            raise StoreError("the store was written by another release: use that, or an empty data directory")
+        state = self.ranks.from_first(lambda: state_of(head, self.store.path))
         own = self._ranker.weights().keys()
         self._ranker.load_weights({name: head.dense[name] for name in head.dense.keys() & own})
         self._learner.load(_part(head.dense, "adam."))
@@ -458,7 +453,7 @@ class Trainer:
         return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
 
     def _state(self) -> bytes:
-        state = {"format": _FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
+        state = {"format": STATE_FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
                  "erased": int(self.erasures > self.purged)}
         state["unclicked_rate"] = self._unclicked_rate
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)

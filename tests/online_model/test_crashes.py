@@ -21,12 +21,13 @@ from embedding_store.snapshot import latest_snapshot, read_snapshot
 from tests.end_to_end.test_fault_points import WORKER_POINTS
 from tests.online_model import crashing
 from tests.online_model.expected import Expected
+from tests.online_model.test_widening import RESHAPE
 from tests.streams.children import processes
 
 BLOCKS = len(crashing.blocks())
 RECOVERY = ["recover.opened", "recover.weights", "recover.rows", "recover.done"]
 ROLLBACK = [point for point in POINTS if point.partition(".")[0] in ("rollback", "replace")]
-LEARNING = [point for point in POINTS if point not in (*RECOVERY, *ROLLBACK, *WORKER_POINTS)]
+LEARNING = [point for point in POINTS if point not in (*RECOVERY, *ROLLBACK, *RESHAPE, *WORKER_POINTS)]
 
 
 def _end_of(target: object, *arguments: object) -> int | None:
@@ -166,7 +167,7 @@ def test_a_trainer_that_is_started_after_half_a_rollback_has_the_old_store_or_th
 
 
 def test_every_point_is_crashed_at_by_some_test() -> None:
-    assert {*LEARNING, *RECOVERY, *ROLLBACK, *WORKER_POINTS} == set(POINTS)
+    assert {*LEARNING, *RECOVERY, *ROLLBACK, *RESHAPE, *WORKER_POINTS} == set(POINTS)
     assert len(LEARNING) >= len(RECOVERY), "each of the recovery's is reached by one of these"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from embedding_store.columns import TOUCHED
 from embedding_store.delta import Assembler
-from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked, UsageError
+from embedding_store.errors import DiskFull, PositionError, StoreLocked, UsageError
 from embedding_store.expiry import GRAIN_MS
 from embedding_store.snapshot import read_snapshot, snapshot_of
 from embedding_store.specs import RowRules
@@ -263,11 +263,10 @@ def test_what_cannot_go_on_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(StoreLocked):
         opened(tmp_path)
     trainer.store.close()
-    other = msgspec.structs.replace(SMALL, ranker=RankerSettings(hidden=32))
-    with pytest.raises(UsageError, match="settings"):
-        opened(tmp_path, other)
-    with pytest.raises(StoreError, match="dimensions"):
-        opened(tmp_path, TrainerSettings(features=FeatureSettings(dim=16)))
+    with pytest.raises(UsageError, match="set hidden back to 16"):
+        opened(tmp_path, msgspec.structs.replace(SMALL, ranker=RankerSettings(hidden=8)))
+    with pytest.raises(UsageError, match="set dim back to 8"):
+        opened(tmp_path, TrainerSettings(features=FeatureSettings(dim=4)))
     opened(tmp_path).store.close()
 
 

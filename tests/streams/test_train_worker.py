@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import numpy as np
 import orjson
 import pytest
@@ -141,6 +142,42 @@ def test_versions_that_the_store_forgot_are_superseded(
     snapshot = latest_snapshot(tmp_path / "data" / "snapshots")
     assert snapshot is not None
     assert place_of(snapshot) == (2, last.sequence), "a replica past the base needs it"
+
+
+def test_a_worker_with_a_wider_model_goes_on_and_replicas_take_it(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    blocks, snapshots = _made_blocks(0, 1_800), tmp_path / "data" / "snapshots"
+    wide = settings | {"model": settings["model"] | {"features": settings["model"]["features"] | {"dim": 16}}}
+    serve = {name: settings[name] for name in ("bootstrap", "data_dir", "topics")} | {"port": 0}
+    _send(broker, topics, blocks[:10])
+    with running("serve", tmp_path / "old.log", **serve) as old:
+        with running("train", tmp_path / "log", **settings) as child:
+            _wait_for_all(broker, topics, {0: blocks[:10]}, child)
+            assert child.stop() == 0, child.said
+        last = _versions(broker, topics)[-1].sequence
+        wait_for(lambda: _served(old)["version"] == f"1.{last}", child=old)
+        with running("train", tmp_path / "log", **wide) as child:
+            wait_for(lambda: latest_snapshot(snapshots) == snapshots / f"2-{last + 1}", child=child)
+            assert "another shape of the model: table category widened from dim 8 to 16; table item" in child.said
+            with running("serve", tmp_path / "new.log", **serve) as new:  # while the trainer has nothing to say
+                wait_for(lambda: _served(new)["version"] == f"2.{last + 1}", child=new)
+                _send(broker, topics, blocks[10:])
+                _wait_for_all_of(lambda: _in_epoch(broker, topics, 2), {0: blocks}, child)
+                assert child.stop() == 0, child.said
+                first, *_, end = _in_epoch(broker, topics, 2)
+                assert first.base == (2, last + 1), "no replica of the old width can go on from there"
+                for replica in (old, new):
+                    wait_for(lambda replica=replica: _served(replica)["version"] == f"2.{end.sequence}", child=replica)
+                    assert _served(replica)["info"]["settings"]["features"]["dim"] == 16
+                assert "refused" not in old.said
+
+
+def _served(child: Child) -> dict:
+    """What a replica says of its model."""
+    wait_for(lambda: "serving on http://" in child.says, child=child)
+    address = child.says.split("serving on ")[1].split()[0]
+    return httpx.get(f"{address}/v1/model", timeout=30).json()
 
 
 def _in_epoch(broker: str, topics: TopicSettings, epoch: int) -> list[Version]:
