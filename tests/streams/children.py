@@ -31,7 +31,7 @@ class Child:
 
     def start(self) -> None:
         self._log_from = len(self.said)
-        self.process = processes.Process(target=_run, args=self._arguments, daemon=True)
+        self.process = processes.Process(target=_run, args=self._arguments)  # no daemon: it may have processes itself
         self.process.start()
 
     def kill(self) -> None:

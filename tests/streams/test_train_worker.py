@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from threading import Thread
 import httpx
 import numpy as np
 import orjson
+import psutil
 import pytest
 from aiokafka import AIOKafkaProducer
 from kafka import KafkaProducer
@@ -113,6 +117,48 @@ def test_each_row_is_learned_once_though_the_worker_is_killed(
     last = _versions(broker, topics)[-1]
     assert snapshot is not None
     assert snapshot.name == f"{last.epoch}-{last.sequence}"
+
+
+def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """Rank 1 by kill -9: the worker ends and says so. The worker: rank 1 ends too. Then one rank goes on alone."""
+    blocks = {p: _made_blocks(p, 4_000) for p in range(PARTITIONS)}
+    mixed = [block for pair in zip(*blocks.values(), strict=True) for block in pair]
+    sending = Thread(target=_send, args=(broker, topics, mixed, 0.1))
+    sending.start()
+    with running("train", tmp_path / "log", **settings, ranks=2) as child:
+        _wait_for_versions(broker, topics, 3, child)
+        os.kill(_rank_1(child), signal.SIGKILL)
+        assert child.wait(30) == 1
+        assert "the 2 ranks of the trainer are no longer together" in child.said.splitlines()[-1]
+        child.start()
+        wait_for(lambda: "training on partitions" in child.says, child=child)
+        rank_1 = _rank_1(child)
+        child.kill()
+        wait_for(lambda: not psutil.pid_exists(rank_1))
+        child.start()
+        _wait_for_all(broker, topics, blocks, child)
+        sending.join()
+        rank_1 = _rank_1(child)
+        assert child.stop() == 0, child.said
+        assert not psutil.pid_exists(rank_1)
+    blocks = {p: blocks[p] + _made_blocks(p, 4_600)[len(blocks[p]) :] for p in blocks}
+    _send(broker, topics, [block for p in blocks for block in blocks[p][-10:]])
+    with running("train", tmp_path / "log", **settings) as child:
+        _wait_for_all(broker, topics, blocks, child)
+        assert child.stop() == 0, child.said
+    assert {version.epoch for version in _versions(broker, topics)} == {1}
+
+
+def _rank_1(child: Child) -> int:
+    """Its process id."""
+    found = re.findall(r"rank 0 of 2, with processes (\d+)", child.says)
+    return int(found[-1])
+
+
+def _wait_for_versions(broker: str, topics: TopicSettings, count: int, child: Child) -> None:
+    wait_for(lambda: len(_versions(broker, topics)) >= count, child=child)
 
 
 def test_versions_that_the_store_forgot_are_superseded(
