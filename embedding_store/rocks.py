@@ -36,6 +36,7 @@ from rocksdict import (
 )
 
 from embedding_store.errors import DiskFull, StoreError, StoreLocked
+from embedding_store.faults import fault
 
 DEFAULT_FAMILY = "default"  # RocksDB always has this one
 _CACHE_BYTES = 64 << 20
@@ -171,6 +172,7 @@ class Db:
         options.sync = sync
         with _mapped_errors(self.path):
             db = self._opened()
+            fault("store.write")
             self._failed = True
             db.write(batch.raw, options)
             self._failed = False

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deploy.torture import WRONG
-from deploy.torture.faults import plan
+from deploy.torture.faults import ON_DISK, plan
 from deploy.torture.run import Torture
 from deploy.torture.story import Story
 
