@@ -75,8 +75,8 @@ def roll_back(path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None) 
     too. 3. It takes the store's place. 4. The old store goes. Killed in between, the store is the old or the new one:
     open it, or do it again.
 
-    Where there is no store, or none that can be read through, the kept one's own positions hold: what came after is learned
-    again, from `examples`, and nothing is set aside.
+    Where there is no store, or none that can be read through, the kept one's own positions hold: what came after is
+    learned again, from `examples`, and nothing is set aside.
 
     Raises StoreLocked while a worker has the store, StoreError, CorruptRecord, DiskFull.
     """

@@ -24,7 +24,7 @@ ON_DISK: dict[Kind, tuple[str, ...]] = {  # what is done to the disk, and the ki
     "damage_join_copy": ("join",), "damage_snapshot": ("serve",), "full_disk": ("train", "join"),
     "slow_disk": ("train", "join"),
 }  # fmt: skip
-ON_DISK_SHARE, ON_DISK_LEAST = 0.16, 2  # for each kill, where there is any
+ON_DISK_SHARE, ON_DISK_LEAST = 0.16, 4  # for each kill, where there is any
 ON_DISK_S = (4.0, 7.0)  # a start, and a little of what comes of it
 
 
