@@ -119,9 +119,13 @@ class DiskFaults:
 
     def _damage_checkpoint(self, fault: Fault, dice: random.Random) -> bool:
         """Both `verify` and `rollback` must refuse it. It is then deleted, as they say."""
-        kept = self._kept()
-        if kept is None:
-            return False
+        deadline = time.monotonic() + READY_S
+        while (kept := self._kept()) is None:
+            self.cluster.revive()
+            if time.monotonic() > deadline:
+                log = self.cluster.workers["train"].log
+                raise WorkerFailed(f"no checkpoint is kept within {READY_S:.0f} s: see {log}")
+            time.sleep(0.1)
         self.cluster.halt(fault.target)
         path = self._damage(kept, ("*",), dice)
         found = self._command("checkpoint", "verify")
