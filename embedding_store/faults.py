@@ -1,6 +1,7 @@
 """Places where a test may end the process, as a kill -9 there would. Free while none is armed: one comparison.
 
     HEADRACE_FAULT=commit.written:3 headrace train      # ends itself the third time that it comes to that point
+    HEADRACE_FAULT=store.write:1:0.5 headrace train     # waits there half a second, each time from the first on
 
 A point stands at the boundary between two steps: what is done before it, and what is not yet. All are named here, so
 that a test can go through them; a name that is not here is refused.
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 VARIABLE = "HEADRACE_FAULT"
 POINTS = {
+    "store.write": "RocksDB is about to get a batch: of a commit, an acknowledgement, a joiner's slice",
     "commit.begun": "nothing is read yet",
     "commit.encoded": "the version's parts are in memory",
     "commit.filled": "the batch is filled, not written",
@@ -54,39 +57,46 @@ POINTS = {
     "rollback.done": "the old one is gone",
 }
 
-_armed: tuple[str, int] | None = None  # (point, how many times it is still passed)
+_armed: tuple[str, int, float] | None = None  # (point, how many times it is still passed, seconds)
 
 
 def fault(point: str) -> None:
-    """The process ends here (SIGKILL), if it was armed so."""
+    """The process ends here (SIGKILL), or waits, if it was armed so."""
     if _armed is not None:
         _pass(point)
 
 
-def arm(point: str | None, times: int = 1) -> None:
-    """From now on the process ends when it comes to `point` for the n-th time; None: nowhere. Raises ValueError."""
+def arm(point: str | None, times: int = 1, seconds: float = 0.0) -> None:
+    """From now on the process ends when it comes to `point` for the n-th time; None: nowhere. Raises ValueError.
+
+    With `seconds` it waits so long instead, then and each time after it: a slow disk.
+    """
     global _armed
     if point is not None and (point not in POINTS or times < 1):
         raise ValueError(f"{point}:{times} is no fault point; there are {', '.join(POINTS)}")
-    _armed = None if point is None else (point, times)
+    _armed = None if point is None else (point, times, seconds)
 
 
 def arm_from(text: str) -> None:
-    """As `arm`, of "POINT" or "POINT:TIMES"; "": nowhere. Raises ValueError."""
-    point, _, times = text.partition(":")
-    arm(point or None, int(times or 1))
+    """As `arm`, of "POINT", "POINT:TIMES" or "POINT:TIMES:SECONDS"; "": nowhere. Raises ValueError."""
+    point, _, rest = text.partition(":")
+    times, _, seconds = rest.partition(":")
+    arm(point or None, int(times or 1), float(seconds or 0))
 
 
 def _pass(point: str) -> None:
     global _armed
     assert point in POINTS, point
     assert _armed is not None
-    wanted, left = _armed
+    wanted, left, seconds = _armed
     if point != wanted:
         return
-    if left == 1:
+    if left > 1:
+        _armed = (wanted, left - 1, seconds)
+    elif seconds:
+        time.sleep(seconds)
+    else:
         os.kill(os.getpid(), signal.SIGKILL)
-    _armed = (wanted, left - 1)
 
 
 arm_from(os.environ.get(VARIABLE, ""))

@@ -45,6 +45,7 @@ class KeptCheckpoints:
                 if head is None:
                     return None
                 about = describe(frozen)
+                frozen.scan()  # also what is not described
             fault("keep.read")
             self._copies.put(copy, number_of(head.place), about, keep, stopped, link=".sst")
             return head.place

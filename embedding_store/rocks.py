@@ -34,11 +34,14 @@ from rocksdict import (
     WriteBatch,
     WriteOptions,
 )
+from xxhash import xxh3_64
 
 from embedding_store.errors import DiskFull, StoreError, StoreLocked
+from embedding_store.faults import fault
 
 DEFAULT_FAMILY = "default"  # RocksDB always has this one
 _CACHE_BYTES = 64 << 20
+_MANIFEST = b"manifest"  # in the default family: what RocksDB's list of its files was at the last write
 _SIGN = np.uint64(1 << 63)
 
 
@@ -89,6 +92,7 @@ class Db:
         self._db: Rdict | None = None
         self._families: dict[str, Rdict] = {}
         self._handles: dict[str, ColumnFamily] = {}
+        self._manifest: _Manifest | None = None  # of a store that is open for writing
         self._failed = False  # RocksDB refuses all writes after one that failed, until it is opened anew
         self._connect()
 
@@ -151,7 +155,7 @@ class Db:
     def compact(self, family: str) -> None:
         """Rewrites a family, so that what was overwritten or deleted leaves the disk too. Takes its time."""
         with _mapped_errors(self.path):
-            self._opened()
+            self._opened().flush()  # the log is kept as long as any family needs it
             self.family(family).flush()
             options = CompactOptions()
             options.set_bottommost_level_compaction(BottommostLevelCompaction.force())
@@ -179,6 +183,9 @@ class Db:
         options.sync = sync
         with _mapped_errors(self.path):
             db = self._opened()
+            fault("store.write")
+            if self._manifest is not None:
+                batch.into(DEFAULT_FAMILY)[_MANIFEST] = self._manifest.grown()
             self._failed = True
             db.write(batch.raw, options)
             self._failed = False
@@ -237,6 +244,8 @@ class Db:
                 raise StoreError(
                     f"the store {self.path} lacks its file CURRENT: go back to a copy, or choose an empty directory"
                 )
+            before = _Manifest(self.path) if exists else None
+            listed = before.read() if before else b""
             found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
             names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
             cache = Cache(self._memory // 2 or _CACHE_BYTES)
@@ -250,6 +259,34 @@ class Db:
             self._db = Rdict(str(self.path), options.pop(DEFAULT_FAMILY), options, access)
             self._families = {n: self._db.get_column_family(n) for n in names}
             self._handles = {n: self._db.get_column_family_handle(n) for n in names}
+        try:
+            if before is not None:
+                self._check(before, listed)
+            if not self._read_only:
+                self._manifest = _Manifest(self.path)  # RocksDB has begun a new one
+                self.write(Batch(lambda name: None), sync=False)
+        except StoreError:
+            self._failed = True  # nothing is to be flushed
+            self.close()
+            raise
+
+    def _check(self, before: _Manifest, listed: bytes) -> None:
+        """That the list of files began, before RocksDB put another in its place, as it was at the last write.
+
+        Where it ends too early RocksDB takes what is left of it: a family then lacks a file whose log is long gone,
+        and has all that was written later.
+        """
+        noted = self.get(DEFAULT_FAMILY, _MANIFEST)
+        if self._read_only:
+            listed = before.read()  # another process may have added to it
+        name, size, _ = noted.split() if noted else (b"", b"", b"")
+        if name == before.name.encode():
+            before.add(listed[: int(size)])
+            if before.told() != noted:
+                raise StoreError(
+                    f"the store {self.path} is damaged: {before.name} is not as it was at the last write: go back to "
+                    "a copy of it"
+                )
 
 
 class Cursor:
@@ -328,6 +365,33 @@ def _options(cache: Cache, memory: int) -> Options:
     blocks.set_bloom_filter(10, False)  # a new id is looked up once, and missing: 0.4 µs
     options.set_block_based_table_factory(blocks)
     return options
+
+
+class _Manifest:
+    """RocksDB's list of its files, which it only ever adds to: name, length, and a checksum of so much of it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.name = (path / "CURRENT").read_text(errors="replace").strip()
+        self._path, self._size, self._sum = path / self.name, 0, xxh3_64()
+
+    def grown(self) -> bytes:
+        """"name size checksum", of all that is there. Costs 3 µs where nothing was added."""
+        if self._path.stat().st_size > self._size:
+            with self._path.open("rb") as file:
+                file.seek(self._size)
+                self.add(file.read())
+        return self.told()
+
+    def add(self, more: bytes) -> None:
+        self._size += len(more)
+        self._sum.update(more)
+
+    def told(self) -> bytes:
+        return f"{self.name} {self._size} {self._sum.hexdigest()}".encode()
+
+    def read(self) -> bytes:
+        return self._path.read_bytes()
 
 
 class _mapped_errors:

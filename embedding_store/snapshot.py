@@ -71,7 +71,10 @@ def read_snapshot(path: Path) -> Version:
     assembler, version = Assembler(), None
     with _mapped_errors(path):
         for file in sorted(path.iterdir()):
-            version = assembler.add(file.read_bytes())
+            try:
+                version = assembler.add(file.read_bytes())
+            except CorruptRecord as error:
+                raise CorruptRecord(f"the snapshot {path} is damaged in {file.name} ({error}): delete it") from error
     if version is None:
         raise CorruptRecord(f"the snapshot {path} lacks some of its parts: delete it, and an older one is taken")
     return version

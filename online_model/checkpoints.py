@@ -91,8 +91,8 @@ def roll_back(path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None) 
     too. 3. It takes the store's place. 4. The old store goes. Killed in between, the store is the old or the new one:
     open it, or do it again.
 
-    Where there is no store, or none that can be opened, the kept one's own positions hold: what came after is learned
-    again, from `examples`, and nothing is set aside.
+    Where there is no store, or none that can be read through, the kept one's own positions hold: what came after is
+    learned again, from `examples`, and nothing is set aside.
 
     Raises StoreLocked while a worker has the store, StoreError, CorruptRecord, DiskFull.
     """
@@ -122,6 +122,7 @@ def _live(
         return None, {}
     try:
         with CheckpointStore(path, None) as store:
+            store.scan()  # a trainer could not go on from one whose rows are damaged
             head = store.head()
             manifest = kept.find(place)
             return head, store.gone_since(_place(manifest))
@@ -129,7 +130,8 @@ def _live(
         raise
     except StoreError as error:
         kept.find(place)
-        log.warning("the store's own positions are lost (%s): going on from those of the kept checkpoint", error)
+        said = str(error)  # not the error: its frames would hold the LOCK
+        log.warning("the store's own positions are lost (%s): going on from those of the kept checkpoint", said)
         return None, {}
 
 

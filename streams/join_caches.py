@@ -23,6 +23,7 @@ ENDED_A_COMMIT = 5_000  # purchase windows that a commit deletes; one adds fewer
 
 V = TypeVar("V")
 _UNREAD: Any = object()
+AT, FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 _BIAS = 1 << 63  # of signed keys, so that they sort as the numbers do
 _ONE, _TWO = struct.Struct(">Q").pack, struct.Struct(">QQ").pack
 _encode = msgspec.msgpack.encode
@@ -209,7 +210,7 @@ class SeenCache(MemorySeen):
     def restore(self, chunks: tuple[int, int], generations: list[int]) -> None:
         """Goes on from what is on disk."""
         unpack = msgspec.msgpack.Decoder(dict[str, int]).decode
-        for _, raw in self._db.items(self._chunk_family):
+        for _, raw in self._db.items(self._chunk_family, FIRST):
             super().add(unpack(raw))
         self.chunk_numbers, self.generations = chunks, list(generations)
 

@@ -29,6 +29,8 @@ from online_model.history import UserHistory
 from streams.dead_letters import DeadLetter
 from streams.events import Tick, decode
 from streams.join_caches import (
+    AT,
+    FIRST,
     REQUEST_BYTES,
     AsideStore,
     Cache,
@@ -41,7 +43,7 @@ from streams.join_caches import (
 from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
-FORMAT = 3
+FORMAT = 4
 CACHED = 50_000  # event ids, histories and purchase windows in memory: together about 60 MB
 MEMORY_BYTES = 64 << 20  # of RocksDB
 
@@ -76,7 +78,7 @@ class JoinStore:
 
     `cached`: how many event ids, histories and purchase windows each are kept in memory.
     `next_offset`: of the last commit; None if there was none. Raises UsageError if it was made with other settings,
-    StoreLocked if another worker has it, StoreError.
+    StoreLocked if another worker has it, StoreError (also where it is damaged).
     """
 
     def __init__(self, path: Path | str, settings: JoinSettings, sync: bool = False, cached: int = CACHED) -> None:
@@ -92,6 +94,7 @@ class JoinStore:
             self._check(settings)
             raw = self._db.get(META, b"head")
             self._head = _decode(raw, type=_Head) if raw else None
+            self._check_commits()
             self._erasures = int(self._head is not None and self._head.erased)
         except (UsageError, StoreError):
             self._db.close()
@@ -112,7 +115,7 @@ class JoinStore:
         self._seen.restore(head.chunks, head.generations)
         state.numbers, state.watermark = replace(head.numbers), head.watermark
         state.counts, state.forgotten = replace(head.counts), dict(head.forgotten)
-        state.held = [_held(numbers_of(key)[0], raw) for key, raw in self._db.items(HELD)]
+        state.held = [_held(numbers_of(key)[0], raw) for key, raw in self._db.items(HELD, FIRST)]
         return state
 
     def outbox(self) -> list[bytes | DeadLetter]:
@@ -154,6 +157,8 @@ class JoinStore:
             *self._seen.written,
         )  # fmt: skip
         batch.put_all(META, [b"head", b"outbox"], [_encode(head), _encode(outbox)])
+        for family in FAMILIES[1:]:
+            batch.into(family)[AT] = key_of(block.to_offset)
         self._db.write(batch, self._sync)
         self._head = head
         self._erasures = erasures
@@ -212,6 +217,17 @@ class JoinStore:
                 f"the join store {self.path} was made with [join] {', '.join(differing)}: set it so, or choose another "
                 f"data directory and join the log again"
             )
+
+    def _check_commits(self) -> None:
+        """That all families are at one commit: of a list of files that ends too early RocksDB takes what it has."""
+        for family in FAMILIES[1:]:
+            raw = self._db.get(family, AT)
+            at = numbers_of(raw)[0] if raw else None
+            if at != self.next_offset:
+                raise StoreError(
+                    f"the join store {self.path} is damaged: {family!r} is at offset {at}, the rest at "
+                    f"{self.next_offset}: go back to a copy of it, or delete it to go on from a snapshot"
+                )
 
 
 def _write(batch: Batch, family: str, order: list, values: list[bytes], deletes: list) -> None:

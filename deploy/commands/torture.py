@@ -23,23 +23,28 @@ def torture(
     seed: Annotated[int, typer.Option(min=0, help="Of the log and the faults.")] = 1,
     json: JsonOption = False,
 ) -> None:
-    """Real workers under a real broker, killed and hurt at random moments.
+    """Real workers under a real broker, killed and hurt at random moments, on a disk that is slow, full or damaged.
 
-    The same log goes through twice, once undisturbed. Exit 1 if anything was lost, doubled, torn, or learned otherwise.
+    The same log goes through twice, once undisturbed. Exit 1 if anything was lost, doubled, torn, or learned otherwise,
+    or if damage was not noticed.
     """
     home = settings_for(config, data_dir=data_dir).data_dir / "torture"
     with Output(json) as out:
         import logging
 
+        from deploy.demo.workers import WorkerFailed
         from deploy.processes import alone
         from deploy.torture.run import Torture
 
+        again = f"headrace torture --kills {kills} --seed {seed}"
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker is to be away
         with alone(home.parent / "torture.lock", "torture", "wait for it"):
-            result = Torture(kills, seed, home, say).run()
+            try:
+                result = Torture(kills, seed, home, say).run()
+            except WorkerFailed as error:
+                raise HeadraceError(f"{error}; keep a copy of {home}, and run it again with `{again}`") from error
         out.result(result, _text(result))
     if not _holds(result):
-        again = f"headrace torture --kills {kills} --seed {seed}"
         raise HeadraceError(f"a promise does not hold: keep a copy of {home}, and run it again with `{again}`")
 
 
@@ -56,5 +61,7 @@ def _text(result: dict) -> str:
         f"{result['answers']:,} answers of replicas, {result['versions_checked']} versions checked:"
         f" {result['replica_torn_reads']} torn, {result['missing_versions']} versions missing,"
         f" {result['differing_rows']} rows unlike the trainer's",
+        f"{result['damages']['files']} files damaged: {result['damages']['refused']} refused,"
+        f" {result['undetected_damage']} not detected",
         f"checkpoint {result['digest']}: {'as' if result['digest_equal'] else 'NOT as'} in the undisturbed run",
     ))  # fmt: skip

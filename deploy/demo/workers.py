@@ -33,6 +33,7 @@ class Worker:
     log: Path
     process: subprocess.Popen | None = None
     launcher: Sequence[str] = LAUNCHER  # what the arguments are for
+    environment: dict[str, str] = field(default_factory=dict)  # beside our own
     restarts: int = 0
     deaths: deque[float] = field(default_factory=deque)
 
@@ -44,7 +45,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | self.environment,
                 start_new_session=True,  # a Ctrl-C is for the demo, which then drains its workers in order
                 preexec_fn=ends_with_parent(),  # hence: started from the main thread only
             )

@@ -6,8 +6,9 @@ import http.client
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,7 +39,10 @@ class Replica:
 
 @dataclass
 class Cluster:
-    """All processes of one run. To be used from the thread that made it (they end with it)."""
+    """All processes of one run. To be used from the thread that made it (they end with it).
+
+    Settings file and logs are beside the data directory, which may be full.
+    """
 
     settings: Settings
     broker: Broker
@@ -47,14 +51,18 @@ class Cluster:
     replicas: list[Replica] = field(default_factory=list)
     broker_hurt: float = -1e9  # when the broker was away last (monotonic)
     restarts: int = 0
+    mend: Callable[[Worker], bool] = lambda worker: False  # whether one that ended by itself may be started again
     _learned: float = 0.0
+
+    @property
+    def config(self) -> Path:
+        return self.settings.data_dir.with_name("headrace.toml")
 
     def start(self) -> None:
         """Topics, settings file, workers; returns when all have been started."""
-        home = self.settings.data_dir
-        home.mkdir(parents=True)
+        self.settings.data_dir.mkdir(parents=True, exist_ok=True)
         create_topics(self.settings.bootstrap, self.settings.topics)
-        write_atomically(home / "headrace.toml", dump(self.settings))
+        write_atomically(self.config, dump(self.settings))
         for number in range(JOINERS):
             self._start(f"join-{number}", "join")
         self._start("train", "train")
@@ -93,11 +101,24 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """kill -9, and a new one in its place."""
+        self.halt(name)
+        self.again(name)
+
+    def halt(self, name: str) -> Worker:
+        """kill -9."""
         worker = self.workers[name]
         assert worker.process is not None
         worker.process.kill()
         worker.process.wait()
-        self._again(worker)
+        return worker
+
+    def again(self, name: str, **environment: str) -> None:
+        """Starts one that has ended."""
+        worker = self.workers[name]
+        worker.environment = environment
+        self.restarts += 1
+        worker.load()
+        worker.go()
 
     def freeze(self, name: str, frozen: bool) -> None:
         """SIGSTOP or SIGCONT."""
@@ -116,17 +137,18 @@ class Cluster:
         self.broker = Broker.start(self.broker.data_dir)
         self.broker_hurt = time.monotonic()
 
-    def revive(self, patience_s: float = 60.0) -> None:
-        """Starts again what ended because the broker was away. Raises WorkerFailed for any other end."""
-        for worker in self.workers.values():
+    def revive(self, patience_s: float = 60.0, besides: str = "") -> None:
+        """Starts again what ended because the broker was away, or what `mend` says; not the worker `besides`.
+
+        Raises WorkerFailed for any other end.
+        """
+        for name, worker in self.workers.items():
             assert worker.process is not None
-            if worker.process.poll() is None:
+            if worker.process.poll() is None or name == besides:
                 continue
-            if time.monotonic() - self.broker_hurt > patience_s:
-                raise WorkerFailed(
-                    f"{worker.name} ended by itself (exit {worker.process.returncode}): {worker.last_line()}"
-                )
-            self._again(worker)
+            if not self.mend(worker) and time.monotonic() - self.broker_hurt > patience_s:
+                raise WorkerFailed(f"{name} ended by itself (exit {worker.process.returncode}): {worker.last_line()}")
+            self.again(name)
 
     def stop(self, *kinds: str) -> None:
         """SIGTERM to the workers of these kinds; WorkerFailed where one does not end well."""
@@ -142,18 +164,12 @@ class Cluster:
                 worker.process.wait()
 
     def _start(self, name: str, kind: str, *options: str) -> Worker:
-        home = self.settings.data_dir
-        arguments = [kind, "--config", str(home / "headrace.toml"), *options]
-        worker = Worker(name, arguments, home / f"{name}.log", launcher=self.launcher)
+        arguments = [kind, "--config", str(self.config), *options]
+        worker = Worker(name, arguments, self.config.with_name(f"{name}.log"), launcher=self.launcher)
         self.workers[name] = worker
         worker.load()
         worker.go()
         return worker
-
-    def _again(self, worker: Worker) -> None:
-        self.restarts += 1
-        worker.load()
-        worker.go()
 
 
 def _get(port: int, path: str) -> bytes | None:

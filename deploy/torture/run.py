@@ -1,7 +1,8 @@
 """One run of `headrace torture`.
 
     calm     the log through the workers, undisturbed, as fast as it goes
-    hurt     the same log, sent while workers are killed and frozen and the broker goes away and comes back
+    hurt     the same log, sent while workers are killed and frozen, the broker goes away and comes back, and files are
+             damaged and the disk is slow or full
     verdict  of both: the oracle recounts `events`; the checkpoints must have one digest; each answer that a replica
              gave must come from one whole version
 """
@@ -14,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from deploy.demo.workers import LAUNCHER, WorkerFailed
 from deploy.processes import free_port
 from deploy.settings import Layer, Settings
 from deploy.torture.cluster import Cluster
-from deploy.torture.faults import GAP_S, Fault, plan
+from deploy.torture.damage import DiskFaults
+from deploy.torture.disk import Disk, unmount
+from deploy.torture.faults import GAP_S, ON_DISK, Fault, Kind, plan
 from deploy.torture.story import Story
 from deploy.torture.verdict import Outcome, outcome
 from deploy.torture.watch import Watch
@@ -38,6 +41,7 @@ EVENTS_A_FAULT = 2_500
 FEWEST_EVENTS = 20_000
 SETTLE_S = 180.0  # so long the workers may take for what was sent
 STILL_S = 10.0
+COPIES_S = 10.0  # between two snapshots; checkpoints are kept half as often
 JOIN = {
     "ticks": "log", "wait_ms": 2_000, "open_ms": 60_000, "click_window_ms": 30_000, "watch_wait_ms": 1_000,
     "purchase_window_ms": 300_000, "in_memory": 2_000,
@@ -56,17 +60,25 @@ class Torture:
     events: int = 0  # 0: as many as the faults need
     calm: bool = True  # False: without the undisturbed run, and so without its digest
     workers: Sequence[str] = ("join-0", "join-1", "train", "serve-0", "serve-1")  # that are hurt
+    on_disk: Sequence[Kind] | None = None  # what is done to the disk; None: as many as the kills need
     gap_s: tuple[float, float] = GAP_S  # between two faults
     patient: bool = False  # nothing is hurt before the trainer has learned something since the last time
+    _done: Counter = field(default_factory=Counter, init=False)  # faults, by kind
+    _on_disk: DiskFaults = field(init=False)
 
     def run(self) -> dict[str, Any]:
         """The figures of the command. Raises WorkerFailed where a worker ends that nothing has hurt."""
+        unmount(self.home / "hurt" / "data")
         shutil.rmtree(self.home, ignore_errors=True)
-        faults = plan(self.kills, self.seed, self.workers, self.gap_s)
+        faults, self._done = plan(self.kills, self.seed, self.workers, self.gap_s, self.on_disk), Counter()
         with contextlib.ExitStack() as stack:
             broker = Broker.start(self.home)
             hurt = Cluster(self._settings("hurt", broker), broker, self.launcher)
             stack.callback(lambda: hurt.broker.stop())
+            disk = Disk(hurt.settings.data_dir)
+            stack.callback(disk.release)
+            self._on_disk = DiskFaults(hurt, disk, self.say)
+            hurt.mend = self._on_disk.mend
             expected = None
             if self.calm:
                 self.say("an undisturbed run")
@@ -74,18 +86,26 @@ class Torture:
                 expected, _, _ = self._one(calm, self._story(calm.settings), [])
             self.say(f"the log, with {len(faults)} faults")
             story = self._story(hurt.settings)
+            if any(fault.kind == "full_disk" for fault in faults):
+                disk.path.mkdir(parents=True)
+                disk.mount()
             found, watch, seconds = self._one(hurt, story, faults)
             seen = watch.held_to(hurt.settings)
-        counted = Counter(fault.kind for fault in faults)
+        on_disk = self._on_disk
         return {
-            "kills": counted["kill"],
-            "faults": {**counted, "repeated_records": story.repeated, "spoilt_records": story.spoilt},
+            "kills": self._done["kill"],
+            "faults": {
+                **dict.fromkeys((fault.kind for fault in faults), 0), **self._done,
+                "repeated_records": story.repeated, "spoilt_records": story.spoilt,
+            },
             "digest_equal": expected and found.digest == expected.digest,
             "lost": found.verdict.lost,
             "duplicated": found.verdict.duplicated,
             "replica_torn_reads": seen.torn,
             "missing_versions": seen.missing_versions,
             "differing_rows": seen.differing_rows(found.rows),
+            "undetected_damage": on_disk.undetected,
+            "damages": {"files": on_disk.damaged, "refused": on_disk.refused},
             "calm": expected and {"lost": expected.verdict.lost, "duplicated": expected.verdict.duplicated},
             "digest": found.digest,
             "calm_digest": expected and expected.digest,
@@ -132,6 +152,10 @@ class Torture:
         time.sleep(fault.wait_s)  # this is what a fault's plan says, not a wait for something
         cluster.revive()
         self.say(str(fault))
+        if fault.kind in ON_DISK:
+            self._done[fault.kind] += self._on_disk.do(fault)
+            return
+        self._done[fault.kind] += 1
         if fault.kind == "kill":
             cluster.kill(fault.target)
         elif fault.kind == "freeze":
@@ -178,10 +202,14 @@ class Torture:
 
     def _settings(self, name: str, broker: Broker) -> Settings:
         values = {
-            "data_dir": str(self.home / name), "bootstrap": broker.bootstrap,
-            "topics": {"prefix": f"{name}.", "partitions": PARTITIONS}, "join": JOIN,
+            "data_dir": str(self.home / name / "data"), "bootstrap": broker.bootstrap,
+            "topics": {"prefix": f"{name}.", "partitions": PARTITIONS},
+            "join": {**JOIN, "snapshots": str(self.home / name / "snapshots"), "snapshot_interval_s": COPIES_S},
             "model": {"batch_size": 256, "features": {"users": 1 << 17, "items": 1 << 17, "dim": 16}},
-            "train": {"deterministic": True, "snapshot_interval_s": 10.0, "metrics_port": free_port()},
+            "train": {
+                "deterministic": True, "snapshot_interval_s": COPIES_S, "checkpoint_interval_s": 2 * COPIES_S,
+                "metrics_port": free_port(),
+            },
             "serve": {"port": 0},
         }  # fmt: skip
         return Settings([Layer("torture", values)])

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import http.client
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 
 from deploy.settings import Settings
 from embedding_store.columns import TableRows
-from embedding_store.delta import Assembler
+from embedding_store.delta import Assembler, Version
 from embedding_store.errors import CorruptRecord
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from replay.oracle import read_topic
+
+Place: TypeAlias = tuple[int, int]  # epoch, sequence
 
 USER, SCENARIO = "u1", "live"  # the most active one
 ITEMS = [*(f"i{n}" for n in range(1, 41)), "never seen"]
@@ -108,27 +110,72 @@ class Watch:
             connection.close()
 
     def held_to(self, settings: Settings) -> Seen:
-        """What the answers and the versions are worth. Reads `parameters` from its beginning."""
+        """What the answers and the versions are worth. Reads `parameters` from its beginning.
+
+        An epoch may begin with a version that goes on from an older one: where the trainer's store is an old copy of
+        itself. What that one was is made anew.
+        """
         moment, model = 0, settings.model
-        replica = Replica(
-            settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
-        )
-        seen = Seen(self.asked, torn=self.backward, replica=replica)
-        assembler, published = Assembler(), set()
-        for _, _, value, _ in read_topic(settings.bootstrap, settings.topics.parameters):
+
+        def empty() -> Replica:
+            return Replica(
+                settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
+            )
+
+        seen = Seen(self.asked, torn=self.backward, replica=empty())
+        bases: dict[Place, Place | None] = {}
+        published = set()
+        for version in _versions(settings):
+            if version is None:
+                seen.missing_versions += 1
+                continue
+            place, held = (version.epoch, version.sequence), (seen.replica.epoch, seen.replica.sequence)
+            bases.setdefault(place, version.base)
+            if version.base not in (None, held) and version.base in bases and version.epoch > held[0]:
+                seen.replica = _made_anew(empty(), _line(version.base, bases), settings)
             try:
-                version = assembler.add(value or b"")
-                applied = version is not None and replica.apply(version)
+                applied = seen.replica.apply(version)
             except (CorruptRecord, VersionGap):
                 seen.missing_versions += 1
                 continue
             if not applied:
                 continue
-            published.add(replica.version)
-            for answer in self.answers.get(replica.version, ()):
+            name = seen.replica.version
+            published.add(name)
+            for answer in self.answers.get(name, ()):
                 moment = answer["moment_ms"]
-                right = orjson.loads(orjson.dumps(replica.rank(USER, SCENARIO, ITEMS)))
+                right = orjson.loads(orjson.dumps(seen.replica.rank(USER, SCENARIO, ITEMS)))
                 seen.torn += right != answer
         seen.versions = len(published & set(self.answers))
         seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)
         return seen
+
+
+def _versions(settings: Settings) -> Iterator[Version | None]:
+    """Those in `parameters`; None for one that cannot be read."""
+    assembler = Assembler()
+    for _, _, value, _ in read_topic(settings.bootstrap, settings.topics.parameters):
+        try:
+            version = assembler.add(value or b"")
+        except CorruptRecord:
+            yield None
+        else:
+            if version is not None:
+                yield version
+
+
+def _line(place: Place, bases: Mapping[Place, Place | None]) -> set[Place]:
+    """The version at `place`, and all that it goes on from."""
+    line: set[Place] = set()
+    at: Place | None = place
+    while at is not None:
+        line.add(at)
+        at = bases.get(at)
+    return line
+
+
+def _made_anew(replica: Replica, line: set[Place], settings: Settings) -> Replica:
+    for version in _versions(settings):
+        if version is not None and (version.epoch, version.sequence) in line:
+            replica.apply(version)
+    return replica

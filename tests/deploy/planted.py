@@ -90,8 +90,31 @@ def half_a_version() -> None:
     State.change = half  # type: ignore[method-assign]
 
 
+def unread_checksums() -> None:
+    """What a copy's manifest says of its files is not compared with what they are."""
+    from embedding_store import copies
+
+    class Agreeable(copies.File, frozen=True):
+        __hash__ = copies.File.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    pump = copies._pump
+
+    def unread(*arguments: Any) -> copies.File:
+        file = pump(*arguments)
+        return Agreeable(file.name, file.size, file.xxh3)
+
+    copies._pump = unread
+
+
 BUGS: dict[str, Callable[[], None]] = {
-    bug.__name__: bug for bug in (one_early, one_late, acknowledged_early, no_tombstones, half_a_version)
+    bug.__name__: bug
+    for bug in (one_early, one_late, acknowledged_early, no_tombstones, half_a_version, unread_checksums)
 }
 
 if __name__ == "__main__":

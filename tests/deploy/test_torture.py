@@ -1,4 +1,4 @@
-"""The torture finds nothing in what is sound, and each of five planted bugs."""
+"""The torture finds nothing in what is sound, and each of six planted bugs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deploy.torture import WRONG
-from deploy.torture.faults import plan
+from deploy.torture.faults import ON_DISK, Kind, plan
 from deploy.torture.run import Torture
 from deploy.torture.story import Story
 
@@ -17,25 +17,41 @@ pytestmark = pytest.mark.broker
 FOUND_BY = {
     "one_early": "duplicated", "one_late": "lost", "acknowledged_early": "missing_versions",
     "no_tombstones": "differing_rows", "half_a_version": "replica_torn_reads",
+    "unread_checksums": "undetected_damage",
 }  # fmt: skip
 
 
 def test_what_is_done_follows_from_the_seed() -> None:
     workers = ["join-0", "train"]
     assert plan(20, 3, workers) == plan(20, 3, workers) != plan(20, 4, workers)
+    everybody = ["join-0", "train", "serve-0"]
+    assert {fault.kind for fault in plan(50, 1, everybody)} >= set(ON_DISK), "50 kills meet all that a disk may do"
+    assert {fault.target for fault in plan(50, 1, ["serve-0"]) if fault.kind in ON_DISK} == {"serve-0"}
     first, again, other = (list(Story(seed, 3_000, 250, 90_000).steps()) for seed in (1, 1, 2))
     assert first == again != other
     assert isinstance(first[-1], int), "a last tick closes everything"
 
 
 def test_nothing_is_lost_doubled_or_torn_and_the_checkpoint_is_that_of_an_undisturbed_run(tmp_path: Path) -> None:
-    found = Torture(kills=3, seed=11, home=tmp_path / "torture", say=print, events=8_000).run()
+    found = Torture(kills=3, seed=11, home=tmp_path / "torture", say=print, events=8_000, on_disk=()).run()
     assert {name: found[name] for name in WRONG} == dict.fromkeys(WRONG, 0)
     assert found["digest_equal"], found
     assert found["calm"] == {"lost": 0, "duplicated": 0}
     assert found["kills"] == 3
     assert found["answers"] > 100
     assert found["versions_checked"] > 3
+
+
+def test_a_disk_that_damages_a_file_of_each_kind_and_is_slow_and_full_changes_nothing(tmp_path: Path) -> None:
+    home = tmp_path / "torture"
+    found = Torture(kills=1, seed=3, home=home, say=print, events=8_000, on_disk=list(ON_DISK)).run()
+    assert {name: found[name] for name in WRONG} == dict.fromkeys(WRONG, 0)
+    assert found["digest_equal"], found
+    assert found["damages"]["refused"] >= 1, "the checkpoint at least"
+    done = {kind for kind in ON_DISK if found["faults"][kind]}
+    assert done >= {"damage_store", "damage_checkpoint", "damage_snapshot", "slow_disk"}, found["faults"]
+    assert not (home / "hurt" / "data").is_mount()
+    assert (home / "hurt" / "data" / "train" / "CURRENT").exists(), "what there was is still there, to be looked at"
 
 
 @pytest.mark.nightly
@@ -48,9 +64,10 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path) -> None:
 
 def _with(bug: str, folder: Path) -> dict[str, Any]:
     """A short run with the bug in all workers, of which the trainer is killed."""
+    on_disk: list[Kind] = ["damage_checkpoint"] if bug == "unread_checksums" else []
     launcher = (sys.executable, "-m", "tests.deploy.planted", bug)
-    kills = 0 if bug in ("no_tombstones", "half_a_version") else 3
+    kills = 3 if bug in ("one_early", "one_late", "acknowledged_early") else 0
     return Torture(
         kills, 5, folder / "torture", print, launcher, events=12_000, calm=False, workers=("train",), gap_s=(0.2, 2.0),
-        patient=True,
+        patient=True, on_disk=on_disk,
     ).run()  # fmt: skip

@@ -54,6 +54,21 @@ def test_it_comes_back_as_the_store_was_optimizer_and_outbox_too(kept: KeptCheck
     assert not list(tmp_path.glob("s.*")), "nothing is left beside the store"
 
 
+def test_a_store_with_damage_in_what_nobody_describes_is_not_kept(kept: KeptCheckpoints, tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "s", LAYOUTS) as store:
+        store.remember_gone((0, 0))
+        commit = commit_of(1)
+        commit.gone = {"user": np.arange(1_000, 2_000)}
+        store.commit(commit)
+    table = next(file for file in (tmp_path / "s").glob("*.sst") if b"gone" in file.read_bytes())
+    raw = bytearray(table.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    table.write_bytes(raw)
+    with CheckpointStore(tmp_path / "s", LAYOUTS) as store, pytest.raises(StoreError, match=table.name):
+        kept.keep(store, _about, keep=2)
+    assert _places(kept) == []
+
+
 def test_where_it_can_a_kept_checkpoint_shares_the_tables_of_the_store(tmp_path: Path) -> None:
     kept = KeptCheckpoints(str(tmp_path / "kept"))
     with CheckpointStore(tmp_path / "s", LAYOUTS) as store:

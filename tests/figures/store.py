@@ -24,18 +24,18 @@ def bench(bench: Bench) -> list[Row]:
 
 
 def torture(bench: Bench) -> list[Row]:
-    """Real workers under a real broker, killed and hurt at random moments"""
+    """Real workers under a real broker, killed and hurt at random moments, on a disk that is too"""
     found = headrace(bench.empty("torture"), "torture", "--kills", KILLS, "--seed", SEED)
     return [
         *(equal(name, found[name], 0) for name in WRONG),
         equal("the checkpoint has the digest of the undisturbed run", found["digest_equal"], True),
-        *(Row(name, str(found[name]), "", True) for name in ("faults", "events", "examples", "answers",
+        *(Row(name, str(found[name]), "", True) for name in ("faults", "damages", "events", "examples", "answers",
                                                              "versions_checked", "seconds", "digest")),
     ]  # fmt: skip
 
 
 def planted(bench: Bench) -> list[Row]:
-    """The torture finds each of five planted bugs"""
+    """The torture finds each of six planted bugs"""
     return [passed("tests/deploy/test_torture.py", "-m", "nightly")]
 
 

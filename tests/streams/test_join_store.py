@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_store.errors import DiskFull, PositionError, StoreLocked, UsageError
-from embedding_store.rocks import Db
+from embedding_store.errors import DiskFull, PositionError, StoreError, StoreLocked, UsageError
+from embedding_store.rocks import Db, open_db
 from online_model.examples import Examples
 from streams import join_caches, join_store, open_impressions
 from streams.blocks import decode_block, encode_block
@@ -147,6 +148,43 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     store.close()
 
 
+def _content(path: Path) -> list:
+    """All that a store says, read with nothing of JoinStore."""
+    with open_db(path, join_store.FAMILIES, read_only=True) as db:
+        return [list(db.items(family)) for family in join_store.FAMILIES]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_list_of_files_that_ends_too_early_is_refused_and_never_taken_for_less(tmp_path: Path, closed: bool) -> None:
+    """RocksDB takes what is left of it: families without their older files, under commits of its log."""
+    store, joiner = opened(tmp_path / "s")
+    contents = {}
+    for n in range(6):
+        shown = [Impression(event_id=f"s{n}-{u}", ts=n, user=u, request_id=f"r{n}", items=["i"]) for u in range(n, 9)]
+        step(store, joiner, records_of(*shown, Tick(event_id="t", ts=n + 6), first=store.next_offset or 0))
+        if n == 3:
+            store.checkpoint(tmp_path / "copy")  # all is flushed
+        contents[store.next_offset] = _content(tmp_path / "s")
+    if closed:
+        store.close()
+    shutil.copytree(tmp_path / "s", tmp_path / "hurt")
+    store.close()
+    manifest = next((tmp_path / "hurt").glob("MANIFEST-*")).name
+    raw, refused = (tmp_path / "hurt" / manifest).read_bytes(), 0
+    for end in range(0, len(raw), 48):
+        shutil.copytree(tmp_path / "hurt", tmp_path / f"{end}")
+        (tmp_path / f"{end}" / manifest).write_bytes(raw[:end])
+        try:
+            with JoinStore(tmp_path / f"{end}", S) as cut:
+                found = cut.next_offset
+            assert found is None or _content(tmp_path / f"{end}") == contents[found], f"cut at {end} of {len(raw)}"
+        except StoreError as error:
+            refused += 1
+            assert str(tmp_path / f"{end}") in str(error)  # noqa: PT017
+        shutil.rmtree(tmp_path / f"{end}")
+    assert refused > 5
+
+
 def test_only_what_changed_is_written(tmp_path, monkeypatch):
     store, joiner = opened(tmp_path)
     shown = [
@@ -163,8 +201,10 @@ def test_only_what_changed_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Db, "write", counted)
     step(store, joiner, records_of(click(1, 110, user=7), first=301))
     step(store, joiner, records_of(Tick(event_id="t", ts=116), first=302))
-    # Always head and outbox; ids seen, the held click; then it is released: window, its chunk, history, impression.
-    assert written == [2 + 2, 2 + 5]
+    # Always head and outbox, and where each other family is; ids seen, the held click; then it is released: window, its
+    # chunk, history, impression.
+    always = 2 + len(join_store.FAMILIES) - 1
+    assert written == [always + 2, always + 5]
     store.close()
 
 
