@@ -216,9 +216,10 @@ def test_what_has_ended_leaves_the_disk(tmp_path):
         shown = Impression(event_id=f"s{n}", ts=ts, user=user, request_id=f"{n:0250}", items=[long], propensities=[0.5])
         clicked = Click(event_id=f"c{n}", ts=ts + 1, user=user, item=long)
         step(store, joiner, records_of(shown, clicked, first=2 * n))
-    left = {name: len(list(store._db.items(name))) for name in ("held", "shown", "seen", "windows", "clicks")}
+    families = ("held", "shown", "seen", "windows", "clicks")
+    left = {name: len(list(store._db.items(name, join_caches.FIRST))) for name in families}
     assert left == {"held": 2, "shown": 10, "seen": 11, "windows": 5, "clicks": 5}
-    assert all(len(key) + len(value) <= 512 for key, value in store._db.items("windows"))
+    assert all(len(key) + len(value) <= 512 for key, value in store._db.items("windows", join_caches.FIRST))
     store.close()
 
 
@@ -230,7 +231,7 @@ def test_windows_that_end_with_their_purchase_wait_leave_the_disk(tmp_path):
         shown = Impression(event_id=f"s{n}", ts=n * 10, user=n, request_id=f"r{n}", items=["i"])
         clicked = Click(event_id=f"c{n}", ts=n * 10 + 1, user=n, item="i")
         step(store, joiner, records_of(shown, clicked, first=2 * n))
-    left = {name: len(list(store._db.items(name))) for name in ("windows", "clicks", "unbought")}
+    left = {name: len(list(store._db.items(name, join_caches.FIRST))) for name in ("windows", "clicks", "unbought")}
     assert max(left.values()) <= 7, left
     store.close()
 
@@ -247,7 +248,7 @@ def test_a_commit_that_failed_ends_the_windows_that_had_ended(tmp_path, monkeypa
         with pytest.raises(DiskFull):
             store.commit(joined, [b"x"])
     store.commit(joined, [b"x"])
-    assert [list(store._db.items(name)) for name in ("windows", "clicks")] == [[], []]
+    assert [list(store._db.items(name, join_caches.FIRST)) for name in ("windows", "clicks")] == [[], []]
     store.close()
 
 
