@@ -117,10 +117,15 @@ class Ranks:
             if self.size == 1:
                 raise
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
-            raise RankLost(
-                f"the {self.size} ranks of the trainer are no longer together ({reason}): start it again, it goes on "
-                "from its last commit"
-            ) from error
+            raise lost(self.size, reason) from error
+
+
+def lost(size: int, reason: str) -> RankLost:
+    """The error of a trainer of so many ranks."""
+    return RankLost(
+        f"the {size} ranks of the trainer are no longer together ({reason}): start it again, it goes on from its last "
+        "commit"
+    )
 
 
 class SharedStore:

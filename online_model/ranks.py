@@ -8,18 +8,21 @@ started again, they go on from the last commit, of which nothing hangs on how ma
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
 import uuid
 from collections.abc import Callable
 from functools import wraps
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from embedding_store.errors import HeadraceError
-from embedding_store.ranks import Ranks
+from embedding_store.errors import HeadraceError, RankLost
+from embedding_store.ranks import Ranks, lost
 from online_model.settings import TrainerSettings
 
 
@@ -69,9 +72,11 @@ class Followers:
         context = multiprocessing.get_context("spawn")
         every = (size, self.meeting, settings, partitions, device, threads)
         self._processes: list[BaseProcess] = [
-            context.Process(target=_run, args=(rank, *every), name=f"rank-{rank}", daemon=True)
+            context.Process(target=_run, args=(rank, *every), name=f"rank {rank}", daemon=True)
             for rank in range(1, size)
         ]
+        self._ending = False
+        atexit.register(self._kill)
         for process in self._processes:
             process.start()
 
@@ -79,6 +84,21 @@ class Followers:
     def pids(self) -> list[int]:
         """Of ranks 1, 2, …"""
         return [process.pid or 0 for process in self._processes]
+
+    def watch(self, report: Callable[[RankLost], Any]) -> None:
+        """Calls `report`, in a thread of its own, as soon as one of them ends before `end` lets it: the first rank may
+        be waiting for it where nothing tells it, or have nothing to ask it for hours."""
+        Thread(target=self._watch, args=(report,), name="ranks", daemon=True).start()
+
+    def _watch(self, report: Callable[[RankLost], Any]) -> None:
+        wait([process.sentinel for process in self._processes])
+        if not self._ending:
+            gone = [process for process in self._processes if process.exitcode is not None]
+            report(lost(len(self._processes) + 1, f"{gone[0].name} has ended"))
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
 
     def tidy(self) -> None:
         """Removes what trainers that were killed have left behind. To be called by the one that has the store."""
@@ -88,6 +108,7 @@ class Followers:
 
     def end(self, ranks: Ranks) -> None:
         """Lets them go, and waits until they have."""
+        self._ending = True
         ranks.from_first(lambda: _END)
         for process in self._processes:
             process.join()
@@ -97,7 +118,8 @@ class Followers:
 def _run(
     rank: int, size: int, meeting: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first rank, which then says `end`
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the first, which then says `end`
+        signal.signal(number, signal.SIG_IGN)
     import torch
 
     from online_model.trainer import open_trainer

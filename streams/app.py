@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from threading import Lock
 from typing import NoReturn
 
 import filelock
@@ -43,6 +44,9 @@ def member_name(kind: str, folder: Path) -> str:
     raise AssertionError("not reached")
 
 
+_dying = Lock()
+
+
 def die(error: BaseException) -> NoReturn:
     """End the process at once: one line on stderr, exit 1. What is on disk and in Kafka is sound at any moment."""
     if isinstance(error, HeadraceError):
@@ -50,6 +54,7 @@ def die(error: BaseException) -> NoReturn:
     else:
         log.error("not foreseen", exc_info=error)
         line = f"{type(error).__name__}: {error}"
+    _dying.acquire()  # and never released: of several threads that find something out one speaks
     sys.stderr.write(f"headrace: {line}\n")
     sys.stderr.flush()
     os._exit(1)

@@ -179,6 +179,7 @@ class TrainWorker:
         if settings.ranks > 1:
             folder = settings.data_dir / "ranks"
             self._followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
+            self._followers.watch(app.die)
             log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, self._followers.pids)))
             ranks = Ranks(0, settings.ranks, self._followers.meeting, device)
         trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)

@@ -21,6 +21,7 @@ def torture(
     data_dir: DataDirOption = None,
     kills: Annotated[int, typer.Option(min=0, help="How often a worker is killed (kill -9).")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the log and the faults.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=8, help="Of the train worker; of several, some are lost.")] = 2,
     json: JsonOption = False,
 ) -> None:
     """Real workers under a real broker, killed and hurt at random moments, on a disk that is slow, full or damaged.
@@ -36,11 +37,11 @@ def torture(
         from deploy.processes import alone
         from deploy.torture.run import Torture
 
-        again = f"headrace torture --kills {kills} --seed {seed}"
+        again = f"headrace torture --kills {kills} --seed {seed} --ranks {ranks}"
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker is to be away
         with alone(home.parent / "torture.lock", "torture", "wait for it"):
             try:
-                result = Torture(kills, seed, home, say).run()
+                result = Torture(kills, seed, home, say, ranks=ranks).run()
             except WorkerFailed as error:
                 raise HeadraceError(f"{error}; keep a copy of {home}, and run it again with `{again}`") from error
         out.result(result, _text(result))

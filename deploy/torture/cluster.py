@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import signal
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.broker import Broker
@@ -120,6 +122,19 @@ class Cluster:
         worker.load()
         worker.go()
 
+    def lose_rank(self) -> None:
+        """kill -9 of rank 1. The train worker must end by itself; a new one takes its place. Raises WorkerFailed."""
+        worker, deadline = self.workers["train"], time.monotonic() + READY_S
+        assert worker.process is not None
+        while worker.process.poll() is None and not (ranks := _further_ranks(worker.process.pid)):
+            _wait(deadline, f"the train worker has no rank 1: see {worker.log}")
+        if worker.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                ranks[0].kill()
+        while worker.process.poll() is None:
+            _wait(deadline, f"the train worker goes on without its rank 1: see {worker.log}")
+        self.again("train")
+
     def freeze(self, name: str, frozen: bool) -> None:
         """SIGSTOP or SIGCONT."""
         process = self.workers[name].process
@@ -170,6 +185,19 @@ class Cluster:
         worker.load()
         worker.go()
         return worker
+
+
+def _further_ranks(pid: int) -> list[psutil.Process]:
+    """Those that a train worker has started (beside them it has Python's tracker of what they share)."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    return []
+
+
+def _wait(deadline: float, otherwise: str) -> None:
+    if time.monotonic() > deadline:
+        raise WorkerFailed(otherwise)
+    time.sleep(0.05)
 
 
 def _get(port: int, path: str) -> bytes | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Kind: TypeAlias = Literal[
-    "kill", "freeze", "stop_broker", "kill_broker", "damage_store", "damage_checkpoint", "damage_join",
+    "kill", "freeze", "lose_rank", "stop_broker", "kill_broker", "damage_store", "damage_checkpoint", "damage_join",
     "damage_join_copy", "damage_snapshot", "full_disk", "slow_disk",
 ]  # fmt: skip
 
@@ -19,6 +19,7 @@ GAP_S = (0.4, 3.0)  # between two faults: from during a start to well after it
 FREEZE_S = (0.2, 9.0)  # past the session timeout of a consumer as well
 AWAY_S = (0.1, 6.0)  # the broker
 BESIDES = {"freeze": 0.25, "stop_broker": 0.05, "kill_broker": 0.05}  # for each kill
+LOST_RANKS = 0.1  # for each kill, where there are several
 ON_DISK: dict[Kind, tuple[str, ...]] = {  # what is done to the disk, and the kinds of workers that it is done to
     "damage_store": ("train",), "damage_checkpoint": ("train",), "damage_join": ("join",),
     "damage_join_copy": ("join",), "damage_snapshot": ("serve",), "full_disk": ("train", "join"),
@@ -50,15 +51,19 @@ def plan(
     workers: Sequence[str],
     gap_s: tuple[float, float] = GAP_S,
     on_disk: Sequence[Kind] | None = None,
+    ranks: int = 1,
 ) -> list[Fault]:
     """`kills` kill -9 of workers, and other faults between them, `gap_s` (from, to) apart.
 
-    `on_disk`: what is done to the disk; None: some of all that can be done to one of `workers`.
+    `ranks`: of the train worker. `on_disk`: what is done to the disk; None: some of all that can be done to one of
+    `workers`.
     """
     dice = random.Random(f"faults {seed}")
     kinds: list[Kind] = ["kill"] * kills
     for kind, share in BESIDES.items():
         kinds += [kind] * round(share * kills)  # type: ignore[list-item]
+    if ranks > 1 and "train" in workers:
+        kinds += ["lose_rank"] * max(1, round(LOST_RANKS * kills))
     kinds += _some_on_disk(kills, dice, workers) if on_disk is None else on_disk
     dice.shuffle(kinds)
     return list(_drawn(kinds, dice, workers, gap_s))
@@ -86,6 +91,8 @@ def _drawn(
             yield Fault(wait, kind, dice.choice(workers))
         elif kind == "freeze":
             yield Fault(wait, kind, dice.choice(workers), dice.uniform(*FREEZE_S))
+        elif kind == "lose_rank":
+            yield Fault(wait, kind, "train")
         elif kind in ON_DISK:
             target = dice.choice(_targets(kind, workers))
             yield Fault(wait, kind, target, dice.uniform(*ON_DISK_S), dice.getrandbits(32))

@@ -62,6 +62,7 @@ class Torture:
     workers: Sequence[str] = ("join-0", "join-1", "train", "serve-0", "serve-1")  # that are hurt
     on_disk: Sequence[Kind] | None = None  # what is done to the disk; None: as many as the kills need
     gap_s: tuple[float, float] = GAP_S  # between two faults
+    ranks: int = 1  # of the train worker
     patient: bool = False  # nothing is hurt before the trainer has learned something since the last time
     _done: Counter = field(default_factory=Counter, init=False)  # faults, by kind
     _on_disk: DiskFaults = field(init=False)
@@ -70,7 +71,7 @@ class Torture:
         """The figures of the command. Raises WorkerFailed where a worker ends that nothing has hurt."""
         unmount(self.home / "hurt" / "data")
         shutil.rmtree(self.home, ignore_errors=True)
-        faults, self._done = plan(self.kills, self.seed, self.workers, self.gap_s, self.on_disk), Counter()
+        faults, self._done = self._plan(), Counter()
         with contextlib.ExitStack() as stack:
             broker = Broker.start(self.home)
             hurt = Cluster(self._settings("hurt", broker), broker, self.launcher)
@@ -118,6 +119,9 @@ class Torture:
             "seed": self.seed,
         }
 
+    def _plan(self) -> list[Fault]:
+        return plan(self.kills, self.seed, self.workers, self.gap_s, self.on_disk, self.ranks)
+
     def _one(self, cluster: Cluster, story: Story, faults: list[Fault]) -> tuple[Outcome, Watch, float]:
         """The whole log through a cluster, which has ended when this returns."""
         settings = cluster.settings
@@ -158,6 +162,8 @@ class Torture:
         self._done[fault.kind] += 1
         if fault.kind == "kill":
             cluster.kill(fault.target)
+        elif fault.kind == "lose_rank":
+            cluster.lose_rank()
         elif fault.kind == "freeze":
             cluster.freeze(fault.target, True)
             time.sleep(fault.lasts_s)
@@ -207,8 +213,8 @@ class Torture:
             "join": {**JOIN, "snapshots": str(self.home / name / "snapshots"), "snapshot_interval_s": COPIES_S},
             "model": {"batch_size": 256, "features": {"users": 1 << 17, "items": 1 << 17, "dim": 16}},
             "train": {
-                "deterministic": True, "snapshot_interval_s": COPIES_S, "checkpoint_interval_s": 2 * COPIES_S,
-                "metrics_port": free_port(),
+                "deterministic": True, "ranks": self.ranks, "metrics_port": free_port(),
+                "snapshot_interval_s": COPIES_S, "checkpoint_interval_s": 2 * COPIES_S,
             },
             "serve": {"port": 0},
         }  # fmt: skip

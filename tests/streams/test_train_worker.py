@@ -122,7 +122,9 @@ def test_each_row_is_learned_once_though_the_worker_is_killed(
 def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
-    """Rank 1 by kill -9: the worker ends and says so. The worker: rank 1 ends too. Then one rank goes on alone."""
+    """Rank 1 by kill -9, also while it starts: the worker ends and says so. The worker: rank 1 ends too. SIGTERM to
+    both is as to one. Then one rank goes on alone.
+    """
     blocks = {p: _made_blocks(p, 4_000) for p in range(PARTITIONS)}
     mixed = [block for pair in zip(*blocks.values(), strict=True) for block in pair]
     sending = Thread(target=_send, args=(broker, topics, mixed, 0.1))
@@ -133,6 +135,11 @@ def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
         assert child.wait(30) == 1
         assert "the 2 ranks of the trainer are no longer together" in child.said.splitlines()[-1]
         child.start()
+        wait_for(lambda: "rank 0 of 2" in child.says, child=child)
+        os.kill(_rank_1(child), signal.SIGKILL)
+        assert child.wait(30) == 1
+        assert child.says.splitlines()[-1].startswith("headrace: the 2 ranks of the trainer are no longer together")
+        child.start()
         wait_for(lambda: "training on partitions" in child.says, child=child)
         rank_1 = _rank_1(child)
         child.kill()
@@ -141,6 +148,7 @@ def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
         _wait_for_all(broker, topics, blocks, child)
         sending.join()
         rank_1 = _rank_1(child)
+        os.kill(rank_1, signal.SIGTERM)
         assert child.stop() == 0, child.said
         assert not psutil.pid_exists(rank_1)
     blocks = {p: blocks[p] + _made_blocks(p, 4_600)[len(blocks[p]) :] for p in blocks}
