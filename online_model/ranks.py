@@ -91,10 +91,10 @@ class Followers:
         Thread(target=self._watch, args=(report,), name="ranks", daemon=True).start()
 
     def _watch(self, report: Callable[[RankLost], Any]) -> None:
-        wait([process.sentinel for process in self._processes])
+        names = {process.sentinel: process.name for process in self._processes}
+        ended = wait(list(names))
         if not self._ending:
-            gone = [process for process in self._processes if process.exitcode is not None]
-            report(lost(len(self._processes) + 1, f"{gone[0].name} has ended"))
+            report(lost(len(names) + 1, f"{names[ended[0]]} has ended"))  # type: ignore[index]
 
     def _kill(self) -> None:
         for process in self._processes:
