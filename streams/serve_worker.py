@@ -156,7 +156,9 @@ class Follower:
     async def _recover(self, version: Version) -> None:
         """Wait for a snapshot that leads past the gap before `version`, and load it."""
         self._holder.behind = "a version is missing; waiting for a snapshot that leads past it"
-        while not await self._load_snapshot(lambda place: _leads_past(place, version)):
+        replica = self._holder.replica
+        held = replica.epoch, replica.sequence
+        while not await self._load_snapshot(lambda place: _leads_past(place, version, held)):
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _load_snapshot(self, wanted: Callable[[tuple[int, int]], bool]) -> bool:
@@ -199,6 +201,10 @@ def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
     return replica
 
 
-def _leads_past(place: tuple[int, int], version: Version) -> bool:
-    """Whether a snapshot at `place` closes the gap before `version`: that goes on from it, or is in it."""
-    return place == version.base or place >= (version.epoch, version.sequence)
+def _leads_past(place: tuple[int, int], version: Version, held: tuple[int, int]) -> bool:
+    """Whether a snapshot at `place` closes the gap before `version`: that goes on from it, or is in it.
+
+    One from before what is `held` does not, though the version may go on from it, as after a rollback: answers would
+    go back, and the versions after it in the topic lead to the same gap.
+    """
+    return place > held and (place == version.base or place >= (version.epoch, version.sequence))

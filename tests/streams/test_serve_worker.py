@@ -14,7 +14,6 @@ import pytest
 from kafka import KafkaProducer
 
 from embedding_store.snapshot import snapshot_of
-from online_model.examples import Block
 from online_model.settings import TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from streams.topics import TopicSettings
@@ -37,14 +36,15 @@ class Source:
         small = {"features": {"dim": 8, "users": 4_000, "items": 4_000, "categories": 100}}
         settings = msgspec.convert(small, TrainerSettings)
         self.trainer: Trainer = open_trainer(settings, folder / "train", lambda: time.time_ns() // 1_000_000)
-        self._blocks: Iterator[Block] = iter(make_blocks(make_rows(2_000), 100))
+        self._blocks = {block.from_offset: block for block in make_blocks(make_rows(2_000), 100)}
         self._snapshots = folder / "data" / "snapshots"
         self._topic = topics.parameters
         self._producer = KafkaProducer(bootstrap_servers=broker)
 
     def version(self) -> list[bytes]:
         """The parts of the next version."""
-        self.trainer.offer(next(self._blocks), 0)
+        position = self.trainer.positions.get(0)
+        self.trainer.offer(self._blocks[position.next if position else 0], 0)
         while self.trainer.step():
             pass
         parts = self.trainer.commit()
@@ -58,6 +58,13 @@ class Source:
 
     def snapshot(self) -> None:
         snapshot_of(self.trainer.store, self._snapshots)
+
+    def go_back(self, copy: Path) -> None:
+        """The trainer's store is an older copy of itself, as after a power cut."""
+        published = self.trainer.epoch, self.trainer.sequence
+        self.trainer.store.close()
+        self.trainer = open_trainer(self.trainer.settings, copy, lambda: time.time_ns() // 1_000_000)
+        assert self.trainer.supersede(*published)
 
     def close(self) -> None:
         self._producer.close()
@@ -143,6 +150,26 @@ def test_over_a_gap_leads_only_a_snapshot(source: Source, served: Callable) -> N
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 5, child=child)
     assert client.get("/readyz").status_code == 200
+
+
+def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
+    source: Source, served: Callable, tmp_path: Path
+) -> None:
+    child, client = served()
+    source.send(*source.version(), *source.version())
+    source.snapshot()
+    source.trainer.store.checkpoint(tmp_path / "old")
+    source.send(*source.version())
+    wait_for(lambda: _sequence(client) == 3, child=child)
+    source.go_back(tmp_path / "old")
+    source.send(*source.version())
+    wait_for(lambda: client.get("/readyz").status_code == 503, child=child)
+    assert "version 2.3 goes on from 1.2, this replica holds 1.3" in child.said
+    source.snapshot()
+    wait_for(lambda: "serving snapshot 2-3" in child.said, child=child)
+    assert client.get("/readyz").status_code == 200
+    assert client.get("/v1/model").json()["epoch"] == 2
+    assert "serving snapshot 1-2" not in child.said, "though the version goes on from that"
 
 
 def test_a_corrupt_version_is_refused_and_led_round(source: Source, served: Callable) -> None:
