@@ -191,7 +191,7 @@ def _converted(rows: np.ndarray, new: np.dtype) -> np.ndarray:
 
 
 def _drop_sketch(db: Db, table: str) -> None:
-    """Its counts of sightings, whatever cells and seed they were made with (`_Table.sketch_name`)."""
+    """Its counts of sightings, whatever cells and seed they were made with (`Table.sketch_name`)."""
     own = re.compile(re.escape(f"{OWN}seen.{table}.") + r"\d+\.\d+")
     batch, found = db.batch(), next(db.items(BLOBS, FIRST), None)
     while found is not None:

@@ -40,7 +40,7 @@ PARTITIONS = 2
 EVENTS_A_FAULT = 2_500
 FEWEST_EVENTS = 20_000
 SETTLE_S = 180.0  # so long the workers may take for what was sent
-STILL_S = 10.0
+STILL_S = 30.0  # more than a group of consumers needs to take in one that was killed and started again
 COPIES_S = 10.0  # between two snapshots; checkpoints are kept half as often
 JOIN = {
     "ticks": "log", "wait_ms": 2_000, "open_ms": 60_000, "click_window_ms": 30_000, "watch_wait_ms": 1_000,
@@ -182,19 +182,20 @@ class Torture:
         ends = end_offsets(settings.bootstrap, settings.topics.events)
         deadline = time.monotonic() + SETTLE_S
         rows, training, sequences = None, None, None
-        has, since = 0.0, time.monotonic()
+        had, since = 0.0, time.monotonic()
         while time.monotonic() < deadline:
             cluster.revive()
             rows = rows or _joined(settings, ends)
             training = cluster.training()
             sequences = [replica.sequence for replica in cluster.replicas]
             if training and rows and set(sequences) == {training["sequence"]}:
-                before, has = has, training["rows_total"] + training["pending_rows"]
-                since = since if has == before else time.monotonic()
-                if training["pending_rows"] < settings.model.batch_size and (
-                    has == rows or time.monotonic() - since > STILL_S
-                ):
+                has = training["rows_total"] + training["pending_rows"]
+                whole = training["pending_rows"] < settings.model.batch_size
+                if whole and (has == rows or (has == had and time.monotonic() - since > STILL_S)):
                     return
+                had, since = has, since if has == had else time.monotonic()
+            else:
+                since = time.monotonic()
             time.sleep(0.25)
         raise WorkerFailed(
             f"not settled within {SETTLE_S:.0f} s: {rows} rows joined, the trainer has {training}, the replicas "

@@ -42,6 +42,7 @@ def test_nothing_is_lost_doubled_or_torn_and_the_checkpoint_is_that_of_an_undist
     assert found["versions_checked"] > 3
 
 
+@pytest.mark.nightly
 def test_a_disk_that_damages_a_file_of_each_kind_and_is_slow_and_full_changes_nothing(tmp_path: Path) -> None:
     home = tmp_path / "torture"
     found = Torture(kills=1, seed=3, home=home, say=print, events=8_000, on_disk=list(ON_DISK)).run()

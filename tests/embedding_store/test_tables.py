@@ -317,7 +317,7 @@ def test_two_runs_are_the_same_bit_for_bit() -> None:
 
 
 def test_rows_of_memory_and_store_come_as_one_sorted_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedding_store.tables._CHUNK", 5)
+    monkeypatch.setattr("embedding_store.table._CHUNK", 5)
     with _store(tmp_path / "s") as store:
         tables = EmbeddingTables(_specs(8), store=store)
         for start in range(-10, 30, 8):
