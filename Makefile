@@ -17,13 +17,21 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test nightly check figures setup pins clean
+.PHONY: demo test test-with-broker test-without nightly check figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
 
+# Half of it waits for Kafka, the other half computes: side by side, unless something is asked for.
 test: setup
+ifeq ($(strip $(ARGS)),)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-with-broker test-without
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
+
+test-with-broker test-without: setup
+	@$(BIN)/python -m pytest -m 'not nightly and $(if $(findstring without,$@),not broker,broker)'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)
