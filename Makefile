@@ -25,13 +25,15 @@ demo: setup
 # Half of it waits for Kafka, the other half computes: side by side, unless something is asked for.
 test: setup
 ifeq ($(strip $(ARGS)),)
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-with-broker test-without
+	@$(MAKE) --no-print-directory --jobs 2 test-with-broker test-without
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
+test-with-broker test-without: SHELL := bash -o pipefail
 test-with-broker test-without: setup
-	@$(BIN)/python -m pytest -m 'not nightly and $(if $(findstring without,$@),not broker,broker)'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and $(if $(findstring without,$@),not broker,broker)' 2>&1 | \
+	  sed -u 's/^/$(if $(findstring without,$@),       ,broker) | /'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)

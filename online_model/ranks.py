@@ -120,6 +120,7 @@ def _run(
 ) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the first, which then says `end`
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, name="parent", daemon=True).start()
     import torch
 
     from online_model.trainer import open_trainer
@@ -131,6 +132,14 @@ def _run(
         follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=Ranks(rank, size, meeting, own)))
     except HeadraceError:
         os._exit(1)  # the first rank says why, and what to do
+
+
+def _end_with_parent() -> None:
+    """Where the first rank was killed before all have met, nothing else would tell."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _no_clock() -> Any:

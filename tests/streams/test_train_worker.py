@@ -127,7 +127,7 @@ def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
     """
     blocks = {p: _made_blocks(p, 4_000) for p in range(PARTITIONS)}
     mixed = [block for pair in zip(*blocks.values(), strict=True) for block in pair]
-    sending = Thread(target=_send, args=(broker, topics, mixed, 0.1))
+    sending = Thread(target=_send, args=(broker, topics, mixed, 0.05))
     sending.start()
     with running("train", tmp_path / "log", **settings, ranks=2) as child:
         _wait_for_versions(broker, topics, 3, child)
@@ -139,11 +139,12 @@ def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
         os.kill(_rank_1(child), signal.SIGKILL)
         assert child.wait(30) == 1
         assert child.says.splitlines()[-1].startswith("headrace: the 2 ranks of the trainer are no longer together")
-        child.start()
-        wait_for(lambda: "training on partitions" in child.says, child=child)
-        rank_1 = _rank_1(child)
-        child.kill()
-        wait_for(lambda: not psutil.pid_exists(rank_1))
+        for when in ("rank 0 of 2", "training on partitions"):
+            child.start()
+            wait_for(lambda: when in child.says, child=child)  # noqa: B023
+            rank_1 = _rank_1(child)
+            child.kill()
+            wait_for(lambda: not psutil.pid_exists(rank_1))  # noqa: B023
         child.start()
         _wait_for_all(broker, topics, blocks, child)
         sending.join()
