@@ -33,7 +33,7 @@ endif
 test-with-broker test-without: SHELL := bash -o pipefail
 test-with-broker test-without: setup
 	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and $(if $(findstring without,$@),not broker,broker)' 2>&1 | \
-	  sed -u 's/^/$(if $(findstring without,$@),       ,broker) | /'
+	  sed -u 's/^/$(if $(findstring without,$@),others,broker) | /'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)
