@@ -57,7 +57,6 @@ def layout(
 
     `momentum`: the shape of a row's, None: the table has none.
 
-
     >>> layout(2, {"seen": ("<f4", ())}).names
     ('weights', 'momentum', 'seen')
     >>> layout(2, {}, None).names

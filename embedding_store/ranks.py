@@ -161,9 +161,3 @@ class SharedStore:
     def _there(self) -> CheckpointStore:
         assert self._store is not None
         return self._store
-
-
-def end() -> None:
-    """Leaves the process group, if there is one: another one may be joined then."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

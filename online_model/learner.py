@@ -108,8 +108,7 @@ class Learner:
         finite = (bool(torch.isfinite(g).all()) for g in grads if g is not None)
         learned = self._gathered(bool(torch.isfinite(loss)) and all(finite))
         if learned:
-            with self.tables.ranks.together():
-                torch.autograd.backward(outputs, grads)
+            torch.autograd.backward(outputs, grads)
             for w in self._weights():
                 if w.grad is not None:
                     w.grad /= len(batch.item)  # tables learn from sums, the ranker from means

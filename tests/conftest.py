@@ -39,6 +39,17 @@ def topics(request: pytest.FixtureRequest, broker: str, topic_prefix: str) -> To
     return settings
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: the last bits of the results depend on how many there are."""
+    import torch  # not for the many tests that do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever uses the broker is marked so: `-m "not broker"` leaves it out."""
     for item in items:

@@ -1,4 +1,4 @@
-"""What the tests of the tables share: one thread, and a disk that is small and real."""
+"""What the tests of the stores share: a disk that is small and real."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 
 @dataclass
@@ -18,15 +17,6 @@ class SmallDisk:
     def grow(self) -> None:
         """From 4 to 64 megabytes."""
         subprocess.run(["mount", "-o", "remount,size=64m", str(self.path)], check=True)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: the last bits of the results depend on how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -54,6 +54,16 @@ def test_it_comes_back_as_the_store_was_optimizer_and_outbox_too(kept: KeptCheck
     assert not list(tmp_path.glob("s.*")), "nothing is left beside the store"
 
 
+def _check_not_kept_once_damaged(kept: KeptCheckpoints, table: Path) -> None:
+    """A bit of the table, a file of a store, is flipped."""
+    raw = bytearray(table.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    table.write_bytes(raw)
+    with CheckpointStore(table.parent, LAYOUTS) as store, pytest.raises(StoreError, match=table.name):
+        kept.keep(store, _about, keep=2)
+    assert _places(kept) == []
+
+
 def test_a_store_with_damage_in_what_nobody_describes_is_not_kept(kept: KeptCheckpoints, tmp_path: Path) -> None:
     with CheckpointStore(tmp_path / "s", LAYOUTS) as store:
         store.remember_gone((0, 0))
@@ -61,12 +71,7 @@ def test_a_store_with_damage_in_what_nobody_describes_is_not_kept(kept: KeptChec
         commit.gone = {"user": np.arange(1_000, 2_000)}
         store.commit(commit)
     table = next(file for file in (tmp_path / "s").glob("*.sst") if b"gone" in file.read_bytes())
-    raw = bytearray(table.read_bytes())
-    raw[len(raw) // 3] ^= 1
-    table.write_bytes(raw)
-    with CheckpointStore(tmp_path / "s", LAYOUTS) as store, pytest.raises(StoreError, match=table.name):
-        kept.keep(store, _about, keep=2)
-    assert _places(kept) == []
+    _check_not_kept_once_damaged(kept, table)
 
 
 def test_where_it_can_a_kept_checkpoint_shares_the_tables_of_the_store(tmp_path: Path) -> None:
@@ -98,12 +103,7 @@ def test_damage_that_rocksdb_can_see_is_not_kept(tmp_path: Path) -> None:
     with CheckpointStore(tmp_path / "s", LAYOUTS) as store:
         store.commit(commit_of(1))
     table = max((tmp_path / "s").glob("*.sst"), key=lambda path: path.stat().st_size)
-    raw = bytearray(table.read_bytes())
-    raw[len(raw) // 3] ^= 1
-    table.write_bytes(raw)
-    with CheckpointStore(tmp_path / "s", LAYOUTS) as store, pytest.raises(StoreError, match=table.name):
-        kept.keep(store, _about, keep=2)
-    assert _places(kept) == []
+    _check_not_kept_once_damaged(kept, table)
 
 
 def test_what_is_gone_is_noted_while_an_older_checkpoint_is_kept_and_not_longer(tmp_path: Path) -> None:
