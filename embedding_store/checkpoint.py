@@ -29,13 +29,12 @@ from embedding_store.digest import Digest, pack
 from embedding_store.errors import OtherLayouts, PositionError, StoreError, disk_errors
 from embedding_store.families import (
     ABOUT,
-    AT,
     BLOBS,
-    FIRST,
     GONE,
     META,
     OUTBOX,
     RECORD,
+    blob_names,
     blob_prefix,
     described,
     dtype_of,
@@ -50,7 +49,7 @@ from embedding_store.families import (
     sequence_key,
 )
 from embedding_store.faults import fault
-from embedding_store.rocks import Batch, Db, keys_of, open_db
+from embedding_store.rocks import AT, FIRST, Batch, Db, keys_of, open_db
 
 FORMAT = 2
 _HEAD, _DENSE = b"head", b"dense"
@@ -267,13 +266,7 @@ class CheckpointStore:
 
     def blob_names(self) -> list[str]:
         """The blob families that hold something."""
-        names: list[str] = []
-        found = next(self._db.items(BLOBS, FIRST), None)
-        while found is not None:
-            name = found[0][:-9]  # the id's eight bytes and the zero before them
-            names.append(name.decode())
-            found = next(self._db.items(BLOBS, name + b"\x01"), None)
-        return names
+        return list(blob_names(self._db))
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """(key, value) of the owner's records, sorted by key."""

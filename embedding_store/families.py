@@ -14,15 +14,15 @@ Ids are big-endian with the sign bit flipped: RocksDB's order is theirs. AT in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from embedding_store.columns import TOUCHED
+from embedding_store.rocks import FIRST, Db
 
 META, BLOBS, OUTBOX, GONE = "meta", "blobs", "outbox", "gone"
 ABOUT, RECORD = b"about", b"note\x00"
-AT, FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 _SIGN = np.uint64(1 << 63)
 
 
@@ -73,6 +73,15 @@ def noted(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 def blob_prefix(name: str) -> bytes:
     """How the keys of a family of blobs begin."""
     return name.encode() + b"\x00"
+
+
+def blob_names(db: Db) -> Iterator[str]:
+    """The families of blobs that hold something."""
+    found = next(db.items(BLOBS, FIRST), None)
+    while found is not None:
+        name = found[0][:-9]  # the id's eight bytes and the zero before them
+        yield name.decode()
+        found = next(db.items(BLOBS, name + b"\x01"), None)
 
 
 def sequence_key(sequence: int) -> bytes:

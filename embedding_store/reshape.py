@@ -33,11 +33,10 @@ from embedding_store.errors import StoreError, UsageError
 from embedding_store.expiry import grain
 from embedding_store.families import (
     ABOUT,
-    AT,
     BLOBS,
-    FIRST,
     META,
     RECORD,
+    blob_names,
     blob_prefix,
     described,
     ids_of,
@@ -48,7 +47,7 @@ from embedding_store.families import (
     row_family,
 )
 from embedding_store.faults import fault
-from embedding_store.rocks import Db, open_db
+from embedding_store.rocks import AT, FIRST, Db, open_db
 
 _CHUNK_BYTES = 8 << 20  # of rows at a time
 _KEYS = 100_000  # at a time, where keys alone go by
@@ -193,13 +192,9 @@ def _converted(rows: np.ndarray, new: np.dtype) -> np.ndarray:
 def _drop_sketch(db: Db, table: str) -> None:
     """Its counts of sightings, whatever cells and seed they were made with (`Table.sketch_name`)."""
     own = re.compile(re.escape(f"{OWN}seen.{table}.") + r"\d+\.\d+")
-    batch, found = db.batch(), next(db.items(BLOBS, FIRST), None)
-    while found is not None:
-        name = found[0][:-_ID_BYTES].removesuffix(b"\x00").decode()
-        end = name.encode() + b"\x01"
-        if own.fullmatch(name):
-            batch.delete_range(BLOBS, blob_prefix(name), end)
-        found = next(db.items(BLOBS, end), None)
+    batch = db.batch()
+    for name in filter(own.fullmatch, blob_names(db)):
+        batch.delete_range(BLOBS, blob_prefix(name), name.encode() + b"\x01")
     db.write(batch, sync=False)
 
 

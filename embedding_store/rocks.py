@@ -40,6 +40,7 @@ from embedding_store.errors import DiskFull, StoreError, StoreLocked
 from embedding_store.faults import fault
 
 DEFAULT_FAMILY = "default"  # RocksDB always has this one
+AT, FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 _CACHE_BYTES = 64 << 20
 _MANIFEST = b"manifest"  # in the default family: what RocksDB's list of its files was at the last write
 _SIGN = np.uint64(1 << 63)

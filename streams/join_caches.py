@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import xxhash
 
-from embedding_store.rocks import Batch, Cursor, Db, keys_of
+from embedding_store.rocks import FIRST, Batch, Cursor, Db, keys_of
 from streams.join_state import FOREVER, NEVER, Due, MemorySeen, MemoryTimers, Pair, Shown, Window
 
 LOOK_AHEAD_MS = 5_000  # of event time: timers due so soon are in memory
@@ -23,7 +23,6 @@ ENDED_A_COMMIT = 5_000  # purchase windows that a commit deletes; one adds fewer
 
 V = TypeVar("V")
 _UNREAD: Any = object()
-AT, FIRST = b"\x00", b"\x00\x00"  # the key of a family's commit, and the first one that may follow
 _BIAS = 1 << 63  # of signed keys, so that they sort as the numbers do
 _ONE, _TWO = struct.Struct(">Q").pack, struct.Struct(">QQ").pack
 _encode = msgspec.msgpack.encode

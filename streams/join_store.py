@@ -23,14 +23,12 @@ from msgspec import Struct
 
 from embedding_store.errors import PositionError, StoreError, UsageError
 from embedding_store.ids import feature_id
-from embedding_store.rocks import Batch, keys_of, open_db
+from embedding_store.rocks import AT, FIRST, Batch, keys_of, open_db
 from online_model.examples import Counts
 from online_model.history import UserHistory
 from streams.dead_letters import DeadLetter
 from streams.events import Tick, decode
 from streams.join_caches import (
-    AT,
-    FIRST,
     REQUEST_BYTES,
     AsideStore,
     Cache,

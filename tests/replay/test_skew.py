@@ -9,12 +9,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from embedding_store.delta import Assembler
 from online_model.history import unpack
@@ -28,6 +26,8 @@ from streams.blocks import decode_block, encode_block
 from streams.catalogue import catalogue_item
 from streams.events import Event, Item, Tick, encode
 from streams.joiner import Joiner, JoinSettings, Record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORLD = SimulatorSettings(users=30, items=60, requests_per_s=1 / 40, item_life_s=7_200)
 MODEL = TrainerSettings(
@@ -102,14 +102,6 @@ class Loop:
             propensities=[shown.propensity for shown in answer.items], model_version=answer.model_version,
         ))  # fmt: skip
         self.tick(request.ts + 1)  # before anything late comes, which nobody could have served with
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_replayed_with_served_impressions_no_feature_differs(tmp_path: Path) -> None:
