@@ -28,6 +28,8 @@ from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
+_NONE = np.empty(0, np.int64)
+
 
 @dataclass
 class Candidates:
@@ -91,6 +93,7 @@ class _Share:
     title_of: np.ndarray  # int64 [m, TITLE_WORDS], the places in `word`
     query: np.ndarray  # int64 [b, QUERY_WORDS], the places in `word`
     at: np.ndarray  # int64 [n], the candidate's place in `item`
+    told_from: np.ndarray  # int64 [c], the places in `item` of what retrieval tells positives from: of all ranks
     entries: np.ndarray  # int64 [b, HISTORY], the places in `item`; of any where there is no entry
     past: UserFeatures  # of the b contexts
     scenario: np.ndarray  # int64 [b]
@@ -102,9 +105,10 @@ class _Share:
         past = UserFeatures(*(column[contexts] for column in vars(self.past).values()))
         at, entries, query = self.at[part], self.entries[contexts], self.query[contexts]
         there = past.items != 0
-        items, place = np.unique(np.concatenate((at, entries[there])), return_inverse=True)
+        n, others = len(at), len(self.told_from)
+        items, place = np.unique(np.concatenate((at, self.told_from, entries[there])), return_inverse=True)
         new_entries = np.zeros_like(entries)
-        new_entries[there] = place[len(at) :]
+        new_entries[there] = place[n + others :]
         categories, category_of = np.unique(self.category_of[items], return_inverse=True)
         sellers, seller_of = np.unique(self.seller_of[items], return_inverse=True)
         titles = self.title_of[items]
@@ -112,7 +116,7 @@ class _Share:
         return _Share(
             part, self.user[contexts], self.item[items], self.category[categories], self.seller[sellers],
             self.word[words], category_of, seller_of, word_of[: titles.size].reshape(titles.shape),
-            word_of[titles.size :].reshape(query.shape), place[: len(at)], new_entries, past,
+            word_of[titles.size :].reshape(query.shape), place[:n], place[n : n + others], new_entries, past,
             self.scenario[contexts], self.ctx[part] - contexts.start,
         )  # fmt: skip
 
@@ -123,6 +127,15 @@ class _Rows:
 
     numbers: np.ndarray  # float32 [N, NUMBERS]
     every: _Share  # all of it
+
+
+@dataclass
+class _Others:
+    """What retrieval tells positives from: c of the N candidates, of all ranks."""
+
+    item: torch.Tensor  # [c, D]
+    content: torch.Tensor  # [c, D]
+    which: np.ndarray  # int64 [c], ascending
 
 
 class Learner:
@@ -148,15 +161,19 @@ class Learner:
         user_rows = tables.rows(USER, c.user, admit=True, examples=batch.sighting)
         rows = tables.rows(ITEM, c.item, admit=True, examples=batch.example)
         self._first_seen(rows, c.ts)
-        looked = self._look_up(c, user_rows, rows, admit=True)
+        told_from = np.flatnonzero(batch.shown | (batch.example == 0)) if self._retrieval else _NONE
+        looked = self._look_up(c, user_rows, rows, told_from, admit=True)
         share, sampled = self._share(looked, learning=True), self._sampled(batch, rows)
         leaves, outputs = self._embed(share)
-        contexts, items = self._inputs(c, looked, share, leaves)
+        vectors = self._vectors(share, leaves)
+        contexts, items = self._inputs(c, looked, share, leaves, vectors)
         logits = self.ranker(contexts, items)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
         if self._retrieval:
-            loss = loss + self._retrieval * self._retrieval_loss(contexts, items, batch, share, sampled)
+            item, content = (v.index_select(0, self._tensor(share.told_from)) for v in vectors)
+            others = _Others(item, content, told_from)
+            loss = loss + self._retrieval * self._retrieval_loss(contexts, others, batch, looked, share, sampled)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -179,10 +196,10 @@ class Learner:
         tables, n = self.tables, len(candidates.item)
         user_rows = tables.rows(USER, candidates.user, admit=False)
         rows = tables.rows(ITEM, candidates.item, admit=False)
-        looked = self._look_up(candidates, user_rows, rows, admit=False)
+        looked = self._look_up(candidates, user_rows, rows, _NONE, admit=False)
         share = self._share(looked, learning=False)
         leaves, _ = self._embed(share)
-        contexts, items = self._inputs(candidates, looked, share, leaves)
+        contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
         p = probabilities(self.ranker(contexts, items), self._feedback)
         a, b = self.ranker.towers(contexts)
         affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
@@ -251,28 +268,24 @@ class Learner:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
     def _retrieval_loss(
-        self, contexts: Contexts, items: Items, batch: Batch, share: _Share, sampled: np.ndarray
+        self, contexts: Contexts, told_from: _Others, batch: Batch, looked: _Rows, share: _Share, sampled: np.ndarray
     ) -> torch.Tensor:
-        """Of this rank's share: with several ranks each positive is told from the items of its rank alone.
+        """Of the positives of this rank's share.
 
         sampled: float32 [N], log of the probability that a draw gives the candidate's item.
         """
-        part = share.part
-        drawn = batch.example[part] == 0
-        columns = np.flatnonzero(batch.shown[part] | drawn)
-        positive = np.flatnonzero((batch.target[part][:, CLICK] == 1) & batch.shown[part])
+        clicked = (batch.target[:, CLICK] == 1) & batch.shown
+        positive = np.arange(len(clicked))[share.part]
+        positive, whose = positive[clicked[positive]], share.ctx[clicked[share.part]]
         if not len(positive):
             return contexts.user.new_zeros(())
-        at, of = self._tensor(columns), self._tensor(positive)
-        a, b = self.ranker.towers(contexts)
-        whose = items.ctx.index_select(0, of)
-        logits = a.index_select(0, whose) @ items.item.index_select(0, at).T
-        logits = logits + b.index_select(0, whose) @ items.content.index_select(0, at).T
-        logits = logits + items.numbers.index_select(0, at)[:, :-MATCHES] @ self.ranker.tower_numbers
-        ids = batch.candidates.item[part]
+        columns = told_from.which
+        a, b = (side.index_select(0, self._tensor(whose)) for side in self.ranker.towers(contexts))
+        numbers = self._tensor(looked.numbers[columns, :-MATCHES])
+        logits = a @ told_from.item.T + b @ told_from.content.T + numbers @ self.ranker.tower_numbers
         return retrieval_loss(
-            logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[part][columns]),
-            self._tensor(ids[columns]), self._tensor(batch.weight[part][positive]),
+            logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[columns]),
+            self._tensor(batch.candidates.item[columns]), self._tensor(batch.weight[positive]),
         )  # fmt: skip
 
     def _sampled(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
@@ -293,15 +306,20 @@ class Learner:
         outputs = [embedded[table] for table in rows]
         return [e.detach().requires_grad_() for e in outputs], outputs
 
-    def _inputs(
-        self, c: Candidates, looked: _Rows, share: _Share, leaves: list[torch.Tensor]
-    ) -> tuple[Contexts, Items]:
-        """What the ranker is given of the share."""
-        user, item, category, seller, word = leaves
-        past = share.past
+    def _vectors(self, share: _Share, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, content) of the share's distinct items, [m, D] each."""
+        _, item, category, seller, word = leaves
         content = category.index_select(0, self._tensor(share.category_of))
         content = content + seller.index_select(0, self._tensor(share.seller_of))
-        content = content + self._mean_of_words(share.title_of, share.word, word)
+        return item, content + self._mean_of_words(share.title_of, share.word, word)
+
+    def _inputs(
+        self, c: Candidates, looked: _Rows, share: _Share, leaves: list[torch.Tensor],
+        vectors: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[Contexts, Items]:  # fmt: skip
+        """What the ranker is given of the share."""
+        (user, *_, word), (item, content) = leaves, vectors
+        past = share.past
         there = self._tensor((past.items != 0).astype(np.float32)).unsqueeze(2)
         entries = (item + content).index_select(0, self._tensor(share.entries).view(-1))
         at = self._tensor(share.at)
@@ -322,10 +340,13 @@ class Learner:
         weights = there / np.maximum(there.sum(1, keepdims=True), 1)
         return embedding_bag(self._tensor(places), words, per_sample_weights=self._tensor(weights), mode="sum")
 
-    def _look_up(self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, admit: bool) -> _Rows:
+    def _look_up(
+        self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, told_from: np.ndarray, admit: bool
+    ) -> _Rows:
         """Everything of the candidates that is in the tables, but the embeddings. The same on all ranks.
 
-        user_rows [B] and rows [N] are those of users and items; `admit`: what belongs to them gets a row.
+        user_rows [B] and rows [N] are those of users and items; told_from: the candidates that retrieval tells
+        positives from; `admit`: what belongs to them gets a row.
         """
         tables, n = self.tables, len(rows)
         past = user_features(c.history, c.moment)
@@ -348,7 +369,7 @@ class Learner:
         every = _Share(
             slice(None), user_rows, item_rows, group_rows[CATEGORY], group_rows[SELLER], word_rows,
             places[CATEGORY], places[SELLER], word_of[: titles.size].reshape(titles.shape),
-            word_of[titles.size :].reshape(c.query.shape), at, entries, past, c.scenario,
+            word_of[titles.size :].reshape(c.query.shape), at, at[told_from], entries, past, c.scenario,
             c.ctx,
         )  # fmt: skip
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
