@@ -112,8 +112,9 @@ class EmbeddingTables:
         for feature, embeddings in out.items():
             if embeddings.requires_grad:
                 self.touch(self._table_of[feature], features[feature][0])
-                default = (rows_of[feature] == 0).nonzero().squeeze(1).to(self._device)
-                embeddings.register_hook(_without(default))
+                default = (rows_of[feature] == 0).nonzero().squeeze(1)
+                if len(default):
+                    embeddings.register_hook(_without(default.to(self._device)))
         return out
 
     def column(self, table: str, name: str) -> np.ndarray:
