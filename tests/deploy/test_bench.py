@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
+import torch
 
 from deploy.bench import join as join_bench
 from deploy.bench import store as store_bench
+from deploy.bench import train_parts
 from deploy.bench.mix import SHARES, standard_mix
+from deploy.bench.train import STAGES
 from deploy.cli import run
 
 
@@ -67,6 +73,35 @@ def test_a_row_that_comes_back_otherwise_is_a_failure(
     said = capfd.readouterr()
     assert "checkpoint_ms 100" in said.out
     assert "not learned" in said.err
+
+
+def test_train_reports_its_keys_and_where_the_time_went(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "train", "--ids", "1000", "--steps", "2", "--runs", "1", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["headrace_per_s"] / result["bare_torchrec_per_s"])
+    assert result["ratio_to_limit"] == pytest.approx(result["headrace_per_s"] / result["pure_torch_per_s"])
+    assert set(result["share"]) == set(STAGES)
+    assert all(share > 0 for share in result["share"].values())
+    assert 0.9 < sum(result["share"].values()) <= 1, "there is nothing else in a step"
+    assert result["commits"] >= 1
+    assert result["rows_a_step"] == 1024 * (6 + 2 * 20)
+
+
+def test_the_parts_of_train_learn_the_same_model(tmp_path: Path, one_thread: None) -> None:
+    """Else their speeds are of different work."""
+    ids, feature = 50, train_parts.FEATURES
+    parts = [train_parts.BareTorchrec(ids), train_parts.PureTorch(ids), train_parts.Headrace(ids, tmp_path)]
+    for batch in train_parts.batches(ids, 5):
+        for part in parts:
+            part.learn(part.ready(batch))
+    bare, *others = parts
+    for other in others:
+        for name, weights in bare.dense.named_parameters():
+            torch.testing.assert_close(dict(other.dense.named_parameters())[name], weights, atol=1e-4, rtol=0)
+        for name, number in itertools.product(feature, range(ids)):
+            assert bare.row(name, number).any()
+            np.testing.assert_allclose(other.row(name, number), bare.row(name, number), atol=1e-4)
+    parts[2].store.close()
 
 
 def test_wrong_sizes_are_wrong_usage() -> None:
