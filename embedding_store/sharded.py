@@ -128,7 +128,7 @@ def _shard(
             collection,
             {c.name: row_wise(compute_kernel="fused") for c in configs},  # the default plan may choose an unfused one
             sharder=sharder,
-            local_size=ranks.size,
+            local_size=ranks.local_size,
             world_size=ranks.size,
             device_type=device.type,
         )
