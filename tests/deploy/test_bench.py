@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deploy.bench import join as join_bench
+from deploy.bench import scale as scale_bench
 from deploy.bench import store as store_bench
 from deploy.bench import train_parts
 from deploy.bench.mix import SHARES, standard_mix
@@ -102,6 +103,24 @@ def test_the_parts_of_train_learn_the_same_model(tmp_path: Path, one_thread: Non
             assert bare.row(name, number).any()
             np.testing.assert_allclose(other.row(name, number), bare.row(name, number), atol=1e-4)
     parts[2].store.close()
+
+
+def test_scale_learns_on_two_ranks_what_one_does(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "scale", "--steps", "20", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["ranks"].keys() == {"1", "2"}
+    assert 0 < result["largest_difference"] < 1e-5, "sums over two ranks have another order"
+    assert result["loss_difference"] <= result["largest_difference"]
+    assert 0 < result["loss"] < 5
+
+
+def test_ranks_that_learn_otherwise_are_a_failure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for difference in (1.1e-5, float("nan")):
+        monkeypatch.setattr(scale_bench, "bench_scale", lambda *_, d=difference: {"loss_difference": d})
+        assert run(["bench", "scale", "--json"]) == 1
+        assert "two ranks learn otherwise than one" in capfd.readouterr().err
 
 
 def test_wrong_sizes_are_wrong_usage() -> None:
