@@ -1,7 +1,8 @@
 """`headrace bench scale`: the trainer on one rank and on two, on the same global batches.
 
 A log of the standard mix goes through the real joiner; its blocks go to a trainer with the settings that everybody
-starts from, whole batches of 1,024 rows of one partition, float32. Each number of ranks is a process of its own, with
+starts from but for retrieval, whose loss tells a positive from the items of its own rank alone: whole batches of 1,024
+rows of one partition, float32. Each number of ranks is a process of its own, with
 its further ranks as children (online_model/ranks.py) and as many cores as it has ranks, as far as there are. Timed are
 the steps, after a warm-up: there is no store and no commit.
 
@@ -56,7 +57,7 @@ def bench_scale(steps: int, runs: int, step: Callable[[], None] = lambda: None) 
 def _settings() -> TrainerSettings:
     from online_model.settings import TrainerSettings
 
-    return TrainerSettings()
+    return TrainerSettings(retrieval=0.0)
 
 
 def _blocks(rows: int) -> Iterator[Block]:
