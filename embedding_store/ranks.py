@@ -95,7 +95,10 @@ class Ranks:
         if not dist.is_initialized():
             if self.local_size == size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            backend = "nccl" if device.startswith("cuda") else "gloo"
+            backend = "gloo"
+            if device.startswith("cuda"):
+                backend = "nccl"
+                torch.cuda.set_device(exact(device))  # NCCL and fbgemm work on the current one
             store = _store(meeting, size)
             store.set_timeout(_MEETING)
             with self.together():
@@ -197,6 +200,14 @@ class _RowsOfAll(torch.autograd.Function):
         summed = gradient.contiguous().clone()  # it may be another's
         ctx.ranks.add_up(summed)
         return summed.split(ctx.counts)[ctx.ranks.rank], None
+
+
+def exact(device: str) -> torch.device:
+    """The device with its number: "cuda" is the current one."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def _store(meeting: Path | Launch | None, size: int) -> dist.Store:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA refuses to be deterministic without it
 
 import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
