@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA refuses to be deterministic without it
 
 import torch
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -35,13 +36,13 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.copies import settle_directory
 from embedding_store.delta import place_of_part
-from embedding_store.errors import BrokerError, CorruptRecord, StoreError
+from embedding_store.errors import BrokerError, CorruptRecord, StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
-from embedding_store.ranks import Ranks
+from embedding_store.ranks import Launch, Ranks, launched
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.checkpoints import describe
-from online_model.ranks import Followers
+from online_model.ranks import Followers, follow_launched, let_go
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
@@ -67,12 +68,22 @@ LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
 def run_train(settings: TrainWorkerSettings) -> None:
-    """Train in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
-    app.run(lambda stop: _train(settings, stop))
+    """Train in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line.
+
+    Under torchrun this process is one of the ranks: the first is the worker, the others follow it until it stops.
+    """
+    launch = launched()
+    if launch is not None and settings.ranks not in (1, launch.size):
+        raise UsageError(f"torchrun started {launch.size} ranks, [train] ranks says {settings.ranks}: leave that out")
+    if launch is not None and launch.rank > 0:
+        device, partitions, threads = _ways(settings)
+        follow_launched(launch, settings.model, partitions, device, threads)
+    else:
+        app.run(lambda stop: _train(settings, stop, launch))
 
 
-async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
-    worker = TrainWorker(settings)
+async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
+    worker = TrainWorker(settings, launch)
     await worker.start()
     topics = settings.topics
     intake = batches.Intake(
@@ -92,8 +103,9 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
 class TrainWorker:
     """The feed of `examples`, and the tasks round the trainer."""
 
-    def __init__(self, settings: TrainWorkerSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: TrainWorkerSettings, launch: Launch | None = None) -> None:
+        """launch: of the first rank, where something else starts the others."""
+        self.settings, self._launch = settings, launch
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
         self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
@@ -166,17 +178,16 @@ class TrainWorker:
 
     def _open(self) -> Trainer:
         settings = self.settings
-        threads = 1 if settings.deterministic else settings.threads
+        device, partitions, threads = _ways(settings)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self._kept = KeptCheckpoints(settings.checkpoints_url)
         _refuse_to_begin_anew(settings.store, self._kept)
-        partitions = settings.topics.partitions if settings.deterministic else 0
         ranks = None
-        if settings.ranks > 1:
+        if self._launch is not None:
+            log.info("rank 0 of %s", self._launch.size)
+            ranks = Ranks(0, self._launch.size, self._launch, device)
+        elif settings.ranks > 1:
             folder = settings.data_dir / "ranks"
             self._followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
             self._followers.watch(app.die)
@@ -192,6 +203,8 @@ class TrainWorker:
     def _close(self) -> None:
         if self._followers is not None:
             self._followers.end(self._trainer.ranks)
+        elif self._launch is not None:
+            let_go(self._trainer.ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 
@@ -403,6 +416,16 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+def _ways(settings: TrainWorkerSettings) -> tuple[str, int, int]:
+    """(device, partitions of a deterministic run or 0, threads): the same on all ranks."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.deterministic:
+        return device, settings.topics.partitions, 1
+    return device, 0, settings.threads
 
 
 def _refuse_to_begin_anew(store: Path, kept: KeptCheckpoints) -> None:
