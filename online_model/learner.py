@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from embedding_store.tables import EmbeddingTables
+from online_model.examples import Examples
 from online_model.features import CATEGORY, ITEM, USER, UserFeatures, item_features, mix, user_features
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum
@@ -15,20 +16,31 @@ from online_model.ranker import CLICK, PURCHASE, Ranker
 
 
 @dataclass
-class Batch:
-    """N candidates of B contexts, with what each head learns from them."""
+class Candidates:
+    """N candidates of B contexts. A context is a user in a state, at a moment, in a scenario."""
 
-    now_ms: int  # event time, never less than in a batch before
     user: np.ndarray  # int64 [B] ids
-    sighting: np.ndarray  # int64 [B] the example that the user was seen in
     history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
     moment: np.ndarray  # int64 [B] ms UTC
+    scenario: np.ndarray  # int64 [B]
     item: np.ndarray  # int64 [N] ids
-    example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
     ctx: np.ndarray  # int64 [N] the candidate's context
-    ts: np.ndarray  # int64 [N] ms UTC
-    scenario: np.ndarray  # int64 [N]
-    position: np.ndarray  # int64 [N], -1 unknown
+    position: np.ndarray  # int64 [N] place on the page, -1 unknown
+
+    @property
+    def ts(self) -> np.ndarray:
+        """The candidates' moments, int64 [N]."""
+        return self.moment[self.ctx]
+
+
+@dataclass
+class Batch:
+    """Candidates, with what each head learns from them."""
+
+    now_ms: int  # event time, never less than in a batch before
+    candidates: Candidates
+    sighting: np.ndarray  # int64 [B] the example that the user was seen in
+    example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
     target: np.ndarray  # float32 [N, 3 + E], nan where nothing is learned
     weight: np.ndarray  # float32 [N] of all of the row's losses
     offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
@@ -40,6 +52,7 @@ class Outcome:
 
     p: np.ndarray  # float32 [N, 3 + E] probabilities of click, watch, purchase, …, from before the step
     rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
+    loss: float  # the mean of a row
     learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
 
 
@@ -73,9 +86,8 @@ class _Share:
 
 @dataclass
 class _Rows:
-    """What of a batch of N candidates is in the tables."""
+    """What of N candidates is in the tables."""
 
-    rows: np.ndarray  # int64 [N] the candidates' items
     dense: np.ndarray  # float32 [N, DENSE]
     every: _Share  # all of it
 
@@ -96,9 +108,14 @@ class Learner:
 
     def learn(self, batch: Batch) -> Outcome:
         """Scores the batch, then learns it. Item statistics are read, not changed. Admits users, items, categories."""
-        looked = self._look_up(batch)
+        c, tables = batch.candidates, self.tables
+        tables.begin_step(batch.now_ms)
+        user_rows = tables.rows(USER, c.user, admit=True, examples=batch.sighting)
+        rows = tables.rows(ITEM, c.item, admit=True, examples=batch.example)
+        self._first_seen(rows, c.ts)
+        looked = self._look_up(c, user_rows, rows, admit=True)
         share = self._share(looked)
-        leaves, outputs, logits = self._forward(batch, looked, share)
+        leaves, outputs, logits = self._forward(c, looked, share)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
         self._adam.zero_grad(set_to_none=True)
@@ -111,9 +128,26 @@ class Learner:
             torch.autograd.backward(outputs, grads)
             for w in self._weights():
                 if w.grad is not None:
-                    w.grad /= len(batch.item)  # tables learn from sums, the ranker from means
+                    w.grad /= len(c.item)  # tables learn from sums, the ranker from means
             self._adam.step()
-        return Outcome(self._of_all(p.cpu().numpy(), share.part, len(batch.item)), looked.rows, learned)
+        every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
+        return Outcome(every, rows, self._mean(loss.detach(), len(c.item)), learned)
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates) -> np.ndarray:
+        """Probabilities float32 [N, 3 + E] of click, watch, purchase, …: admits nothing, learns nothing."""
+        tables = self.tables
+        user_rows = tables.rows(USER, candidates.user, admit=False)
+        rows = tables.rows(ITEM, candidates.item, admit=False)
+        looked = self._look_up(candidates, user_rows, rows, admit=False)
+        share = self._share(looked)
+        _, _, logits = self._forward(candidates, looked, share)
+        p = probabilities(logits, self._feedback).cpu().numpy()
+        return self._of_all(p, share.part, len(candidates.item))
+
+    def _mean(self, loss: torch.Tensor, n: int) -> float:
+        """The mean loss of a row, where `loss` is the sum of this rank's share."""
+        return float(self.tables.ranks.sum(np.array([float(loss)]))[0]) / n
 
     def _gathered(self, sound: bool) -> bool:
         """Adds up the ranker's gradients over the ranks. Whether all of them are finite, and all ranks are `sound`."""
@@ -165,7 +199,7 @@ class Learner:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
     def _forward(
-        self, batch: Batch, looked: _Rows, share: _Share
+        self, c: Candidates, looked: _Rows, share: _Share
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
         """(leaves, the tables' outputs they stand for, logits of the share's candidates)."""
         embedded = self.tables.embed(
@@ -185,30 +219,27 @@ class Learner:
         )
         logits = self.ranker(
             user, mean, self._tensor(past.context), item.index_select(0, at), category.index_select(0, at),
-            self._tensor(looked.dense[share.part]), self._tensor(batch.scenario[share.part]),
-            self._tensor(batch.position[share.part]), self._tensor(share.ctx),
+            self._tensor(looked.dense[share.part]), self._tensor(c.scenario[c.ctx][share.part]),
+            self._tensor(c.position[share.part]), self._tensor(share.ctx),
         )  # fmt: skip
         return leaves, outputs, logits
 
-    def _look_up(self, batch: Batch) -> _Rows:
-        """Everything of the batch that is in the tables, but the embeddings. The same on all ranks."""
+    def _look_up(self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, admit: bool) -> _Rows:
+        """Everything of the candidates that is in the tables, but the embeddings. The same on all ranks.
+
+        user_rows [B] and rows [N] are those of users and items; `admit`: categories get a row.
+        """
         tables = self.tables
-        tables.begin_step(batch.now_ms)
-        user_rows = tables.rows(USER, batch.user, admit=True, examples=batch.sighting)
-        rows = tables.rows(ITEM, batch.item, admit=True, examples=batch.example)
-        self._first_seen(rows, batch.ts)
-        past = user_features(batch.history, batch.moment)
+        past = user_features(c.history, c.moment)
         # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
-        ids = np.concatenate((batch.item, past.items[past.items != 0]))
+        ids = np.concatenate((c.item, past.items[past.items != 0]))
         items, inverse = np.unique(ids, return_inverse=True)
         item_rows = tables.rows(ITEM, items, admit=False)
         categories, category_of = np.unique(tables.values(ITEM, "category", item_rows), return_inverse=True)
-        category_rows = tables.rows(CATEGORY, categories, admit=True)
+        category_rows = tables.rows(CATEGORY, categories, admit=admit)
         at, history_at = inverse[: len(rows)], inverse[len(rows) :]
-        every = _Share(
-            slice(None), user_rows, item_rows, category_rows, category_of, at, history_at, past, batch.ctx
-        )
-        return _Rows(rows, stored_features(tables, rows, batch.ts), every)
+        every = _Share(slice(None), user_rows, item_rows, category_rows, category_of, at, history_at, past, c.ctx)
+        return _Rows(stored_features(tables, rows, c.ts), every)
 
     def _share(self, looked: _Rows) -> _Share:
         """This rank's share of the batch: that of some of its contexts."""
@@ -243,16 +274,29 @@ def stored_features(tables: EmbeddingTables, rows: np.ndarray, ts: np.ndarray | 
     return item_features(impressions, clicks, interactions, created, ts)
 
 
-def unique_contexts(user: np.ndarray, history: np.ndarray, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index int64 [B] of one row for each distinct (user, history, ts), which of them each row is int64 [n]).
+def candidates_of(rows: Examples, implicit: np.ndarray, drawn: np.ndarray) -> tuple[Candidates, np.ndarray, np.ndarray]:
+    """(the rows as candidates, then the negatives `drawn` int64 [m, k] for those at `implicit` int64 [m], in the same
+    contexts; which row each candidate came with, int64 [n + m · k]; which row each context came with, int64 [B])."""
+    first, ctx = unique_contexts(rows.history, rows.user, rows.ts, rows.scenario)
+    every = np.concatenate((np.arange(len(rows)), np.repeat(implicit, drawn.shape[1])))
+    return Candidates(
+        user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
+        scenario=rows.scenario[first].astype(np.int64), item=np.concatenate((rows.item, drawn.ravel())),
+        ctx=ctx[every], position=rows.position[every].astype(np.int64),
+    ), every, first  # fmt: skip
 
-    user, ts: int64 [n]; history: uint8 [n, HISTORY_BYTES]. The rows of one impression share theirs, whatever they say.
+
+def unique_contexts(history: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(index int64 [B] of one row for each distinct (history, columns), which of them each row is int64 [n]).
+
+    history: uint8 [n, HISTORY_BYTES]; columns: integers [n]. The rows of an impression share theirs, whatever they say.
     """
-    words = np.concatenate((user[:, None], ts[:, None], np.ascontiguousarray(history).view(np.int64)), axis=1)
+    numbers = [column.astype(np.int64)[:, None] for column in columns]
+    words = np.concatenate((*numbers, np.ascontiguousarray(history).view(np.int64)), axis=1)
     with np.errstate(over="ignore"):
         factors = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
         key = mix(words[:, 0] ^ words[:, 1]) + words.view(np.uint64) @ factors
     _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
     if np.array_equal(words, words[first[inverse]]):
         return first, inverse
-    return np.arange(len(user)), np.arange(len(user))  # two contexts share a hash: none is shared
+    return np.arange(len(words)), np.arange(len(words))  # two contexts share a hash: none is shared

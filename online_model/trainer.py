@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,7 +42,7 @@ from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
 from online_model.feedback import strategy
 from online_model.history import HISTORY
-from online_model.learner import Batch, Learner, unique_contexts
+from online_model.learner import Batch, Candidates, Learner, candidates_of
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
@@ -90,6 +90,16 @@ def open_trainer(
     return trainer
 
 
+@dataclass
+class Scored:
+    """What a step scored, and has learned since: to score more as of before it, do that before the step."""
+
+    rows: Examples
+    implicit: np.ndarray  # int64 [m] the rows that negatives were drawn for
+    drawn: np.ndarray  # int64 [m, k] ids of items
+    p: np.ndarray  # float32 [n + m · k, heads] probabilities: of the rows, then of the negatives
+
+
 class Trainer:
     """Test-then-train over tables and ranker, which it owns from now on. Not thread-safe.
 
@@ -122,6 +132,8 @@ class Trainer:
         self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
+        self.last_loss = 0.0  # of a row, the mean of the last step
+        self.observer: Callable[[Scored], None] | None = None  # is told of each step; changes nothing
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
 
     @property
@@ -212,6 +224,11 @@ class Trainer:
                     self._learn(rows if examples.all() else rows.take(examples))
             self._finish_blocks()
         return 0 if rows is None else len(rows)
+
+    @on_all_ranks
+    def score(self, candidates: Candidates) -> np.ndarray:
+        """Probabilities float32 [N, heads] of what may have been learned or not: admits nothing, changes nothing."""
+        return self._learner.score(candidates)
 
     @on_all_ranks
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
@@ -369,6 +386,9 @@ class Trainer:
         self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
         batch = _batch(rows, target, sampling, implicit, drawn, self._totals["event_time_ms"])
         outcome = self._learner.learn(batch)
+        self.last_loss = outcome.loss
+        if self.observer is not None:
+            self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
             self._measure(rows, target, implicit, outcome.p)
         if not outcome.learned:
@@ -471,18 +491,13 @@ def _batch(
     now_ms: int,
 ) -> Batch:
     """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
-    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
-    behind = np.repeat(implicit, drawn.shape[1])  # the row of each negative
-    negative = np.full((len(behind), target.shape[1]), np.nan, np.float32)
+    candidates, every, first = candidates_of(rows, implicit, drawn)
+    negative = np.full((drawn.size, target.shape[1]), np.nan, np.float32)
     negative[:, CLICK] = 0
-    every = np.concatenate((np.arange(len(rows)), behind))
     weight, offset = sampling
     return Batch(
-        now_ms=now_ms, user=rows.user[first], sighting=rows.row_id[first],
-        history=rows.history[first], moment=rows.ts[first],
-        item=np.concatenate((rows.item, drawn.ravel())), example=np.append(rows.row_id, 0 * behind),
-        ctx=ctx[every], ts=rows.ts[every],
-        scenario=rows.scenario[every].astype(np.int64), position=rows.position[every].astype(np.int64),
+        now_ms=now_ms, candidates=candidates, sighting=rows.row_id[first],
+        example=np.append(rows.row_id, np.zeros(drawn.size, np.int64)),
         target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
     )  # fmt: skip
 

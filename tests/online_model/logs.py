@@ -53,7 +53,7 @@ def make_rows(
         part=np.full(n, Part.SHOWN, np.uint8), source=np.full(n, source, np.uint8),
         ts=ts.astype(np.int64), closed=(ts + 500).astype(np.int64),
         user=np.array([feature_id("user", int(u)) for u in user_of], np.int64), item=ids[item],
-        scenario=rng.integers(4, size=n).astype(np.uint8), position=(np.arange(n) % 4).astype(np.int16),
+        scenario=(request % 4).astype(np.uint8), position=(np.arange(n) % 4).astype(np.int16),
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32), click=click,
         purchase=np.where(click == 1, 0, -1).astype(np.int8),
         play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),

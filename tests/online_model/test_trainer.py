@@ -7,7 +7,7 @@ import torch
 
 from embedding_store.ids import feature_id
 from online_model.examples import Examples, Part, Source
-from online_model.learner import unique_contexts
+from online_model.learner import candidates_of, unique_contexts
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import open_trainer
 from tests.online_model.logs import START, later, make_blocks, make_rows
@@ -148,7 +148,7 @@ def test_contexts_of_one_impression_are_shared():
     rows = make_rows(40)
     rows = Examples.concat([rows, later(rows, np.arange(0, 40, 3), Part.LATE_CLICK, click=1), rows.take(np.arange(40))])
     rows.ts[-40:] += 1  # as of another moment: other contexts, in the same states
-    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
+    first, ctx = unique_contexts(rows.history, rows.user, rows.ts)
     assert len(first) == 2 * len({*zip(rows.user[:40].tolist(), rows.ts[:40].tolist(), strict=True)}) == 20
     for column in (rows.user, rows.history, rows.ts):
         assert (column[first][ctx] == column).all()
@@ -157,7 +157,7 @@ def test_contexts_of_one_impression_are_shared():
 def test_hostile_histories_are_not_mixed_up(monkeypatch):
     monkeypatch.setattr("online_model.learner.mix", lambda x: np.zeros(x.shape, np.uint64))  # all hashes collide
     rows = make_rows(40)
-    first, ctx = unique_contexts(rows.user, rows.history, rows.ts)
+    first, ctx = unique_contexts(rows.history, rows.user, rows.ts)
     assert (rows.history[first][ctx] == rows.history).all()
 
 
@@ -278,3 +278,20 @@ def test_a_step_on_cuda_is_close_to_one_on_the_cpu(tmp_path):
         trainer.store.close()
     for name, weights in digests[0].items():
         assert digests[1][name] == pytest.approx(weights, abs=1e-4)
+
+
+def test_scoring_is_what_the_step_says_and_changes_nothing(trainer):
+    learn(trainer, make_rows(128))
+    rows, told = make_rows(40, from_row=128), []
+    digest = [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()]
+    sizes = [trainer.tables.size(table) for table in trainer.tables.specs]
+    candidates, *_ = candidates_of(rows, np.empty(0, np.int64), np.empty((0, 4), np.int64))
+    known = trainer.tables.rows("item", rows.item, admit=False) > 0
+    p = trainer.score(candidates)
+    assert [trainer.tables.size(table) for table in trainer.tables.specs] == sizes, "nothing is admitted"
+    assert digest == [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()]
+    trainer.observer = told.append
+    trainer.offer(make_blocks(rows, 40, first=20)[0], 2)
+    trainer.step(drain=True)
+    assert told and known.any()
+    np.testing.assert_allclose(told[0].p[known], p[known], rtol=1e-6)  # a new item starts with weights of its own
