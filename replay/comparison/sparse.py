@@ -1,0 +1,84 @@
+"""The features of the peers: what one would give a linear model or a factorization machine, all from before the event.
+
+A candidate is a set of ids, one a field: user, item, category, scenario, hour of the day, place on the page (if it was
+shown), the user's last items, and how often the item was clicked so far and stands in the user's recent items. Crosses
+are for those that make none themselves. The numbers of clicks are by powers of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from online_model.history import HISTORY
+from online_model.learner import Candidates
+from online_model.trainer import CatalogueItem
+from replay.comparison.counting import DAY_MS, DecayedCounts, recent_items
+from replay.comparison.stream import Batch, name_of
+
+LAST = 3  # of the user's last items, so many are features
+HOUR_MS = 3_600_000
+BITS = 22  # of a feature's id: more than so many features share weights
+CROSSED = (
+    "user item", "user category", "item last0", "item last1", "item last2", "category last_category", "item scenario",
+)  # fmt: skip
+
+
+class Fields:
+    """Makes the ids. It learns what items are and how often they were clicked, and nothing else."""
+
+    def __init__(self) -> None:
+        self._items = np.empty(0, np.int64)  # sorted
+        self._categories = np.empty(0, np.int64)  # of each
+        self._clicks = DecayedCounts(20, 1e6 * DAY_MS)  # they do not decay
+
+    def catalogue(self, items: Sequence[CatalogueItem]) -> None:
+        """Their categories, from now on."""
+        if items:
+            new = np.array([(item, category) for item, _, category, _, _ in items], np.int64)[::-1]
+            both = np.concatenate((new[:, 0], self._items)), np.concatenate((new[:, 1], self._categories))
+            self._items, first = np.unique(both[0], return_index=True)  # of several the last record holds
+            self._categories = both[1][first]
+
+    def learn(self, batch: Batch) -> None:
+        """The clicks of a batch."""
+        clicked = batch.rows.click == 1
+        self._clicks.add(batch.rows.item[clicked], batch.rows.ts[clicked])
+
+    def of(self, c: Candidates) -> dict[str, np.ndarray]:
+        """Field → ids int64 [N]; 0: there is none."""
+        recent = recent_items(c.history)
+        last = recent[:, :LAST]
+        repeats = sum((recent[c.ctx, place] == c.item for place in range(HISTORY)), np.zeros(len(c.item), np.int64))
+        clicks = self._clicks.get(c.item, c.ts)
+        return {
+            "user": c.user[c.ctx], "item": c.item, "category": self._category(c.item),
+            "scenario": c.scenario[c.ctx] + 1, "hour": c.ts // HOUR_MS % 24 + 1, "position": c.position + 1,
+            "clicks": np.floor(np.log2(1 + clicks)).astype(np.int64) + 1, "repeats": np.minimum(repeats, 1),
+            **{f"last{n}": last[c.ctx, n] for n in range(LAST)},
+            "last_category": self._category(last[:, 0])[c.ctx],
+        }  # fmt: skip
+
+    def _category(self, items: np.ndarray) -> np.ndarray:
+        if not len(self._items):
+            return np.zeros(len(items), np.int64)
+        at = np.minimum(np.searchsorted(self._items, items), len(self._items) - 1)
+        return np.where(self._items[at] == items, self._categories[at], 0)
+
+
+def hashed(fields: dict[str, np.ndarray], crossed: bool) -> list[list[int]]:
+    """The features of each candidate as ids below 2^BITS, those that are there; with `crossed` the CROSSED ones too."""
+    columns, there = [], []
+    names = [(name,) for name in fields] + [tuple(cross.split()) for cross in CROSSED if crossed]
+    for number, name in enumerate(names):
+        parts = [fields[part] for part in name]
+        salt = np.full(len(parts[0]), number + 1, np.int64)
+        columns.append((name_of(salt, *parts).view(np.uint64) >> np.uint64(64 - BITS)).astype(np.int64))
+        there.append(np.all([part != 0 for part in parts], axis=0))
+    ids, kept = np.stack(columns, 1), np.stack(there, 1)
+    if kept.all():
+        return ids.tolist()
+    ends = np.cumsum(kept.sum(1))
+    flat = ids[kept].tolist()
+    return [flat[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
