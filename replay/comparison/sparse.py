@@ -55,7 +55,7 @@ class Fields:
         return {
             "user": c.user[c.ctx], "item": c.item, "category": self._category(c.item),
             "scenario": c.scenario[c.ctx] + 1, "hour": c.ts // HOUR_MS % 24 + 1, "position": c.position + 1,
-            "clicks": np.floor(np.log2(1 + clicks)).astype(np.int64) + 1, "repeats": np.minimum(repeats, 1),
+            "clicks": np.floor(np.log2(1 + np.rint(clicks))).astype(np.int64) + 1, "repeats": np.minimum(repeats, 1),
             **{f"last{n}": last[c.ctx, n] for n in range(LAST)},
             "last_category": self._category(last[:, 0])[c.ctx],
         }  # fmt: skip
