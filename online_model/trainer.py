@@ -66,7 +66,8 @@ def open_trainer(
     sync: bool = False,
     ranks: Ranks | None = None,
 ) -> Trainer:
-    """A trainer that goes on from the store at `path` (made if there is none). Arguments: see Trainer.
+    """A trainer that goes on from the store at `path` (made if there is none); without a path one that keeps nothing and
+    cannot commit. Arguments: see Trainer.
 
     With `sync` a commit outlives a power cut, without it only a kill -9. Settings of another shape of model change the
     store first: `widening.open_widened`. With several `ranks` each opens one, all but the first without a path.
@@ -319,7 +320,7 @@ class Trainer:
         another.
         """
         fault("recover.opened")
-        head = self.ranks.from_first(lambda: self.store.head())
+        head = self.ranks.from_first(lambda: None if self._store is None else self._store.head())
         if head is None:
             return False
         state = self.ranks.from_first(lambda: state_of(head, self.store.path))
