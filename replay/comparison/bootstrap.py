@@ -62,6 +62,10 @@ class Users:
             found.ndcg_at_10 = (self.weight @ total) / np.maximum(self.weight @ count, 1)
         return found
 
+    def calibration(self, score: np.ndarray, label: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Predicted over actual of each draw, of the scores at the mask `at` [n]."""
+        return self._sum(score * at) / np.maximum(self._sum(label * at), 1)
+
     def _sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of values [n] in each draw."""
         return self.weight @ np.bincount(self.of_score, values, len(self.ids))

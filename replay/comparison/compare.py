@@ -101,16 +101,22 @@ def _read(
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of every number over the runs; what one run alone has, None among them, or is no number: the first's."""
-    first = runs[0]
+    """The mean of every fraction over the runs; of counts, and of what is None in one of them, the first run's.
+
+    The intervals of a run are no other's: of several runs there are none.
+    """
+    if len(runs) == 1:
+        return dict(runs[0])
     out: dict[str, Any] = {}
-    for name, value in first.items():
+    for name, value in runs[0].items():
+        if name == "intervals":
+            continue
         values = [run[name] for run in runs]
         if isinstance(value, Mapping):
             out[name] = _means(values)
         elif isinstance(value, float) and all(isinstance(v, float) for v in values):
             out[name] = float(np.mean(values))
-        elif name != "intervals":
+        else:
             out[name] = value
     return out
 

@@ -28,6 +28,7 @@ SECONDS = {
     "river_logistic": 25,
     "river_biased_mf": 8,
 }  # a log of 100,000 clicks, about; else 4
+COMPARED = ("auc", "ne", "ndcg_at_10", "auc_known", "ndcg_at_10_known")  # figures that a difference is given of
 WINDOWS = 20  # of a learning curve
 
 
@@ -181,22 +182,39 @@ def _groups(names: Sequence[str], jobs: int) -> list[list[str]]:
 
 
 def measure(found: Sequence[Scores], stream: Stream, seed: int, draws: int = bootstrap.DRAWS) -> dict[str, Any]:
-    """JSON-ready: `systems`, `differences` (headrace − other, with intervals), `curves`, `reliability`."""
+    """JSON-ready: `systems`, `differences` (headrace − other, with intervals), `curves`, `reliability`.
+
+    What ends in `_known` is of the scores and positions whose item had been seen before: where negatives are drawn from
+    active items, one that was not is always a positive.
+    """
     truth = Truth.of(stream)
-    users = bootstrap.Users(truth.user, seed, draws)
-    drawn = {
-        s.name: users.draw(s.score, truth.label, s.probabilistic, truth.position_user, s.ranked["ndcg_at_10"])
-        for s in found
-    }  # fmt: skip
+    whole = bootstrap.Users(truth.user, seed, draws)
+    known = bootstrap.Users(truth.user[truth.known], seed, draws)
+    drawn = {s.name: _drawn(s, truth, whole, known) for s in found}
     return {
         "systems": {s.name: _figures(s, truth, drawn[s.name]) for s in found},
-        "differences": _differences(found, drawn) if HEADRACE in drawn else {},
+        "differences": _differences(drawn) if HEADRACE in drawn else {},
         "curves": {s.name: _curve(s, truth) for s in found},
         "reliability": {s.name: metrics.reliability(s.score, truth.label, 20) for s in found if s.probabilistic},
     }
 
 
-def _figures(scores: Scores, truth: Truth, drawn: bootstrap.Drawn) -> dict[str, Any]:
+def _drawn(
+    scores: Scores, truth: Truth, whole: bootstrap.Users, known: bootstrap.Users
+) -> dict[str, np.ndarray | None]:
+    """The draws of each figure."""
+    probabilistic, ndcg = scores.probabilistic, scores.ranked["ndcg_at_10"]
+    every = whole.draw(scores.score, truth.label, probabilistic, truth.position_user, ndcg)
+    mine, at = truth.known, truth.position_known
+    some = known.draw(scores.score[mine], truth.label[mine], False, truth.position_user[at], ndcg[at])
+    last = np.arange(len(truth.label)) >= len(truth.label) // 2
+    return {
+        **vars(every), "auc_known": some.auc, "ndcg_at_10_known": some.ndcg_at_10,
+        "calibration_last_half": whole.calibration(scores.score, truth.label, last) if probabilistic else None,
+    }  # fmt: skip
+
+
+def _figures(scores: Scores, truth: Truth, drawn: dict[str, np.ndarray | None]) -> dict[str, Any]:
     whole = metrics.figures(scores.score, truth.label, scores.probabilistic)
     half = slice(len(truth.label) // 2, None)
     last = metrics.figures(scores.score[half], truth.label[half], scores.probabilistic)
@@ -205,21 +223,18 @@ def _figures(scores: Scores, truth: Truth, drawn: bootstrap.Drawn) -> dict[str, 
     return {
         **asdict(whole), **asdict(metrics.ranking(scores.ranked)), "last_half": asdict(last),
         "known_items": {"auc": known.auc, "positives": known.positives, **asdict(metrics.ranking(at_known))},
-        "intervals": {name: bootstrap.interval(getattr(drawn, name)) for name in vars(drawn)},
+        "intervals": {name: bootstrap.interval(values) for name, values in drawn.items()},
         "seconds": round(scores.seconds, 2),
     }  # fmt: skip
 
 
-def _differences(found: Sequence[Scores], drawn: dict[str, bootstrap.Drawn]) -> dict[str, dict[str, Any]]:
+def _differences(drawn: dict[str, dict[str, np.ndarray | None]]) -> dict[str, dict[str, Any]]:
     """headrace − other, by figure: the interval, None where either has none."""
     own = drawn[HEADRACE]
     return {
-        s.name: {
-            name: bootstrap.difference(getattr(own, name), getattr(drawn[s.name], name))
-            for name in ("auc", "ne", "ndcg_at_10")
-        }
-        for s in found
-        if s.name != HEADRACE
+        name: {figure: bootstrap.difference(own[figure], other[figure]) for figure in COMPARED}
+        for name, other in drawn.items()
+        if name != HEADRACE
     }
 
 

@@ -12,7 +12,10 @@ import plotly.graph_objects as go
 from replay.comparison.harness import HEADRACE
 from replay.comparison.stream import OTHERS
 
-FIGURES = {"auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10"}
+FIGURES = {
+    "auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10", "auc_known": "AUC on known items",
+    "ndcg_at_10_known": "NDCG@10 on known items",
+}  # fmt: skip
 LESS_IS_BETTER = ("ne",)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
