@@ -58,7 +58,7 @@ def compare(
         stream = _read(log, join, model, settings, partial(progress, f"seed {seed}: reading"))
         found = run_all(settings.systems, stream, model, settings.jobs, partial(progress, f"seed {seed}: comparing"))
         result["runs"].append({"seed": seed, **measure(found, stream, seed)})
-        result.setdefault("about", _about(log, stream, settings, model))
+        result.setdefault("about", _about(log, stream, settings, join, model))
     result["systems"] = _means([run["systems"] for run in result["runs"]])
     result["shortfalls"] = shortfalls(result)
     if settings.intervals:
@@ -121,7 +121,9 @@ def _means(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _about(log: LogReader, stream: Stream, settings: CompareSettings, model: TrainerSettings) -> dict[str, Any]:
+def _about(
+    log: LogReader, stream: Stream, settings: CompareSettings, join: JoinSettings, model: TrainerSettings
+) -> dict[str, Any]:
     """What the report says of the run."""
     ranked = sum(len(batch.ranked.user) for batch in stream.batches if batch.ranked is not None)
     return {
@@ -134,5 +136,5 @@ def _about(log: LogReader, stream: Stream, settings: CompareSettings, model: Tra
         "seeds": list(settings.seeds), "versions": {name: version(name) for name in VERSIONS},
         "machine": f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}, Python"
         f" {platform.python_version()}",
-        "join": msgspec.to_builtins(settings.join), "model": msgspec.to_builtins(model),
+        "join": msgspec.to_builtins(join), "model": msgspec.to_builtins(model),
     }  # fmt: skip

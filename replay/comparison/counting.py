@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from embedding_store.ids import combine_all
 from online_model.examples import Part
 from online_model.features import CLICK_PRIOR, mix
 from online_model.history import HISTORY, RECENT, unpack
 from online_model.learner import Candidates
 from online_model.trainer import CatalogueItem
-from replay.comparison.stream import Batch, Stream, name_of
+from replay.comparison.stream import Batch, Stream
 
 DAY_MS = 86_400_000
 DEPTH = 2  # cells of a key
@@ -76,7 +77,7 @@ class Popularity:
     The rate is smoothed by the rate of all items, which weighs as much as PRIOR impressions.
     """
 
-    HALF_LIFE_MS, PRIOR, BITS = 2 * DAY_MS, 20.0, 20
+    HALF_LIFE_MS, PRIOR, BITS = 7 * DAY_MS, 20.0, 20
 
     def __init__(self, stream: Stream) -> None:
         self.probabilistic = not stream.implicit
@@ -118,7 +119,7 @@ class ItemKnn:
     neighbour are told apart by popularity.
     """
 
-    HALF_LIFE_MS, NEAR, SHRINK, BITS = 30 * DAY_MS, 0.8, 1.0, 22
+    HALF_LIFE_MS, NEAR, SHRINK, BITS = 30 * DAY_MS, 0.8, 10.0, 22
     FALLBACK = 1e-4  # of a score, at most: what popularity counts
     probabilistic = False
 
@@ -175,4 +176,4 @@ def recent_items(history: np.ndarray) -> np.ndarray:
 
 def _pair(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """One key for both orders."""
-    return name_of(np.minimum(one, other), np.maximum(one, other))
+    return combine_all(np.minimum(one, other), np.maximum(one, other))

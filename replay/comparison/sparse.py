@@ -8,14 +8,16 @@ are for those that make none themselves. The numbers of clicks are by powers of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
+from embedding_store.ids import combine_all
 from online_model.history import HISTORY
 from online_model.learner import Candidates
 from online_model.trainer import CatalogueItem
 from replay.comparison.counting import DAY_MS, DecayedCounts, recent_items
-from replay.comparison.stream import Batch, name_of
+from replay.comparison.stream import Batch
 
 LAST = 3  # of the user's last items, so many are features
 HOUR_MS = 3_600_000
@@ -73,8 +75,8 @@ def hashed(fields: dict[str, np.ndarray], crossed: bool) -> list[list[int]]:
     names = [(name,) for name in fields] + [tuple(cross.split()) for cross in CROSSED if crossed]
     for number, name in enumerate(names):
         parts = [fields[part] for part in name]
-        salt = np.full(len(parts[0]), number + 1, np.int64)
-        columns.append((name_of(salt, *parts).view(np.uint64) >> np.uint64(64 - BITS)).astype(np.int64))
+        mixed = reduce(combine_all, parts, np.full(len(parts[0]), number + 1, np.int64))
+        columns.append((mixed.view(np.uint64) >> np.uint64(64 - BITS)).astype(np.int64))
         there.append(np.all([part != 0 for part in parts], axis=0))
     ids, kept = np.stack(columns, 1), np.stack(there, 1)
     if kept.all():

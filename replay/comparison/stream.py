@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from embedding_store.errors import UsageError
-from embedding_store.ids import combine_all
 from online_model.examples import Examples, Part, Source
 from online_model.features import mix
 from online_model.learner import Candidates, candidates_of
@@ -241,11 +240,3 @@ def _positions(rows: Examples, active: np.ndarray, seen: np.ndarray, salt: np.ui
         item=items.ravel(), ctx=np.repeat(np.arange(m), 1 + OTHERS), position=np.full(m * (1 + OTHERS), -1, np.int64),
     )  # fmt: skip
     return Positions(candidates, rows.user, rows.row_id, np.isin(rows.item, seen))
-
-
-def name_of(*columns: np.ndarray) -> np.ndarray:
-    """One int64 id for each row of columns of int64, [n]: a crossed feature."""
-    out = columns[0]
-    for column in columns[1:]:
-        out = combine_all(out, column)
-    return out
