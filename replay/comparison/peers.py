@@ -70,7 +70,7 @@ class RiverFm:
     """`river.facto.FMClassifier` over the plain features: it makes the crosses."""
 
     probabilistic = True
-    FACTORS, RATE, SIGMA = 8, 0.05, 0.05
+    FACTORS, RATE, SIGMA = 8, 0.03, 0.05
 
     def __init__(self, seed: int) -> None:
         self._fields = Fields()
@@ -143,7 +143,8 @@ class VowpalWabbit:
     """Vowpal Wabbit, logistic, with the quadratic features of user, item, category and last items."""
 
     probabilistic = True
-    OPTIONS = "--loss_function logistic --link logistic -b 22 -q ui -q uc -q il -q cm -q is --quiet --no_stdin"
+    OPTIONS = "--loss_function logistic --link logistic -l 0.3 -b 22 --quiet --no_stdin"
+    PAIRS = ("ui", "uc", "uo", "il", "is", "io", "cm")  # of namespaces
     SPACES: ClassVar[dict[str, tuple[str, ...]]] = {  # namespace → fields
         "u": ("user",), "i": ("item",), "c": ("category",), "s": ("scenario",), "l": ("last0", "last1", "last2"),
         "m": ("last_category",), "o": ("hour", "position", "clicks", "repeats"),
@@ -151,7 +152,8 @@ class VowpalWabbit:
 
     def __init__(self, seed: int) -> None:
         self._fields = Fields()
-        self._model = Workspace(f"{self.OPTIONS} --random_seed {seed}")
+        pairs = " ".join(f"-q {pair}" for pair in self.PAIRS)
+        self._model = Workspace(f"{self.OPTIONS} {pairs} --random_seed {seed}")
 
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
         self._fields.catalogue(items)

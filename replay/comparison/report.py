@@ -21,6 +21,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #1b2733; }
+.settings td { text-align: left; overflow-wrap: anywhere; }
 td { border-bottom: 1px solid #dde3e9; font-variant-numeric: tabular-nums; } .worse { color: #b3261e; }
 h1, h2 { line-height: 1.2; } p.note { color: #55636f; } .plot { margin: 1.5rem 0; }
 """
@@ -71,7 +72,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 def _drawn(about: Mapping[str, Any]) -> str:
     """What was scored, in words."""
-    said = f"{about['events']:,} events, {about['scored']:,} scores"
+    said = f"{about['events']:,} events in batches of {about['model']['batch_size']:,} rows, {about['scored']:,} scores"
     said += f" of {about['users']:,} users and {about['items']:,} items. "
     if about["implicit"]:
         said += (
@@ -144,7 +145,7 @@ def _intervals(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _settings(about: Mapping[str, Any]) -> str:
     rows = [(name.replace("_", " "), str(value)) for name, value in about.items()]
-    return _table(("", ""), rows)
+    return f"<div class=settings>{_table(('setting', 'value'), rows)}</div>"
 
 
 def _curve(run: Mapping[str, Any], figure: str) -> go.Figure:

@@ -12,7 +12,7 @@ from online_model.learner import Candidates
 from replay.comparison import metrics
 from replay.comparison.contract import System
 from replay.comparison.harness import SYSTEMS, Truth, make, run, run_all
-from replay.comparison.stream import Stream
+from replay.comparison.stream import Batch, Stream
 from tests.replay.comparison_logs import MODEL, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +106,35 @@ def test_two_processes_give_what_one_gives() -> None:
     assert [scores.name for scores in two] == list(names)
     for mine, other in zip(one, two, strict=True):
         np.testing.assert_array_equal(mine.score, other.score)
+
+
+def test_every_system_scores_a_batch_and_its_positions_before_any_learns_it() -> None:
+    some, told = _short(impressions=True), []
+
+    class Told:
+        probabilistic = False
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def catalogue(self, items: object) -> None: ...
+
+        def score(self, candidates: Candidates) -> np.ndarray:
+            told.append(("score", self._name, id(candidates)))
+            return np.zeros(len(candidates.item))
+
+        def learn(self, batch: Batch) -> None:
+            told.append(("learn", self._name, batch.number))
+
+    names = ("one", "other")
+    run({name: Told(name) for name in names}, some)
+    wanted = []
+    for batch in some.batches:
+        every = [batch.scored, *([batch.ranked] if batch.ranked is not None else [])]
+        wanted += [("score", name, id(part.candidates)) for name in names for part in every]
+        wanted += [("learn", name, batch.number) for name in names]
+    assert told == wanted
+    assert any(batch.ranked is not None for batch in some.batches)
 
 
 def test_a_score_that_is_no_number_is_refused() -> None:

@@ -107,6 +107,12 @@ def test_a_draw_is_of_whole_users() -> None:
     assert found.ndcg_at_10 is None
 
 
+def test_a_constant_score_has_an_auc_of_a_half_in_every_draw() -> None:
+    _, label, user = _some(2_000)
+    users = Users(user, seed=1, draws=20)
+    assert users.draw(np.full(2_000, 0.3), label, False, user[:0], np.empty(0)).auc == pytest.approx([0.5] * 20)
+
+
 def test_the_interval_of_a_difference_is_paired() -> None:
     score, label, user = _some(4_000)
     noise = np.clip(score + np.random.default_rng(5).normal(0, 0.02, len(score)), 0.001, 0.999)
