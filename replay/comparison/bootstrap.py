@@ -15,12 +15,13 @@ from replay.comparison.metrics import log_loss
 
 DRAWS = 500
 BINS = 1024  # classes of equal size that scores are put into for the AUC of a draw
+MOST = 0.9  # of the draws must have a figure
 _CHUNK = 4096  # users at a time
 
 
 @dataclass
 class Drawn:
-    """The figures of each draw, float64 [draws]; None: the system has none."""
+    """The figures of each draw, float64 [draws], nan where a draw has but one label; None: the system has none."""
 
     auc: np.ndarray
     ne: np.ndarray | None
@@ -36,9 +37,8 @@ class Users:
         self.ids, self.of_score = np.unique(user, return_inverse=True)
         n = len(self.ids)
         dice = np.random.default_rng([seed, n])
-        self.weight = np.stack([np.bincount(dice.integers(n, size=n), minlength=n) for _ in range(draws)]).astype(
-            np.float32
-        )  # [draws, users]
+        every = [np.bincount(dice.integers(n, size=n), minlength=n) for _ in range(draws if n else 0)]
+        self.weight = np.array(every, np.float32).reshape(len(every), n)  # how often a draw has each user
 
     def draw(
         self,
@@ -52,19 +52,19 @@ class Users:
         found = Drawn(self._auc(score, label), None, None, None)
         if probabilistic:
             positives, n = self._sum(label), self._sum(np.ones(len(label)))
-            base = positives / n
+            base = np.where((positives > 0) & (positives < n), positives, np.nan) / n
             entropy = -base * np.log(base) - (1 - base) * np.log1p(-base)
             found.ne = self._sum(log_loss(score, label)) / n / entropy
-            found.calibration = self._sum(score) / positives
+            found.calibration = _ratio(self._sum(score), positives)
         if len(ndcg):
             of = np.searchsorted(self.ids, position_user)
             total, count = (np.bincount(of, w, len(self.ids)) for w in (ndcg, np.ones(len(ndcg))))
-            found.ndcg_at_10 = (self.weight @ total) / np.maximum(self.weight @ count, 1)
+            found.ndcg_at_10 = _ratio(self.weight @ total, self.weight @ count)
         return found
 
     def calibration(self, score: np.ndarray, label: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Predicted over actual of each draw, of the scores at the mask `at` [n]."""
-        return self._sum(score * at) / np.maximum(self._sum(label * at), 1)
+        return _ratio(self._sum(score * at), self._sum(label * at))
 
     def _sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of values [n] in each draw."""
@@ -88,17 +88,25 @@ class Users:
                 histogram[kind] += self.weight[:, first : first + users] @ counts
         negative, positive = histogram
         below = np.cumsum(negative, 1) - negative / 2
-        return (positive * below).sum(1) / np.maximum(positive.sum(1) * negative.sum(1), 1)
+        return _ratio((positive * below).sum(1), positive.sum(1) * negative.sum(1))
 
 
 def interval(values: np.ndarray | None) -> tuple[float, float] | None:
-    """The middle 95 % of the draws."""
+    """The middle 95 % of the draws; None where most of them have none."""
     if values is None or not len(values):
         return None
-    low, high = np.quantile(values, [0.025, 0.975])
+    there = np.isfinite(values)
+    if there.mean() < MOST:
+        return None
+    low, high = np.quantile(values[there], [0.025, 0.975])
     return float(low), float(high)
 
 
 def difference(one: np.ndarray | None, other: np.ndarray | None) -> tuple[float, float] | None:
     """The interval of `one` − `other` of the same draws; None where either has none."""
     return None if one is None or other is None else interval(one - other)
+
+
+def _ratio(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """one / other, nan where `other` is 0."""
+    return np.divide(one, other, out=np.full(len(one), np.nan), where=other > 0)

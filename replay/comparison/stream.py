@@ -194,8 +194,11 @@ def _settle(stream: Stream) -> None:
         users.append(np.unique(batch.scored.user))
         batch.scored.known = np.isin(batch.scored.candidates.item, seen)
         seen = np.union1d(seen, batch.scored.candidates.item)
-    if not sum(len(batch.scored.label) for batch in stream.batches):
-        raise UsageError("there is nothing to score in this log: no impression, and no click that joins as implicit")
+    scores = sum(len(batch.scored.label) for batch in stream.batches)
+    if not 0 < sum(batch.scored.label.sum() for batch in stream.batches) < scores:
+        raise UsageError(
+            "there is nothing to score in this log, or it is all clicks or none: take more of it, or a log with both"
+        )
     stream.users = len(np.unique(np.concatenate(users)))
     stream.items = len(seen)
 

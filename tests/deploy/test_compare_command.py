@@ -69,6 +69,14 @@ def test_a_report_says_where_headrace_does_not_win(capfd: pytest.CaptureFixture[
     assert all(line.split("(")[0] in report for line in found["shortfalls"])
 
 
+def test_a_short_log_has_figures_where_there_are_any(capfd: pytest.CaptureFixture[str], log: str) -> None:
+    found = _json(capfd, "events", log, "--limit", "20", "--systems", "headrace,popularity")
+    figures = found["systems"]["headrace"]
+    assert figures["auc"] is not None
+    assert figures["ndcg_at_10"] is figures["hr_at_10"] is figures["known_items"]["auc"] is None
+    assert "NaN" not in Path(found["data"]).read_text("utf-8")
+
+
 def test_one_seed_gives_one_result(capfd: pytest.CaptureFixture[str], log: str) -> None:
     def figures(*more: str) -> dict:
         found = _json(capfd, "events", log, "--limit", "500", "--systems", "headrace,river_fm", *more)

@@ -113,6 +113,18 @@ def test_a_constant_score_has_an_auc_of_a_half_in_every_draw() -> None:
     assert users.draw(np.full(2_000, 0.3), label, False, user[:0], np.empty(0)).auc == pytest.approx([0.5] * 20)
 
 
+def test_draws_without_both_labels_have_no_figures_and_no_scores_no_interval() -> None:
+    user = np.arange(6)
+    label = np.array([1.0, 0, 0, 0, 0, 0])
+    found = Users(user, seed=1, draws=300).draw(np.linspace(0.1, 0.6, 6), label, True, user[:0], np.empty(0))
+    assert 50 < np.isnan(found.auc).sum() < 250
+    assert found.ne is not None
+    assert (np.isnan(found.ne) == np.isnan(found.auc)).all()
+    assert interval(found.auc) is None
+    nobody = Users(user[:0], seed=1).draw(np.empty(0), np.empty(0), True, user[:0], np.empty(0))
+    assert interval(nobody.auc) is interval(nobody.calibration) is None
+
+
 def test_the_interval_of_a_difference_is_paired() -> None:
     score, label, user = _some(4_000)
     noise = np.clip(score + np.random.default_rng(5).normal(0, 0.02, len(score)), 0.001, 0.999)

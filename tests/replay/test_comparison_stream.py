@@ -91,3 +91,5 @@ def test_a_limit_is_of_events_and_an_empty_log_is_refused() -> None:
     assert limited.events == sum(len(getattr(record, "items", [0])) for record in records)
     with pytest.raises(UsageError, match="nothing to score"):
         read_stream(log(False), join(True), MODEL, PARTITIONS, limit=100)
+    with pytest.raises(UsageError, match="all clicks or none"):
+        read_stream(log(True), join(True), MODEL, PARTITIONS, limit=1)
