@@ -12,7 +12,15 @@ LOGS = {
     "yoochoose": "yoochoose/yoochoose-clicks-100k_train_full.tsv.gz",
 }  # fmt: skip
 SIMULATED = "simulated"
-EVENTS, WORLD = 150_000, 1  # of the simulator: how many, and the seed
+EVENTS, WORLD_SEED = 150_000, 1
+# Four days, in which tastes turn right round and every item is replaced.
+WORLD = """[simulator]
+requests_per_s = 0.05
+item_life_s = 100000.0
+taste_turn_s = 300000.0
+time_scale = 1.0
+restock_s = 20000.0
+"""
 SEEDS = 3
 WANTED = {"auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10"}
 CALIBRATED, ENOUGH = (0.97, 1.03), 5_000  # of the last half, from so many positives on
@@ -26,7 +34,8 @@ def _compared(bench: Bench, name: str) -> dict[str, Any]:
 def _compare(bench: Bench, name: str) -> dict[str, Any]:
     folder = bench.empty(f"compare-{name}")
     if name == SIMULATED:
-        headrace(folder, "simulate", "--events", EVENTS, "--seed", WORLD, "--out", "log.jsonl.gz")
+        (folder / "headrace.toml").write_text(WORLD, "utf-8")
+        headrace(folder, "simulate", "--events", EVENTS, "--seed", WORLD_SEED, "--out", "log.jsonl.gz")
         path: Any = "log.jsonl.gz"
     else:
         path = public(LOGS[name])
