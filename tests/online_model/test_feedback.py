@@ -19,7 +19,7 @@ from tests.online_model.logs import START, make_blocks, make_rows
 
 BASE = dict(
     batch_size=128, window=1 << 14, features=FeatureSettings(dim=8, users=1000, items=1000, categories=100),
-    ranker=RankerSettings(hidden=16, second=8),
+    ranker=RankerSettings(hidden=16, second=8, third=8),
 )  # fmt: skip
 
 
