@@ -16,11 +16,10 @@ from embedding_store.errors import UsageError
 from embedding_store.tables import EmbeddingTables
 from online_model.examples import Block, Examples
 from online_model.features import table_specs
-from online_model.feedback import strategy
 from online_model.learner import Candidates
 from online_model.ranker import CLICK, Ranker
 from online_model.settings import TrainerSettings
-from online_model.trainer import CatalogueItem, Trainer
+from online_model.trainer import CatalogueItem, Trainer, feedback_of
 from replay.comparison.stream import Batch
 
 
@@ -28,8 +27,7 @@ class Model:
     """A trainer without a store: all rows in memory, no commits."""
 
     def __init__(self, settings: TrainerSettings) -> None:
-        self._extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
-        self.ranker = Ranker(settings.features.dim, settings.ranker, self._extra)
+        self.ranker = Ranker(settings.features.dim, settings.ranker, len(feedback_of(settings).extra))
         self.tables = EmbeddingTables(table_specs(settings.features))
         self.trainer = Trainer(settings, self.tables, self.ranker, None, lambda: 0)
         self._blocks = 0
@@ -50,7 +48,10 @@ class Model:
 
     def score(self, candidates: Candidates) -> np.ndarray:
         """Probabilities of a click, float64 [N]."""
-        return self.trainer.score(candidates)[:, CLICK].astype(np.float64)
+        if not len(candidates.item):  # a batch of purchases alone
+            return np.empty(0)
+        p, _ = self.trainer.score(candidates)
+        return p[:, CLICK].astype(np.float64)
 
 
 class Leader:

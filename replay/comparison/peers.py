@@ -144,9 +144,10 @@ class VowpalWabbit:
 
     probabilistic = True
     OPTIONS = "--loss_function logistic --link logistic -l 0.3 -b 22 --quiet --no_stdin"
-    PAIRS = ("ui", "uc", "uo", "il", "is", "io", "cm")  # of namespaces
+    PAIRS = ("ui", "uc", "ue", "uo", "il", "is", "io", "iq", "cm", "cq")  # of namespaces
     SPACES: ClassVar[dict[str, tuple[str, ...]]] = {  # namespace → fields
-        "u": ("user",), "i": ("item",), "c": ("category",), "s": ("scenario",), "l": ("last0", "last1", "last2"),
+        "u": ("user",), "i": ("item",), "c": ("category",), "e": ("seller",), "s": ("scenario",), "q": ("query",),
+        "l": ("last0", "last1", "last2"),
         "m": ("last_category",), "o": ("hour", "position", "clicks", "repeats"),
     }  # fmt: skip
 

@@ -1,8 +1,8 @@
 """The features of the peers: what one would give a linear model or a factorization machine, all from before the event.
 
-A candidate is a set of ids, one a field: user, item, category, scenario, hour of the day, place on the page (if it was
-shown), the user's last items, and how often the item was clicked so far and stands in the user's recent items. Crosses
-are for those that make none themselves. The numbers of clicks are by powers of two.
+A candidate is a set of ids, one a field: user, item, category, seller, scenario, what was searched for, hour of the
+day, place on the page (if it was shown), the user's last items, how often the item was clicked so far (by powers of
+two), and whether the user did something with it of late. Crosses are for those that make none themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ HOUR_MS = 3_600_000
 BITS = 22  # of a feature's id: more than so many features share weights
 CROSSED = (
     "user item", "user category", "item last0", "item last1", "item last2", "category last_category", "item scenario",
+    "item query", "category query", "user seller",
 )  # fmt: skip
 
 
@@ -32,16 +33,16 @@ class Fields:
 
     def __init__(self) -> None:
         self._items = np.empty(0, np.int64)  # sorted
-        self._categories = np.empty(0, np.int64)  # of each
+        self._about = np.empty((0, 2), np.int64)  # category, seller of each
         self._clicks = DecayedCounts(20, 1e6 * DAY_MS)  # they do not decay
 
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
-        """Their categories, from now on."""
+        """Their categories and sellers, from now on."""
         if items:
-            new = np.array([(item, category) for item, _, category, _, _ in items], np.int64)[::-1]
-            both = np.concatenate((new[:, 0], self._items)), np.concatenate((new[:, 1], self._categories))
-            self._items, first = np.unique(both[0], return_index=True)  # of several the last record holds
-            self._categories = both[1][first]
+            new = np.array([(item[0], item[2], item[3]) for item in items], np.int64)[::-1]
+            every = np.concatenate((new[:, 0], self._items))
+            self._items, first = np.unique(every, return_index=True)  # of several the last record holds
+            self._about = np.concatenate((new[:, 1:], self._about))[first]
 
     def learn(self, batch: Batch) -> None:
         """The clicks of a batch."""
@@ -54,19 +55,23 @@ class Fields:
         last = recent[:, :LAST]
         repeats = sum((recent[c.ctx, place] == c.item for place in range(HISTORY)), np.zeros(len(c.item), np.int64))
         clicks = self._clicks.get(c.item, c.ts)
+        category, seller = self._known(c.item).T
+        query = reduce(combine_all, c.query.T)
         return {
-            "user": c.user[c.ctx], "item": c.item, "category": self._category(c.item),
-            "scenario": c.scenario[c.ctx] + 1, "hour": c.ts // HOUR_MS % 24 + 1, "position": c.position + 1,
-            "clicks": np.floor(np.log2(1 + np.rint(clicks))).astype(np.int64) + 1, "repeats": np.minimum(repeats, 1),
-            **{f"last{n}": last[c.ctx, n] for n in range(LAST)},
-            "last_category": self._category(last[:, 0])[c.ctx],
+            "user": c.user[c.ctx], "item": c.item, "category": category, "seller": seller,
+            "scenario": c.scenario[c.ctx] + 1, "query": np.where(c.query.any(1), query, 0)[c.ctx],
+            "hour": c.ts // HOUR_MS % 24 + 1, "position": c.position + 1,
+            "clicks": np.floor(np.log2(1 + np.rint(clicks))).astype(np.int64) + 1,
+            "repeats": np.minimum(repeats, 1), **{f"last{n}": last[c.ctx, n] for n in range(LAST)},
+            "last_category": self._known(last[:, 0])[c.ctx, 0],
         }  # fmt: skip
 
-    def _category(self, items: np.ndarray) -> np.ndarray:
+    def _known(self, items: np.ndarray) -> np.ndarray:
+        """int64 [n, 2] category and seller, 0 where the catalogue has none."""
         if not len(self._items):
-            return np.zeros(len(items), np.int64)
+            return np.zeros((len(items), 2), np.int64)
         at = np.minimum(np.searchsorted(self._items, items), len(self._items) - 1)
-        return np.where(self._items[at] == items, self._categories[at], 0)
+        return np.where((self._items[at] == items)[:, None], self._about[at], 0)
 
 
 def hashed(fields: dict[str, np.ndarray], crossed: bool) -> list[list[int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -163,12 +163,10 @@ def _scored(said: Examples, shown: np.ndarray, implicit: np.ndarray, drawn: np.n
 
 def _lessons(said: Examples, implicit: np.ndarray, drawn: np.ndarray) -> Labelled:
     """All that say something about a click, each with its negatives behind it."""
-    order = np.argsort(np.concatenate((np.arange(len(said)), np.repeat(implicit, drawn.shape[1]))), kind="stable")
     every = _labelled(said, implicit, drawn)
+    order = np.argsort(np.concatenate((np.arange(len(said)), np.repeat(implicit, drawn.shape[1]))), kind="stable")
     c = every.candidates
-    candidates = Candidates(
-        c.user, c.history, c.moment, c.scenario, item=c.item[order], ctx=c.ctx[order], position=c.position[order]
-    )
+    candidates = replace(c, item=c.item[order], ctx=c.ctx[order], position=c.position[order])
     return Labelled(candidates, *(column[order] for column in _columns(every)))
 
 
@@ -232,14 +230,12 @@ def _choose_positions(stream: Stream, model: TrainerSettings) -> None:
 
 
 def _positions(rows: Examples, active: np.ndarray, seen: np.ndarray, salt: np.uint64) -> Positions:
-    items = np.empty((len(rows), 1 + OTHERS), np.int64)
+    drawn = np.empty((len(rows), OTHERS), np.int64)
     for i, (row_id, item) in enumerate(zip(rows.row_id.view(np.uint64), rows.item, strict=True)):
         others = active[active != item]
         dice = np.random.default_rng([int(salt), int(row_id)])
-        items[i, 0], items[i, 1:] = item, others[dice.choice(len(others), OTHERS, replace=False)]
-    m = len(rows)
-    candidates = Candidates(
-        user=rows.user, history=rows.history, moment=rows.ts, scenario=rows.scenario.astype(np.int64),
-        item=items.ravel(), ctx=np.repeat(np.arange(m), 1 + OTHERS), position=np.full(m * (1 + OTHERS), -1, np.int64),
-    )  # fmt: skip
+        drawn[i] = others[dice.choice(len(others), OTHERS, replace=False)]
+    c, every, _ = candidates_of(rows, np.arange(len(rows)), drawn)
+    order = np.argsort(every, kind="stable")  # each click before its others
+    candidates = replace(c, item=c.item[order], ctx=c.ctx[order], position=np.full(len(order), -1, np.int64))
     return Positions(candidates, rows.user, rows.row_id, np.isin(rows.item, seen))

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 from river import facto, optim
 
+from online_model.features import TITLE_WORDS
 from online_model.history import unpack
 from replay.comparison.peers import RiverBiasedMf, RiverFm
 from replay.comparison.sparse import Fields, hashed
@@ -51,7 +52,7 @@ def test_the_fields_of_a_candidate() -> None:
     some = 0
     for batch in batches:
         fields.catalogue(batch.catalogue)
-        category.update({item: of for item, _, of, _, _ in batch.catalogue})
+        category.update({item[0]: item[2] for item in batch.catalogue})
         c = batch.scored.candidates
         found = fields.of(c)
         for n in range(0, len(c.item), 7):
@@ -73,8 +74,10 @@ def test_a_category_changes_with_the_catalogue() -> None:
     fields, c = Fields(), copy.deepcopy(stream(impressions=False).batches[2].scored.candidates)
     item = int(c.item[0])
     for category in (5, 6):
-        fields.catalogue([(item, b"", 4, 0, 0), (item, b"", category, 0, 0)])
+        words = np.zeros(TITLE_WORDS, np.int64)
+        fields.catalogue([(item, b"", 4, 7, 0, words), (item, b"", category, 2 * category, 0, words)])
         assert fields.of(c)["category"][0] == category
+        assert fields.of(c)["seller"][0] == 2 * category
 
 
 def test_features_that_are_not_there_are_left_out() -> None:
