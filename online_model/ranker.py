@@ -222,7 +222,7 @@ class Ranker(nn.Module):
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
-        return [self.bias, self.wide, self.place.weight]
+        return [self.bias, self.wide, self.place.weight, self.tower_numbers]
 
     def weights(self) -> dict[str, np.ndarray]:
         """Copies of all weights and of `plays` by name, float32."""
