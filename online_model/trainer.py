@@ -46,7 +46,7 @@ from online_model.learner import Batch, Candidates, Learner, candidates_of
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
-from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
+from online_model.ranker import CLICK, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
 from online_model.widening import open_widened
@@ -391,7 +391,7 @@ class Trainer:
         if self.observer is not None:
             self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
-            self._measure(rows, target, implicit, outcome.p)
+            self._evaluation.measure(rows, target, implicit, outcome.p)
         if not outcome.learned:
             self._totals["not_finite"] += len(rows)
             log.warning("a batch of %s rows was left out: its loss or gradient is not finite", len(rows))
@@ -400,28 +400,6 @@ class Trainer:
         self._totals["trained_rows"] += len(rows)
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
-
-    def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
-        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together.
-
-        Each is made at first sight: a click's at SHOWN, a long view's at WATCH, a purchase's at the click's row, which
-        says purchase −1 where the joiner waits. Rows that come later only change its label.
-        """
-        n, tasks = len(rows), self._evaluation.tasks
-        impression = rows.source == Source.IMPRESSION
-        scored = impression & (rows.part == Part.SHOWN)
-        weight = 1 / rows.rate
-        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored], weight[scored])
-        watched = ~np.isnan(target[:, WATCH])
-        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH], weight[watched])
-        clicked = rows.click == 1
-        tasks["purchase"].add(rows.example_id[clicked], p[:n][clicked, PURCHASE], np.zeros(int(clicked.sum())))
-        tasks["click"].flip(rows.example_id[rows.part == Part.LATE_CLICK])
-        tasks["purchase"].flip(rows.example_id[rows.part == Part.PURCHASE])
-        if len(p) > n:
-            both = np.concatenate((p[implicit, CLICK], p[n:, CLICK]))
-            positive = np.arange(len(both)) < len(implicit)
-            tasks["click_sampled"].add(np.zeros(len(both), np.int64), both, positive)
 
     def _count(self, rows: Examples, at: np.ndarray) -> None:
         """The items' statistics and their cards."""
