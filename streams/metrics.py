@@ -17,13 +17,23 @@ HOST = "127.0.0.1"
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 
 
-def serve_metrics(registry: CollectorRegistry, port: int) -> None:
-    """Answer /metrics on 127.0.0.1:`port` from a thread of its own; port 0: not at all. Raises UsageError."""
-    if port:
-        try:
-            start_http_server(port, addr=HOST, registry=registry)
-        except OSError as error:
-            raise UsageError(f"cannot listen on {HOST}:{port} for metrics: choose another metrics_port") from error
+def serve_metrics(registry: CollectorRegistry, port: int) -> Callable[[], None]:
+    """Answer /metrics on 127.0.0.1:`port` from a thread of its own; port 0: not at all. Returns what ends it.
+
+    Raises UsageError.
+    """
+    if not port:
+        return lambda: None
+    try:
+        server, _ = start_http_server(port, addr=HOST, registry=registry)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {HOST}:{port} for metrics: choose another metrics_port") from error
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return end
 
 
 class JoinMetrics:

@@ -106,4 +106,4 @@ class Evaluation:
 
 def _claim_no_rate(figures: dict) -> None:
     for some in (figures, figures["recent"], *(f for s in figures["scenarios"].values() for f in (s, s["recent"]))):
-        some["ne"] = some["calibration"] = some["ece"] = None
+        some["ne"] = some["calibration"] = some["ece"] = some["predicted"] = None

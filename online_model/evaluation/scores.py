@@ -37,6 +37,7 @@ class Figures:
     ece: float | None
     count: int
     positives: int
+    predicted: float  # positives: the sum of the predictions
     unmatched: int = 0  # of the positives, those whose score could not be found any more
 
     def as_dict(self) -> dict[str, float | int | None]:
@@ -163,12 +164,10 @@ class TaskScores:
 
     def total(self, scenario: int | None = None) -> Figures:
         """Since the start, of all scenarios or of one."""
-        every = scenario is None
         figures = self._sums.figures() if scenario is None else self._sums.of_scenario(scenario)
-        predicted = float(self._sums.predicted.sum() if every else self._sums.predicted[scenario].sum())
-        marks = self._marks.sum(0) if every else self._marks[scenario]
+        marks = self._marks.sum(0) if scenario is None else self._marks[scenario]
         figures.positives, figures.unmatched = int(marks[0]), int(marks[1])
-        figures.calibration = predicted / figures.positives if figures.positives else None
+        figures.calibration = figures.predicted / figures.positives if figures.positives else None
         return figures
 
     def recent(self, last: int | None = None) -> Figures:
@@ -259,8 +258,9 @@ def _figures(classes: np.ndarray, coarse: np.ndarray, predicted: np.ndarray, los
         base = positives / count
         entropy = -base * np.log(base) - (1 - base) * np.log1p(-base)
         ne = float(losses.sum() / count / entropy)
-    calibration = float(predicted.sum() / positives) if positives else None
-    return Figures(auc, ne, calibration, _calibration_error(coarse, predicted), count, positives)
+    total = float(predicted.sum())
+    calibration = total / positives if positives else None
+    return Figures(auc, ne, calibration, _calibration_error(coarse, predicted), count, positives, total)
 
 
 def _calibration_error(coarse: np.ndarray, predicted: np.ndarray) -> float | None:
