@@ -54,10 +54,6 @@ class Ranks:
         if size > 1 and dist.get_backend() != "gloo":
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
-    def leave(self) -> None:
-        """Lets go of the group, so that this process may join another one. What used it is not to be called again."""
-        dist.destroy_process_group()
-
     def owns(self, ids: np.ndarray) -> np.ndarray:
         """Which of the ids int64 [n] this rank has the rows of: bool [n]."""
         if self.size == 1:

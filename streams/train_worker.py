@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
 
@@ -56,6 +56,7 @@ from streams.settings import TrainWorkerSettings
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
+Ranked: TypeAlias = tuple[Followers, Ranks]  # the further ranks, and this process's place among them
 
 COMMIT_SECONDS = 0.2  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
@@ -85,13 +86,15 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
         wait_ms=500,
         max_records=500,
     )
-    while not stop.is_set():  # again after a rollback
-        worker = TrainWorker(settings)
+    ranks, again = None, True
+    while again:
+        worker = TrainWorker(settings, ranks)
         await worker.start()
         stopping = asyncio.create_task(_pass_on(stop, worker.ending))
         await batches.serve_feed(intake, worker, worker.ending)
-        await worker.stop()
         stopping.cancel()
+        again = not stop.is_set()  # it ended by itself, to begin anew with a rollback
+        ranks = await worker.stop(again)
 
 
 async def _pass_on(event: asyncio.Event, other: asyncio.Event) -> None:
@@ -102,8 +105,9 @@ async def _pass_on(event: asyncio.Event, other: asyncio.Event) -> None:
 class TrainWorker:
     """The feed of `examples`, and the tasks round the trainer."""
 
-    def __init__(self, settings: TrainWorkerSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: TrainWorkerSettings, ranks: Ranked | None = None) -> None:
+        """`ranks`: those of a worker before it in this process."""
+        self.settings, self._ranked = settings, ranks
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
@@ -124,7 +128,6 @@ class TrainWorker:
         self._epoch_begun = asyncio.Event()  # while it runs: versions were held back before it
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
-        self._followers: Followers | None = None
         self._metrics = TrainMetrics(self._values)
 
     # --- start and stop -----------------------------------------------------------------------------------------
@@ -153,8 +156,11 @@ class TrainWorker:
             task.add_done_callback(app.fail_loudly)
         self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
 
-    async def stop(self) -> None:
-        """Learn what is here already (not before a rollback), commit, publish, close the store."""
+    async def stop(self, again: bool = False) -> Ranked | None:
+        """Learn what is here already (not before a rollback), commit, publish, close the store.
+
+        `again`: another worker is about to begin in this process; returns the ranks for it.
+        """
         training, publishing, *others = self._tasks
         for task in others:
             task.cancel()
@@ -165,11 +171,12 @@ class TrainWorker:
         await publishing
         await asyncio.gather(*others, return_exceptions=True)
         await self._snapshot()
-        await self._in_thread(self._close)
+        await self._in_thread(self._close, again)
         await self._catalogue.stop()
         await self._outlet.stop()
         self._end_metrics()
         self._thread.shutdown()
+        return self._ranked
 
     async def _supersede(self) -> None:
         """Where replicas may have seen versions that the store has forgotten: a new epoch."""
@@ -192,16 +199,16 @@ class TrainWorker:
         _refuse_to_begin_anew(settings.store, self._kept)
         went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, self._kept)
         partitions = settings.topics.partitions if settings.deterministic else 0
-        ranks = None
-        if settings.ranks > 1:
+        if settings.ranks > 1 and self._ranked is None:
             folder = settings.data_dir / "ranks"
-            self._followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
-            self._followers.watch(app.die)
-            log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, self._followers.pids)))
-            ranks = Ranks(0, settings.ranks, self._followers.meeting, device)
+            followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
+            followers.watch(app.die)
+            log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, followers.pids)))
+            self._ranked = followers, Ranks(0, settings.ranks, followers.meeting, device)
+        ranks = self._ranked[1] if self._ranked else None
         trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)
-        if self._followers is not None:
-            self._followers.tidy()
+        if self._ranked is not None:
+            self._ranked[0].tidy()
         if not went_back:
             trainer.give_up_rollback()
         trainer.on_hold = self._snapshot_of_the_last_good
@@ -209,10 +216,10 @@ class TrainWorker:
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
-    def _close(self) -> None:
-        if self._followers is not None:
-            self._followers.end(self._trainer.ranks)
-            self._trainer.ranks.leave()
+    def _close(self, again: bool) -> None:
+        if self._ranked is not None:
+            followers, ranks = self._ranked
+            followers.again(ranks) if again else followers.end(ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 
