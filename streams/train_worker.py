@@ -49,7 +49,7 @@ from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
-from streams.metrics import TrainMetrics, serve_metrics
+from streams.metrics import TrainMetrics, serve_metrics, train_values
 from streams.outlet import Message, Outlet
 from streams.published import newest_version
 from streams.settings import TrainWorkerSettings
@@ -224,19 +224,7 @@ class TrainWorker:
         self._trainer.store.close()
 
     def _values(self) -> dict[str, float]:
-        positions, owed = list(self._trainer.positions.values()), self._trainer.owed
-        return {
-            "rows_total": sum(position.rows for position in positions),
-            "pending_rows": self._trainer.pending,
-            "waiting_bytes": self._waiting_bytes,
-            "sequence": self._trainer.sequence,
-            "published_sequence": self._published,
-            "owed_rows": owed["rows"],
-            "owed_oldest_seconds": owed["oldest_ms"] / 1000,
-            "guard_held": self._trainer.guard.held,
-            "guard_rollbacks": self._trainer.guard.rollbacks,
-            **{f"drifts_{task}_total": found for task, found in self._trainer.drifts.items()},
-        }
+        return train_values(self._trainer, self._waiting_bytes, self._published)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Whatever touches the trainer or its store runs in the trainer's thread."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from online_model.evaluation.drift import Drift
+from online_model.evaluation.ranking import Ranking
 from online_model.evaluation.scores import TaskScores, log_loss
 from online_model.evaluation.watch_time import WatchTime
 from online_model.examples import Examples, Part, Source
@@ -20,10 +21,12 @@ class Evaluation:
     TASKS = ("click", "watch", "purchase", "click_sampled")
     DRIFTING = ("click", "watch", "click_sampled")
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, among: int = 0) -> None:
+        """among: the items that a positive is ranked among, itself included (`ranking.add`); 0: none is."""
         self.tasks = {name: TaskScores(window) for name in self.TASKS}
         self.watch_time = WatchTime(window)
         self.drift = {name: Drift() for name in self.DRIFTING}
+        self.ranking = Ranking(window, among) if among else None
 
     def measure(
         self,
@@ -59,7 +62,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, dict]:
         """JSON-ready: task → figures since the start, "recent" with those of the last scores, both by "scenarios"; the
-        task's "drift"; with the task watch the figures of watch "time".
+        task's "drift"; with the task watch the figures of watch "time", with click those of the "next_item".
 
         A sampled task ranks positives against drawn negatives: its rate of positives is made up, so it has no
         normalised entropy and no calibration ("sampled" is true).
@@ -72,6 +75,8 @@ class Evaluation:
             if name in self.drift:
                 out[name]["drift"] = self.drift[name].metrics()
         out["watch"]["time"] = self.watch_time.metrics()
+        if self.ranking is not None:
+            out["click"]["next_item"] = self.ranking.metrics()
         return out
 
     def state(self) -> dict[str, np.ndarray]:
@@ -79,7 +84,9 @@ class Evaluation:
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         for name, part in self._parts().items():
-            part.load({key.rpartition(".")[2]: a for key, a in state.items() if key.rpartition(".")[0] == name})
+            own = {key.rpartition(".")[2]: a for key, a in state.items() if key.rpartition(".")[0] == name}
+            if own:  # nothing of a ranking that was switched on since
+                part.load(own)
 
     def _score(self, task: str, rows: Examples, which: np.ndarray, p: np.ndarray, label: np.ndarray) -> None:
         """Scores and labels [n] of those rows, bool [n], that say something of the task."""
@@ -99,9 +106,10 @@ class Evaluation:
         turns = np.concatenate((losses[: len(implicit), None], losses[len(implicit) :].reshape(-1, each)), axis=1)
         self.drift["click_sampled"].add(turns.ravel())
 
-    def _parts(self) -> dict[str, TaskScores | WatchTime | Drift]:
+    def _parts(self) -> dict[str, TaskScores | WatchTime | Drift | Ranking]:
         drift = {f"drift.{name}": part for name, part in self.drift.items()}
-        return {**self.tasks, "watch_time": self.watch_time, **drift}
+        ranking = {} if self.ranking is None else {"next_item": self.ranking}
+        return {**self.tasks, "watch_time": self.watch_time, **drift, **ranking}
 
 
 def _claim_no_rate(figures: dict) -> None:

@@ -78,8 +78,7 @@ def test_every_query_names_a_metric_that_a_worker_exports(tmp_path: Path) -> Non
 
     from online_model.serving.metrics import Metrics
     from online_model.trainer import open_trainer
-    from streams.settings import TrainWorkerSettings
-    from streams.train_worker import TrainWorker
+    from streams.metrics import TrainMetrics, train_values
     from tests.online_model.test_trainer import SMALL
 
     class Replica:
@@ -91,10 +90,9 @@ def test_every_query_names_a_metric_that_a_worker_exports(tmp_path: Path) -> Non
     metrics = Metrics()
     metrics.watch(Replica)  # type: ignore[arg-type]
     metrics.request("/v1/rank", 200, 0.01)
-    trainer = TrainWorker(TrainWorkerSettings(bootstrap="", data_dir=tmp_path))
-    trainer._trainer = open_trainer(SMALL, tmp_path / "store", lambda: 1)
-    text = metrics.text() + generate_latest(trainer._metrics.registry)
-    trainer._trainer.store.close()
+    trainer = open_trainer(SMALL, tmp_path / "store", lambda: 1)
+    text = metrics.text() + generate_latest(TrainMetrics(lambda: train_values(trainer, 0, 0)).registry)
+    trainer.store.close()
     exported = set(re.findall(r"^(headrace_\w+)", text.decode(), re.MULTILINE))
     asked = {
         name

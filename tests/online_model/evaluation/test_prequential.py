@@ -111,6 +111,18 @@ def test_restored_all_of_it_goes_on_bit_for_bit():
     assert {n: a.tobytes() for n, a in second.state().items()} == {n: a.tobytes() for n, a in whole.state().items()}
 
 
+def test_a_ranking_that_is_switched_on_begins_then_and_is_restored():
+    before, after, again = Evaluation(50), Evaluation(50, among=11), Evaluation(50, among=11)
+    before.measure(*batch(0))
+    after.load(before.state())
+    assert after.metrics()["click"]["next_item"]["count"] == 0
+    after.ranking.add(np.array([1.0, 4.0]))
+    again.load(after.state())
+    assert again.metrics() == after.metrics()
+    assert again.metrics()["click"]["next_item"]["mrr"] == 0.625
+    assert "next_item" not in before.metrics()["click"]
+
+
 def test_sampled_negatives_claim_no_rate():
     key, p, y = data(500)
     evaluation = Evaluation(100)
