@@ -10,21 +10,14 @@ anew for each map; what a map answers does not depend on them.
 
 Memory latency is the cost (a table of millions of rows is far larger than the caches), so ids go in groups: all of a
 group are hashed and their slots asked for, then all are compared.
-
-Compiled by numba when it is first imported (about 2 s) and kept beside this file or, where that is read-only, in the
-user's cache; `make setup` does it ahead. Where neither can be written every process compiles for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+
+from embedding_store.compiled import compiled, prefetch
 
 TABLES = (8, 256)  # shape of the random words, uint64
 _GROUP = 64
@@ -33,35 +26,6 @@ _BYTES, _BYTE = np.uint64(8), np.uint64(255)
 _Ids = types.Array(types.int64, 1, "C", readonly=True)
 _Words = types.Array(types.uint64, 2, "C")
 _Ints = types.Array(types.int64, 1, "C")
-
-
-def _compiled(*signature: types.Type) -> Callable[[Callable], Any]:
-    """Compiles for these arguments at once, from the cache where there is one."""
-
-    def compiled(function: Callable) -> Any:
-        try:
-            return njit(signature, cache=True)(function)
-        except RuntimeError:  # numba finds no place that it may write to
-            return njit(signature)(function)
-
-    return compiled
-
-
-def _prefetch_code(typing: Any, array: types.Type, index: types.Type) -> Any:
-    """Asks for the cache line of array[index], and does not wait for it."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        pointer = builder.gep(context.make_array(array)(context, builder, arguments[0]).data, [arguments[1]])
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.bitcast(pointer, byte), word(0), word(3), word(1)])  # a read, kept, data
-        return context.get_dummy_value()
-
-    return types.void(array, index), generate
-
-
-_prefetch: Any = intrinsic(_prefetch_code)
 
 
 @njit
@@ -81,7 +45,7 @@ def _ask(ids, start, stop, slots, tables, mask, at):
     for i in range(start, stop):
         home = np.int64(hash_id(ids[i], tables)) & mask
         at[i - start] = home
-        _prefetch(slots, 2 * home)
+        prefetch(slots, 2 * home)
 
 
 @njit
@@ -92,7 +56,7 @@ def _walk(x, at, slots, mask):
     return at
 
 
-@_compiled(_Ids, _Ints, _Words, types.int64, _Ints)
+@compiled(_Ids, _Ints, _Words, types.int64, _Ints)
 def find(ids, slots, tables, mask, rows):
     """rows[i] = the row of ids[i], 0 where it has none; how many have none."""
     at, absent = np.empty(_GROUP, np.int64), 0
@@ -106,7 +70,7 @@ def find(ids, slots, tables, mask, rows):
     return absent
 
 
-@_compiled(_Ids, _Ids, _Ints, _Words, types.int64)
+@compiled(_Ids, _Ids, _Ints, _Words, types.int64)
 def insert(ids, rows, slots, tables, mask):
     """Puts ids that are not there (distinct, none 0) with their rows. More than half of the slots stay empty."""
     at = np.empty(_GROUP, np.int64)
@@ -118,7 +82,7 @@ def insert(ids, rows, slots, tables, mask):
             slots[2 * slot], slots[2 * slot + 1] = ids[i], rows[i]
 
 
-@_compiled(_Ids, _Ints, _Words, types.int64, _Ints)
+@compiled(_Ids, _Ints, _Words, types.int64, _Ints)
 def remove(ids, slots, tables, mask, rows):
     """Takes ids (distinct) out: rows[i] = the row that ids[i] had, or 0.
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,21 +31,75 @@ _PATIENCE = timedelta(days=365)  # a rank may be slow, or have nothing to do: on
 _MEETING = timedelta(seconds=120)  # for all ranks to have started
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What `torchrun` told this process in its environment (https://docs.pytorch.org/docs/stable/elastic/run.html)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int  # ranks on this machine
+    host: str  # where all of them meet
+    port: int
+    by_agent: bool  # torchrun serves the meeting; else the first rank does
+
+    def meet(self, timeout: timedelta = _MEETING) -> dist.Store:
+        """Raises RankLost where nobody serves the meeting, UsageError where it cannot be served."""
+        if self.by_agent or self.rank:
+            try:
+                return dist.TCPStore(self.host, self.port, is_master=False, timeout=timeout)
+            except RuntimeError as error:
+                raise lost(self.size, f"nobody is at {self.host}:{self.port}") from error
+        try:  # a socket of our own: torch's listens on all interfaces
+            listening = socket.create_server((self.host, self.port))
+        except OSError as error:
+            raise UsageError(f"the ranks cannot meet at {self.host}:{self.port} ({error}): set MASTER_PORT") from error
+        return dist.TCPStore(
+            self.host, self.port, is_master=True, timeout=timeout, wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )  # fmt: skip
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """None where nobody has launched this process as one of several. Raises UsageError where half of it is said."""
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return None
+    try:
+        rank, size, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        local_rank, host = int(environment["LOCAL_RANK"]), environment["MASTER_ADDR"]
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"RANK or WORLD_SIZE is set, but not all that torchrun sets ({error}): start the worker with torchrun, or "
+            "unset them"
+        ) from error
+    by_agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Launch(rank, size, local_rank, local_size, host, port, by_agent)
+
+
 class Ranks:
     """This process among the ranks. One rank (the default) needs no others, and every call then returns at once."""
 
-    def __init__(self, rank: int = 0, size: int = 1, meeting: Path | None = None, device: str = "cpu") -> None:
-        """rank: 0 … size − 1; meeting: a file, not there yet, that all of one machine's ranks are given.
+    def __init__(
+        self, rank: int = 0, size: int = 1, meeting: Path | Launch | None = None, device: str = "cpu"
+    ) -> None:
+        """rank: 0 … size − 1; meeting: a file, not there yet, that all of one machine's ranks are given, or what
+        torchrun said.
 
-        TorchRec wants a process group even for one rank. Gloo talks over the loopback interface unless
+        TorchRec wants a process group even for one rank. On one machine gloo talks over the loopback interface unless
         GLOO_SOCKET_IFNAME says otherwise. Raises RankLost where the others do not come, UsageError where this process
         is in another group already.
         """
         self.rank, self.size = rank, size
+        self.local_size = meeting.local_size if isinstance(meeting, Launch) else size  # ranks on this machine
         if not dist.is_initialized():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            backend = "nccl" if device.startswith("cuda") else "gloo"
-            store = dist.HashStore() if meeting is None else dist.FileStore(str(meeting), size)
+            if self.local_size == size:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            backend = "gloo"
+            if device.startswith("cuda"):
+                backend = "nccl"
+                torch.cuda.set_device(exact(device))  # NCCL and fbgemm work on the current one
+            store = _store(meeting, size)
             store.set_timeout(_MEETING)
             with self.together():
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
@@ -80,6 +136,13 @@ class Ranks:
         if self.size > 1:
             with self.together():
                 dist.all_reduce(tensor)
+
+    def rows_of_all(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows [n, D] of all ranks, one rank's after the other's; n may differ. Collective, `backward` too.
+
+        `backward` gives each rank's rows the sum of what they are given on all ranks: they all have to come to it.
+        """
+        return tensor if self.size == 1 else _RowsOfAll.apply(tensor, self)
 
     def every(self, value: T) -> list[T]:
         """The value of every rank, in their order. Collective."""
@@ -118,6 +181,39 @@ class Ranks:
                 raise
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
             raise lost(self.size, reason) from error
+
+
+class _RowsOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.ranks, ctx.counts = ranks, ranks.every(len(own))
+        most = max(ctx.counts)
+        padded = torch.nn.functional.pad(own, (0, 0, 0, most - len(own))).contiguous()
+        every = [torch.empty_like(padded) for _ in ctx.counts]
+        with ranks.together():
+            dist.all_gather(every, padded)
+        return torch.cat([rows[:count] for rows, count in zip(every, ctx.counts, strict=True)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        summed = gradient.contiguous().clone()  # it may be another's
+        ctx.ranks.add_up(summed)
+        return summed.split(ctx.counts)[ctx.ranks.rank], None
+
+
+def exact(device: str) -> torch.device:
+    """The device with its number: "cuda" is the current one."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
+def _store(meeting: Path | Launch | None, size: int) -> dist.Store:
+    if isinstance(meeting, Launch):
+        return meeting.meet()
+    return dist.HashStore() if meeting is None else dist.FileStore(str(meeting), size)
 
 
 def lost(size: int, reason: str) -> RankLost:

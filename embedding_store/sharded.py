@@ -1,6 +1,8 @@
 """The embedding weights in TorchRec: row-wise sharded tables, their optimizers fused into the backward pass.
 
-On the CPU the other shardings either have no fused optimizer or no kernel; on CUDA the same plan runs over NCCL.
+On the CPU the other shardings either have no fused optimizer or no kernel; on CUDA the same plan runs over NCCL. What
+differs by device: on the host plain row-wise Adagrad has a kernel of ours (cpu_kernel.py), and one rank asks it at
+once, without TorchRec's distribution over ranks, which costs as much as the look-up.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torchrec.distributed.comm_ops import set_gradient_division
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
@@ -21,6 +22,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from embedding_store.cpu_kernel import HostKernel, HostSharder
 from embedding_store.optimizers import fuse
 from embedding_store.ranks import Ranks
 from embedding_store.specs import Optimizer
@@ -69,6 +71,8 @@ class ShardedTables:
         self._features = [[feature for config in own for feature in config.features] for own in of_dim.values()]
         self._module = _shard(list(of_dim.values()), device, ranks)
         self.weights, self.momentum = {}, {}
+        self._near: dict[str, HostKernel] = {}  # feature → the kernel that is asked without TorchRec
+        fast = {c.name for c in configs if device.type == "cpu" and c.optimizer == "row_wise_adagrad"}
         lookups = (lookup for collection in self._module.module.collections for lookup in collection._lookups)
         for kernel in (kernel for lookup in lookups for kernel in lookup._emb_modules):
             tbe, tables = kernel.emb_module, [config.name for config in kernel._config.embedding_tables]
@@ -77,6 +81,11 @@ class ShardedTables:
             if states := tbe.split_optimizer_states():  # empty where the optimizer has none
                 for table, (state, *_) in zip(tables, states, strict=True):
                     self.momentum[table] = state.detach().zero_()
+            if isinstance(kernel, HostKernel):
+                fast -= set(tables)
+                if ranks.size == 1:
+                    self._near |= dict.fromkeys(kernel._config.embedding_names(), kernel)
+        assert not fast, f"no kernel of ours for {fast}: TorchRec makes its kernels in another way"
         missing = {c.name for c in configs} - set(self.weights)
         assert not missing, f"TorchRec made no fused kernel for {missing}"
 
@@ -85,6 +94,14 @@ class ShardedTables:
 
         Features that are not given have no rows. The optimizer's step happens in `backward`.
         """
+        out: dict[str, torch.Tensor] = {}
+        for kernel in dict.fromkeys(self._near[feature] for feature in rows if feature in self._near):
+            out |= kernel.look_up({f: r for f, r in rows.items() if self._near.get(f) is kernel})
+        if len(out) < len(rows):
+            out |= self._through_torchrec({f: r for f, r in rows.items() if f not in self._near})
+        return {feature: out[feature] for feature in rows}
+
+    def _through_torchrec(self, rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with self._ranks.together():
             answers = self._module([self._keyed(own, rows) for own in self._features])
             of_feature = {feature: a for own, a in zip(self._features, answers, strict=True) for feature in own}
@@ -104,15 +121,14 @@ def _shard(
 ) -> DistributedModelParallel:
     """`groups`: the tables of each collection."""
     set_gradient_division(False)  # losses are sums: gradients of several ranks add up
-    # A faster CPU kernel goes in here: a sharder of our own whose look-ups create it (see docs/architecture.md).
-    sharder = EmbeddingCollectionSharder()
+    sharder = HostSharder()
     collections = [_collection(configs, ranks) for configs in groups]
     plans = {
         f"collections.{number}": construct_module_sharding_plan(
             collection,
             {c.name: row_wise(compute_kernel="fused") for c in configs},  # the default plan may choose an unfused one
             sharder=sharder,
-            local_size=ranks.size,
+            local_size=ranks.local_size,
             world_size=ranks.size,
             device_type=device.type,
         )

@@ -16,7 +16,7 @@ import torch
 from embedding_store.checkpoint import CheckpointStore, Notes, all_notes
 from embedding_store.columns import TableRows, concat
 from embedding_store.errors import UsageError
-from embedding_store.ranks import Ranks, SharedStore
+from embedding_store.ranks import Ranks, SharedStore, exact
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec
 from embedding_store.table import Rows, Table, capacity_of
@@ -51,7 +51,7 @@ class EmbeddingTables:
         """
         self.specs = {spec.name: spec for spec in specs}
         self.ranks = ranks or Ranks(device=device)
-        self._device = torch.device(device)
+        self._device = exact(device)
         features = _feature_names(specs)
         configs = [_config(spec, features[spec.name], self.ranks.size) for spec in specs]
         self._sharded = ShardedTables(configs, self._device, self.ranks)
@@ -112,8 +112,9 @@ class EmbeddingTables:
         for feature, embeddings in out.items():
             if embeddings.requires_grad:
                 self.touch(self._table_of[feature], features[feature][0])
-                default = (rows_of[feature] == 0).nonzero().squeeze(1).to(self._device)
-                embeddings.register_hook(_without(default))
+                default = (rows_of[feature] == 0).nonzero().squeeze(1)
+                if len(default):
+                    embeddings.register_hook(_without(default.to(self._device)))
         return out
 
     def column(self, table: str, name: str) -> np.ndarray:

@@ -15,6 +15,8 @@ from xxhash import xxh3_64_intdigest
 from embedding_store.ids import combine, hash_text
 from online_model.history import HISTORY_BYTES
 
+QUERY_WORDS = 4  # of what was searched for, the first so many
+
 
 class Part(IntEnum):
     """Which feedback a row carries."""
@@ -80,6 +82,7 @@ class Examples:
     play_ms: np.ndarray  # int64 [n] -1 not said by this row
     duration_ms: np.ndarray  # int64 [n] 0 unknown, -1 not said by this row
     delay_ms: np.ndarray  # int64 [n] of a purchase: from the first click on the example; -1 not said by this row
+    query: np.ndarray  # int64 [n, QUERY_WORDS] ids of the words that were searched for, 0 none
     history: np.ndarray  # uint8 [n, HISTORY_BYTES] the user's state as of ts (history.py)
     item_raw: np.ndarray  # object [n] the item's id as it came, as JSON text
 
@@ -109,7 +112,7 @@ COLUMNS: dict[str, tuple[type, tuple[int, ...]]] = {
     "scenario": (np.uint8, ()), "position": (np.int16, ()), "propensity": (np.float32, ()),
     "rate": (np.float32, ()),
     "click": (np.int8, ()), "purchase": (np.int8, ()), "play_ms": (np.int64, ()), "duration_ms": (np.int64, ()),
-    "delay_ms": (np.int64, ()),
+    "delay_ms": (np.int64, ()), "query": (np.int64, (QUERY_WORDS,)),
     "history": (np.uint8, (HISTORY_BYTES,)), "item_raw": (object, ()),
 }  # fmt: skip
 

@@ -1,28 +1,62 @@
-"""The model's features: which tables there are, what an item's row carries, and the numbers made of it.
+"""The model's features, each declared once: training, serving and replay all read FEATURES and the functions below.
 
-An item is seen by the model as `item row + category row` (its vector), so that a new item starts where its category is;
-a user's history is a weighted mean of the vectors of its items. Trainer and replicas share the code below.
+An item is seen by the model as its own row and its content: the sum of its category's row, its seller's and the mean of
+the rows of its title's words. A new item so starts where its content is. A user's history is the items of the last
+actions. What is unknown or missing reads the default row, zeros: it says nothing, and changes nothing.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from embedding_store.ids import GOLDEN, finalised
-from embedding_store.specs import RowRules, TableSettings, TableSpec
-from online_model.history import COUNTED, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
+from embedding_store.ids import GOLDEN, feature_id, finalised
+from embedding_store.specs import TableSettings, TableSpec
+from online_model.examples import QUERY_WORDS
+from online_model.history import COUNTED, HISTORY, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
 from online_model.settings import FeatureSettings
 
-USER, ITEM, CATEGORY = "user", "item", "category"
+USER, ITEM, CATEGORY, SELLER, WORD = "user", "item", "category", "seller", "word"  # the tables
 CARD = "card"  # the blob family of catalogue records: item id → JSON
-DENSE = 4  # dense features of an item
-CONTEXT = len(HORIZONS_S) * len(COUNTED) + 2 + 4  # features of a user at a moment
+TITLE_WORDS = 6  # of a title, the first so many
+CONTEXT = len(HORIZONS_S) * len(COUNTED) + 2 + 4  # numbers of a user at a moment
+RATES = 3  # numbers of what was counted of an item, a category, a seller
+MATCHES = 6  # numbers of what an item and a history have in common
+NUMBERS = 3 * RATES + 1 + MATCHES  # of a candidate
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of the ranker. The settings of its table say who gets a row there (`RowRules`), and for how long."""
+
+    name: str
+    side: Literal["context", "candidate"]  # a context is a user in a state, at a moment, in a scenario
+    kind: Literal["id", "text", "sequence", "dense"]
+    table: str = ""  # where its ids have rows; "": numbers
+    length: int = 1  # ids (0 where there is none) or numbers
+    pooling: Literal["", "sum", "mean", "weights", "attention"] = ""  # of several rows to one
+
+
+FEATURES = (
+    Feature("user", "context", "id", USER),
+    Feature("history", "context", "sequence", ITEM, HISTORY, "weights"),  # by kind of action and age, learned
+    Feature("query", "context", "text", WORD, QUERY_WORDS, "mean"),
+    Feature("moment", "context", "dense", length=CONTEXT),
+    Feature("item", "candidate", "id", ITEM),
+    Feature("category", "candidate", "id", CATEGORY, pooling="sum"),  # these three together are the content
+    Feature("seller", "candidate", "id", SELLER, pooling="sum"),
+    Feature("title", "candidate", "text", WORD, TITLE_WORDS, "mean"),
+    Feature("attended", "candidate", "sequence", ITEM, HISTORY, "attention"),  # of the candidate over the history
+    Feature("numbers", "candidate", "dense", length=NUMBERS),
+)
 
 # New rows start from ±scale by the bits of their id. If items and users all started from zero, their products would
 # have no gradient and all rows would move along a few common directions. Users can start from zero if items do not.
-START_SCALE = {ITEM: 0.05, CATEGORY: 0.2}
+START_SCALE = {ITEM: 0.05, CATEGORY: 0.2, SELLER: 0.05, WORD: 0.1}
 CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
 PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
@@ -30,61 +64,102 @@ _DAY_MS, _WEEK_MS = 86_400_000, 604_800_000
 _PRIOR_LOGIT = float(np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))
 
 USER_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("|u1", (HISTORY_BYTES,))}  # the newest state
-ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {
+COUNTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "impressions": ("<i8", ()),  # rows that said whether it was clicked
     "clicks": ("<i8", ()),  # of these, clicked
     "interactions": ("<i8", ()),  # positives of logs without impressions: no click rate is made of them
+}
+ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = COUNTS | {
     "category": ("<i8", ()),  # feature_id("category", …), 0 none
     "seller": ("<i8", ()),  # feature_id("seller", …), 0 none
+    "words": ("<i8", (TITLE_WORDS,)),  # word ids of the title, 0 none
     "created": ("<i8", ()),  # ms UTC, from the catalogue, else the first example's time; 0 unknown
+    "duration": ("<i8", ()),  # ms, as the last watch had it; 0 unknown
     "card": ("<i8", ()),  # hash of the card that is kept for it, 0 none
 }
+EXTRAS = {USER: USER_EXTRAS, ITEM: ITEM_EXTRAS, CATEGORY: COUNTS, SELLER: COUNTS, WORD: {}}
 
 # What must not wait for a row's weights to move: the next answer is made of it, and no count comes near it.
-SENT_FIRST: dict[str, tuple[str, ...]] = {USER: ("history",), ITEM: ("category", "seller", "created", "card")}
+SENT_FIRST: dict[str, tuple[str, ...]] = {
+    USER: ("history",), ITEM: ("category", "seller", "words", "created", "duration", "card"),
+}  # fmt: skip
 
 
 def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:
-    """The three tables: user, item, category."""
+    """The tables that FEATURES name: user, item, word, category, seller."""
+    rows = {
+        USER: (settings.users, settings.user_rules), ITEM: (settings.items, settings.item_rules),
+        CATEGORY: (settings.categories, settings.category_rules), SELLER: (settings.sellers, settings.seller_rules),
+        WORD: (settings.words, settings.word_rules),
+    }  # fmt: skip
 
-    def table(name: str, capacity: int, rules: RowRules) -> TableSettings:
+    def table(name: str) -> TableSettings:
+        capacity, rules = rows[name]
         return TableSettings(
             dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps, rules=rules,
             optimizer=settings.optimizer, initialiser="signs" if name in START_SCALE else "zero",
             init_scale=START_SCALE.get(name, 1.0),
         )  # fmt: skip
 
-    return (
-        TableSpec(USER, (USER,), table(USER, settings.users, settings.user_rules), USER_EXTRAS),
-        TableSpec(ITEM, (ITEM,), table(ITEM, settings.items, settings.item_rules), ITEM_EXTRAS),
-        TableSpec(CATEGORY, (CATEGORY,), table(CATEGORY, settings.categories, settings.category_rules)),
-    )
+    names = dict.fromkeys(feature.table for feature in FEATURES if feature.table)
+    return tuple(TableSpec(name, (name,), table(name), EXTRAS[name]) for name in names)
 
 
 TABLES = table_specs(FeatureSettings())
 
 
-def item_features(
-    impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray, created: np.ndarray, ts: np.ndarray | int
-) -> np.ndarray:
-    """Dense features float32 [n, DENSE] of items at time `ts` (ms UTC, [n] or one for all).
+def words_of(text: str, most: int) -> np.ndarray:
+    """Ids of the first `most` words of a text, int64 [most], 0 where there are fewer.
 
-    Columns: the logit of the smoothed click rate less its prior's (0: never shown), log of impressions, log of
-    interactions, log of the age in hours. The first three are of the counts in the row: all that was learned so far.
+    Words are runs of letters and digits of any script, without case; each counts once.
 
-    >>> item_features(np.array([0]), np.array([0]), np.array([0]), np.array([0]), 7).tolist()
-    [[0.0, 0.0, 0.0, 0.0]]
+    >>> (words_of("Red shoes, RED laces", 4) != 0).tolist()
+    [True, True, True, False]
+    """
+    words = list(dict.fromkeys(re.findall(r"\w+", text.casefold())))[:most]
+    return np.array([feature_id(WORD, word) for word in words] + [0] * (most - len(words)), np.int64)
+
+
+def rates(impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray) -> np.ndarray:
+    """Numbers float32 [n, RATES] of counts int64 [n] of items, categories or sellers: all that was learned so far.
+
+    The logit of the smoothed click rate less its prior's (0: never shown), log of impressions, log of interactions.
+
+    >>> rates(np.array([0]), np.array([0]), np.array([0])).tolist()
+    [[0.0, 0.0, 0.0]]
     """
     shown = np.asarray(impressions, np.float64)
     clicked = np.minimum(clicks, shown)  # a late click may be of an impression that was not learned
     rate = (clicked + CLICK_PRIOR * PRIOR_STRENGTH) / (shown + PRIOR_STRENGTH)
-    created = np.asarray(created, np.int64)
-    age = np.where(created > 0, np.maximum(np.asarray(ts, np.int64) - created, 0), 0) / 3_600_000
-    out = np.empty((len(shown), DENSE), np.float32)
+    out = np.empty((len(shown), RATES), np.float32)
     out[:, 0] = np.log(rate / (1 - rate)) - _PRIOR_LOGIT
     out[:, 1] = np.log1p(shown) / 10
     out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / 10
-    out[:, 3] = np.log1p(age) / 10
+    return out
+
+
+def age(created: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
+    """Log of the age in hours at `ts` (ms UTC) of what was created then, float32 [n, 1]; 0 where that is not known."""
+    created = np.asarray(created, np.int64)
+    hours = np.where(created > 0, np.maximum(np.asarray(ts, np.int64) - created, 0), 0) / 3_600_000
+    return (np.log1p(hours) / 10).astype(np.float32)[:, None]
+
+
+def matches(
+    past: UserFeatures, of_entries: Sequence[np.ndarray], of_items: Sequence[np.ndarray], ctx: np.ndarray
+) -> np.ndarray:
+    """What N candidates and the histories of their contexts have in common: float32 [N, MATCHES].
+
+    of_entries: of the histories' entries, int64 [B, HISTORY] each, the ids of item, category and seller; of_items: the
+    same of the candidates, int64 [N] each; ctx: int64 [N]. Two numbers for each of the three: the recency of the newest
+    entry that is alike, and the share of the entries' recency that all of those have. An id 0 is like no other.
+    """
+    recency, out = past.recency[ctx], np.empty((len(ctx), MATCHES), np.float32)
+    total = recency.sum(1) + 1e-6
+    for at, (entries, own) in enumerate(zip(of_entries, of_items, strict=True)):
+        alike = recency * ((entries[ctx] == own[:, None]) & (own != 0)[:, None])
+        out[:, 2 * at] = alike.max(1, initial=0)
+        out[:, 2 * at + 1] = alike.sum(1) / total
     return out
 
 

@@ -35,6 +35,11 @@ class Strategy(Protocol):
     """
 
     extra: tuple[str, ...]
+    entire: bool  # whether purchases are learned from all impressions, see `over_impressions`
+
+    def over_impressions(self, log_p: torch.Tensor) -> torch.Tensor:
+        """What learns where `entire`: the logit whose label is the row's, of the log of a purchase's probability among
+        all impressions, click × purchase after it (ESMM: Ma et al., SIGIR 2018, section 2.3), [n]."""
 
     def labels(self, rows: Examples) -> np.ndarray:
         """Labels float32 [n, 1 + E]; nan where the row teaches a head nothing."""
@@ -50,6 +55,12 @@ class Uncorrected:
     """The rows as they are. Right where labels are final, too low by the factor 1 / (1 + p) where they are not."""
 
     extra: tuple[str, ...] = ()
+
+    def __init__(self, entire: bool = False) -> None:
+        self.entire = entire
+
+    def over_impressions(self, log_p: torch.Tensor) -> torch.Tensor:
+        return log_p - torch.log1p(-torch.exp(log_p).clamp(max=1 - 1e-6))
 
     def labels(self, rows: Examples) -> np.ndarray:
         return np.where(rows.purchase >= 0, rows.purchase, np.nan).astype(np.float32)[:, None]
@@ -67,10 +78,16 @@ class Calibrated(Uncorrected):
 
     Of a click with probability p of a purchase there are 1 negative and p positives, so the head learns
     b = p / (1 + p), whose odds b / (1 − b) = e^logit are p.
+
+    Over all impressions there is 1 negative for each and p more positives, so the same holds there: the logit of the
+    row's label is log p. The head's own logit is then an ordinary one, of the purchase after a click.
     """
 
+    def over_impressions(self, log_p: torch.Tensor) -> torch.Tensor:
+        return log_p
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.exp(logits.clamp(max=0.0))
+        return torch.sigmoid(logits) if self.entire else torch.exp(logits.clamp(max=0.0))
 
 
 class Weighted(Uncorrected):
@@ -107,6 +124,7 @@ class Elapsed(Uncorrected):
     extra: tuple[str, ...] = ("in_time", "delayed")
 
     def __init__(self, purchase_wait_ms: int) -> None:
+        super().__init__()
         self._wait_ms = purchase_wait_ms
 
     def labels(self, rows: Examples) -> np.ndarray:
@@ -128,15 +146,17 @@ class Elapsed(Uncorrected):
         return out
 
 
-def strategy(feedback: str, purchase_wait_ms: int = 0) -> Strategy:
-    """The strategy of this name (online_model.settings.Feedback)."""
+def strategy(feedback: str, purchase_wait_ms: int = 0, entire: bool = False) -> Strategy:
+    """The strategy of this name (online_model.settings.Feedback). `elapsed` learns from clicks alone in any case: what
+    it knows of delays is known of clicks."""
     if feedback == "elapsed":
         return Elapsed(purchase_wait_ms)
-    return {"none": Uncorrected, "calibrated": Calibrated, "weighted": Weighted}[feedback]()
+    return {"none": Uncorrected, "calibrated": Calibrated, "weighted": Weighted}[feedback](entire)
 
 
 def probabilities(logits: torch.Tensor, how: Strategy) -> torch.Tensor:
-    """[N, 3 + E] logits → probabilities as served: click, long view if played, purchase if clicked; then `extra`."""
+    """Logits [N, heads] → probabilities as served: click, long view if played, quantile of the play, purchase if
+    clicked; then `extra`."""
     out = torch.sigmoid(logits)
     out[:, PURCHASE:] = how.probabilities(logits[:, PURCHASE:])
     return out

@@ -6,13 +6,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import embedding_bag
 
 from embedding_store.tables import EmbeddingTables
 from online_model.examples import Examples
-from online_model.features import CATEGORY, ITEM, USER, UserFeatures, item_features, mix, user_features
+from online_model.features import (
+    CATEGORY,
+    ITEM,
+    MATCHES,
+    SELLER,
+    USER,
+    WORD,
+    UserFeatures,
+    age,
+    matches,
+    mix,
+    rates,
+    user_features,
+)
 from online_model.feedback import Strategy, probabilities
-from online_model.losses import loss_sum
-from online_model.ranker import CLICK, PURCHASE, Ranker
+from online_model.losses import loss_sum, retrieval_loss
+from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
+
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass
@@ -23,6 +39,7 @@ class Candidates:
     history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
     moment: np.ndarray  # int64 [B] ms UTC
     scenario: np.ndarray  # int64 [B]
+    query: np.ndarray  # int64 [B, QUERY_WORDS] ids of words, 0 none
     item: np.ndarray  # int64 [N] ids
     ctx: np.ndarray  # int64 [N] the candidate's context
     position: np.ndarray  # int64 [N] place on the page, -1 unknown
@@ -41,16 +58,21 @@ class Batch:
     candidates: Candidates
     sighting: np.ndarray  # int64 [B] the example that the user was seen in
     example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
-    target: np.ndarray  # float32 [N, 3 + E], nan where nothing is learned
+    target: np.ndarray  # float32 [N, heads], nan where nothing is learned
     weight: np.ndarray  # float32 [N] of all of the row's losses
     offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
+    impression: np.ndarray  # bool [N] of an impression: purchases may be learned from all of these
+    rows_for: np.ndarray  # float32 [N] how many rows the row stands for, whatever `weight` says
+    chance: float  # that of an item to be drawn as a negative …
+    shown_before: int  # how many were shown so far
+    shown: np.ndarray  # bool [N] … or it was shown, or clicked without that: retrieval learns from both
 
 
 @dataclass
 class Outcome:
     """What a step gave."""
 
-    p: np.ndarray  # float32 [N, 3 + E] probabilities of click, watch, purchase, …, from before the step
+    p: np.ndarray  # float32 [N, heads] probabilities of click, watch, …, from before the step
     rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
     loss: float  # the mean of a row
     learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
@@ -60,27 +82,42 @@ class Outcome:
 class _Share:
     """b contexts and their n candidates: what of them is in the tables. Distinct rows, and who needs which."""
 
-    part: np.ndarray | slice  # which of the batch's candidates
+    part: np.ndarray | slice  # which of the candidates
     user: np.ndarray  # int64 [b] rows
     item: np.ndarray  # int64 [m] rows, of candidates and of what is in histories
     category: np.ndarray  # int64 [c] rows
+    seller: np.ndarray  # int64 [s] rows
+    word: np.ndarray  # int64 [w] rows
     category_of: np.ndarray  # int64 [m], the place in `category`
+    seller_of: np.ndarray  # int64 [m], the place in `seller`
+    title_of: np.ndarray  # int64 [m, TITLE_WORDS], the places in `word`
+    query: np.ndarray  # int64 [b, QUERY_WORDS], the places in `word`
     at: np.ndarray  # int64 [n], the candidate's place in `item`
-    history_at: np.ndarray  # int64 [h], the places in `item` of all entries of the histories
+    told_from: np.ndarray  # int64 [c], the places in `item` of what retrieval tells positives from: of all ranks
+    entries: np.ndarray  # int64 [b, HISTORY], the places in `item`; of any where there is no entry
     past: UserFeatures  # of the b contexts
+    scenario: np.ndarray  # int64 [b]
     ctx: np.ndarray  # int64 [n] the candidate's context
 
     def of(self, contexts: slice) -> _Share:
         """That of some of the contexts."""
         part = np.flatnonzero((self.ctx >= contexts.start) & (self.ctx < contexts.stop))
-        ends = np.append(0, np.cumsum((self.past.items != 0).sum(1)))
-        at, history_at = self.at[part], self.history_at[ends[contexts.start] : ends[contexts.stop]]
-        items, place = np.unique(np.concatenate((at, history_at)), return_inverse=True)
-        categories, category_of = np.unique(self.category_of[items], return_inverse=True)
         past = UserFeatures(*(column[contexts] for column in vars(self.past).values()))
+        at, entries, query = self.at[part], self.entries[contexts], self.query[contexts]
+        there = past.items != 0
+        n, others = len(at), len(self.told_from)
+        items, place = np.unique(np.concatenate((at, self.told_from, entries[there])), return_inverse=True)
+        new_entries = np.zeros_like(entries)
+        new_entries[there] = place[n + others :]
+        categories, category_of = np.unique(self.category_of[items], return_inverse=True)
+        sellers, seller_of = np.unique(self.seller_of[items], return_inverse=True)
+        titles = self.title_of[items]
+        words, word_of = np.unique(np.concatenate((titles.ravel(), query.ravel())), return_inverse=True)
         return _Share(
-            part, self.user[contexts], self.item[items], self.category[categories], category_of, place[: len(at)],
-            place[len(at) :], past, self.ctx[part] - contexts.start,
+            part, self.user[contexts], self.item[items], self.category[categories], self.seller[sellers],
+            self.word[words], category_of, seller_of, word_of[: titles.size].reshape(titles.shape),
+            word_of[titles.size :].reshape(query.shape), place[:n], place[n : n + others], new_entries, past,
+            self.scenario[contexts], self.ctx[part] - contexts.start,
         )  # fmt: skip
 
 
@@ -88,17 +125,28 @@ class _Share:
 class _Rows:
     """What of N candidates is in the tables."""
 
-    dense: np.ndarray  # float32 [N, DENSE]
+    numbers: np.ndarray  # float32 [N, NUMBERS]
     every: _Share  # all of it
+
+
+@dataclass
+class _Others:
+    """What retrieval tells positives from: c of the N candidates, of all ranks."""
+
+    item: torch.Tensor  # [c, D]
+    content: torch.Tensor  # [c, D]
+    which: np.ndarray  # int64 [c], ascending
 
 
 class Learner:
     """The ranker over the tables, and its optimizer (Adam; the tables have their own, fused in their backward)."""
 
     def __init__(
-        self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float
+        self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float,
+        retrieval: float = 0.0,
     ) -> None:
-        self.tables, self.ranker, self._feedback = tables, ranker, feedback
+        """retrieval: the weight of the two towers' loss."""
+        self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
         wide = ranker.wide_parameters()
         ids = {id(p) for p in wide}
@@ -107,22 +155,30 @@ class Learner:
         self._adam = torch.optim.Adam(groups, fused=True)
 
     def learn(self, batch: Batch) -> Outcome:
-        """Scores the batch, then learns it. Item statistics are read, not changed. Admits users, items, categories."""
+        """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs."""
         c, tables = batch.candidates, self.tables
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, c.user, admit=True, examples=batch.sighting)
         rows = tables.rows(ITEM, c.item, admit=True, examples=batch.example)
         self._first_seen(rows, c.ts)
-        looked = self._look_up(c, user_rows, rows, admit=True)
-        share = self._share(looked)
-        leaves, outputs, logits = self._forward(c, looked, share)
+        told_from = np.flatnonzero(batch.shown | (batch.example == 0)) if self._retrieval else _NONE
+        looked = self._look_up(c, user_rows, rows, told_from, admit=True)
+        share, sampled = self._share(looked, learning=True), self._sampled(batch, rows)
+        leaves, outputs = self._embed(share)
+        vectors = self._vectors(share, leaves)
+        contexts, items = self._inputs(c, looked, share, leaves, vectors)
+        logits = self.ranker(contexts, items)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
+        if self._retrieval:
+            item, content = (v.index_select(0, self._tensor(share.told_from)) for v in vectors)
+            others = _Others(item, content, told_from)
+            loss = loss + self._retrieval * self._retrieval_loss(contexts, others, batch, looked, share, sampled)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
-        grads = [leaf.grad for leaf in leaves]
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         # Two backward passes, so that nothing is updated before every gradient is known to be finite.
-        finite = (bool(torch.isfinite(g).all()) for g in grads if g is not None)
+        finite = (bool(torch.isfinite(g).all()) for g in grads)
         learned = self._gathered(bool(torch.isfinite(loss)) and all(finite))
         if learned:
             torch.autograd.backward(outputs, grads)
@@ -134,16 +190,23 @@ class Learner:
         return Outcome(every, rows, self._mean(loss.detach(), len(c.item)), learned)
 
     @torch.no_grad()
-    def score(self, candidates: Candidates) -> np.ndarray:
-        """Probabilities float32 [N, 3 + E] of click, watch, purchase, …: admits nothing, learns nothing."""
-        tables = self.tables
+    def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities float32 [N, heads], affinities float32 [N] that retrieval goes by): admits nothing, learns
+        nothing."""
+        tables, n = self.tables, len(candidates.item)
         user_rows = tables.rows(USER, candidates.user, admit=False)
         rows = tables.rows(ITEM, candidates.item, admit=False)
-        looked = self._look_up(candidates, user_rows, rows, admit=False)
-        share = self._share(looked)
-        _, _, logits = self._forward(candidates, looked, share)
-        p = probabilities(logits, self._feedback).cpu().numpy()
-        return self._of_all(p, share.part, len(candidates.item))
+        looked = self._look_up(candidates, user_rows, rows, _NONE, admit=False)
+        share = self._share(looked, learning=False)
+        leaves, _ = self._embed(share)
+        contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
+        p = probabilities(self.ranker(contexts, items), self._feedback)
+        a, b = self.ranker.towers(contexts)
+        affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
+        affinity = affinity + items.numbers[:, :-MATCHES] @ self.ranker.tower_numbers
+        both = torch.cat((p, affinity.unsqueeze(1)), 1).cpu().numpy()
+        every = self._of_all(both, share.part, n)
+        return every[:, :-1], every[:, -1]
 
     def _mean(self, loss: torch.Tensor, n: int) -> float:
         """The mean loss of a row, where `loss` is the sum of this rank's share."""
@@ -175,12 +238,18 @@ class Learner:
     def _loss(
         self, logits: torch.Tensor, batch: Batch, part: np.ndarray | slice, p: torch.Tensor
     ) -> torch.Tensor:
-        target = self._tensor(batch.target[part])
-        weight = self._tensor(batch.weight[part]).unsqueeze(1).repeat(1, p.shape[1])
+        target, heads = self._tensor(batch.target[part]), p.shape[1]
+        weight = self._tensor(batch.weight[part]).unsqueeze(1).repeat(1, heads)
+        offset = torch.nn.functional.pad(self._tensor(batch.offset[part]).unsqueeze(1), (CLICK, heads - 1 - CLICK))
+        if self._feedback.entire:
+            impression = self._tensor(batch.impression[part])
+            log_p = torch.nn.functional.logsigmoid(logits[:, [CLICK, PURCHASE]])
+            log_p = log_p[:, 1] + torch.where(impression, log_p[:, 0], 0.0)
+            learned = self._feedback.over_impressions(log_p)
+            logits = torch.cat((logits[:, :PURCHASE], learned.unsqueeze(1), logits[:, PURCHASE + 1 :]), 1)
+            weight[:, PURCHASE] = self._tensor(batch.rows_for[part])
+            p = torch.cat((p[:, :PURCHASE], log_p.detach().exp().unsqueeze(1), p[:, PURCHASE + 1 :]), 1)
         weight[:, PURCHASE:] *= self._feedback.weights(target[:, PURCHASE:], p[:, PURCHASE:])
-        offset = torch.nn.functional.pad(
-            self._tensor(batch.offset[part]).unsqueeze(1), (CLICK, p.shape[1] - 1 - CLICK)
-        )
         return loss_sum(logits + offset, target, weight)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -198,55 +267,127 @@ class Learner:
             if own:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
-    def _forward(
-        self, c: Candidates, looked: _Rows, share: _Share
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        """(leaves, the tables' outputs they stand for, logits of the share's candidates)."""
-        embedded = self.tables.embed(
-            {USER: (share.user, None), ITEM: (share.item, None), CATEGORY: (share.category, None)}
-        )
-        outputs = [embedded[USER], embedded[ITEM], embedded[CATEGORY]]
-        leaves = [e.detach().requires_grad_() for e in outputs]
-        user, item, category = leaves
-        category = category.index_select(0, self._tensor(share.category_of))  # [items, D]
-        at, past, there = self._tensor(share.at), share.past, share.past.items != 0
-        lengths = there.sum(1)
-        starts = self._tensor(np.cumsum(lengths) - lengths)
-        weights = self.ranker.history_weights(self._tensor(past.kinds), self._tensor(past.recency))
-        weights = weights.view(-1).index_select(0, self._tensor(np.flatnonzero(there)))
-        mean = torch.nn.functional.embedding_bag(
-            self._tensor(share.history_at), item + category, starts, mode="sum", per_sample_weights=weights
-        )
-        logits = self.ranker(
-            user, mean, self._tensor(past.context), item.index_select(0, at), category.index_select(0, at),
-            self._tensor(looked.dense[share.part]), self._tensor(c.scenario[c.ctx][share.part]),
+    def _retrieval_loss(
+        self, contexts: Contexts, told_from: _Others, batch: Batch, looked: _Rows, share: _Share, sampled: np.ndarray
+    ) -> torch.Tensor:
+        """Of the positives of this rank's share.
+
+        sampled: float32 [N], log of the probability that a draw gives the candidate's item.
+        """
+        clicked = (batch.target[:, CLICK] == 1) & batch.shown
+        positive = np.arange(len(clicked))[share.part]
+        positive, whose = positive[clicked[positive]], share.ctx[clicked[share.part]]
+        if not len(positive):
+            return contexts.user.new_zeros(())
+        columns = told_from.which
+        a, b = (side.index_select(0, self._tensor(whose)) for side in self.ranker.towers(contexts))
+        numbers = self._tensor(looked.numbers[columns, :-MATCHES])
+        logits = a @ told_from.item.T + b @ told_from.content.T + numbers @ self.ranker.tower_numbers
+        return retrieval_loss(
+            logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[columns]),
+            self._tensor(batch.candidates.item[columns]), self._tensor(batch.weight[positive]),
+        )  # fmt: skip
+
+    def _sampled(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
+        """log Q of the candidates' items, float32 [N]: in a draw from this batch, of shown ones and of negatives.
+
+        What is shown is as frequent as it was so far; an item that was not yet counts one.
+        """
+        drawn = batch.example == 0
+        shown = int(batch.shown.sum())
+        seen = sum(self.tables.values(ITEM, name, rows) for name in ("impressions", "interactions"))
+        often = (seen + 1) / (batch.shown_before + len(rows))
+        return np.log((shown * often + int(drawn.sum()) * batch.chance) / len(rows) + 1e-12).astype(np.float32)
+
+    def _embed(self, share: _Share) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(leaves, the tables' outputs they stand for) of user, item, category, seller, word."""
+        rows = {USER: share.user, ITEM: share.item, CATEGORY: share.category, SELLER: share.seller, WORD: share.word}
+        embedded = self.tables.embed({table: (own, None) for table, own in rows.items()})
+        outputs = [embedded[table] for table in rows]
+        return [e.detach().requires_grad_() for e in outputs], outputs
+
+    def _vectors(self, share: _Share, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, content) of the share's distinct items, [m, D] each."""
+        _, item, category, seller, word = leaves
+        content = category.index_select(0, self._tensor(share.category_of))
+        content = content + seller.index_select(0, self._tensor(share.seller_of))
+        return item, content + self._mean_of_words(share.title_of, share.word, word)
+
+    def _inputs(
+        self, c: Candidates, looked: _Rows, share: _Share, leaves: list[torch.Tensor],
+        vectors: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[Contexts, Items]:  # fmt: skip
+        """What the ranker is given of the share."""
+        (user, *_, word), (item, content) = leaves, vectors
+        past = share.past
+        there = self._tensor((past.items != 0).astype(np.float32)).unsqueeze(2)
+        entries = (item + content).index_select(0, self._tensor(share.entries).view(-1))
+        at = self._tensor(share.at)
+        return Contexts(
+            user, entries.view(*past.items.shape, -1) * there, self._tensor(past.kinds), self._tensor(past.recency),
+            self._mean_of_words(share.query, share.word, word), self._tensor(past.context),
+            self._tensor(share.scenario),
+        ), Items(
+            item.index_select(0, at), content.index_select(0, at), self._tensor(looked.numbers[share.part]),
             self._tensor(c.position[share.part]), self._tensor(share.ctx),
         )  # fmt: skip
-        return leaves, outputs, logits
 
-    def _look_up(self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, admit: bool) -> _Rows:
+    def _mean_of_words(self, places: np.ndarray, rows: np.ndarray, words: torch.Tensor) -> torch.Tensor:
+        """int64 [m, n] places in `rows` → [m, D]: the mean over those that have a row, zero where none has."""
+        if len(rows) < 2:
+            return words.new_zeros((len(places), words.shape[1]))
+        there = (rows[places] != 0).astype(np.float32)
+        weights = there / np.maximum(there.sum(1, keepdims=True), 1)
+        return embedding_bag(self._tensor(places), words, per_sample_weights=self._tensor(weights), mode="sum")
+
+    def _look_up(
+        self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, told_from: np.ndarray, admit: bool
+    ) -> _Rows:
         """Everything of the candidates that is in the tables, but the embeddings. The same on all ranks.
 
-        user_rows [B] and rows [N] are those of users and items; `admit`: categories get a row.
+        user_rows [B] and rows [N] are those of users and items; told_from: the candidates that retrieval tells
+        positives from; `admit`: what belongs to them gets a row.
         """
-        tables = self.tables
+        tables, n = self.tables, len(rows)
         past = user_features(c.history, c.moment)
+        there = past.items != 0
         # Distinct ids in their order, not rows in theirs: sums of floats must not depend on where a restart puts rows.
-        ids = np.concatenate((c.item, past.items[past.items != 0]))
+        ids = np.concatenate((c.item, past.items[there]))
         items, inverse = np.unique(ids, return_inverse=True)
         item_rows = tables.rows(ITEM, items, admit=False)
-        categories, category_of = np.unique(tables.values(ITEM, "category", item_rows), return_inverse=True)
-        category_rows = tables.rows(CATEGORY, categories, admit=admit)
-        at, history_at = inverse[: len(rows)], inverse[len(rows) :]
-        every = _Share(slice(None), user_rows, item_rows, category_rows, category_of, at, history_at, past, c.ctx)
-        return _Rows(stored_features(tables, rows, c.ts), every)
+        entries = np.zeros(past.items.shape, np.int64)
+        entries[there] = inverse[n:]
+        at = inverse[:n]
+        groups = {name: tables.values(ITEM, name, item_rows) for name in (CATEGORY, SELLER)}
+        places, group_rows = {}, {}
+        for name, own in groups.items():
+            distinct, places[name] = np.unique(own, return_inverse=True)
+            group_rows[name] = tables.rows(name, distinct, admit=admit)
+        titles = tables.values(ITEM, "words", item_rows)
+        words, word_of = np.unique(np.concatenate((titles.ravel(), c.query.ravel())), return_inverse=True)
+        word_rows = tables.rows(WORD, words, admit=admit)
+        every = _Share(
+            slice(None), user_rows, item_rows, group_rows[CATEGORY], group_rows[SELLER], word_rows,
+            places[CATEGORY], places[SELLER], word_of[: titles.size].reshape(titles.shape),
+            word_of[titles.size :].reshape(c.query.shape), at, at[told_from], entries, past, c.scenario,
+            c.ctx,
+        )  # fmt: skip
+        of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
+        of_items = [c.item] + [own[at] for own in groups.values()]
+        ts = c.ts
+        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), ts)]
+        for name in groups:
+            parts.append(stored_rates(tables, name, group_rows[name])[places[name][at]])
+        parts.append(matches(past, of_entries, of_items, c.ctx))
+        return _Rows(np.concatenate(parts, axis=1), every)
 
-    def _share(self, looked: _Rows) -> _Share:
+    def _share(self, looked: _Rows, learning: bool) -> _Share:
         """This rank's share of the batch: that of some of its contexts."""
         every, ranks = looked.every, self.tables.ranks
         if ranks.size == 1:
             return every
-        self.tables.touch(ITEM, every.item)  # those of the others' shares too
+        if learning:
+            self.tables.touch(ITEM, every.item)  # those of the others' shares too
         contexts = ranks.part(len(every.user))
         return every.of(contexts)
 
@@ -266,22 +407,20 @@ class Learner:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def stored_features(tables: EmbeddingTables, rows: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
-    """`item_features` of item rows int64 [n] as they are in the table now."""
-    impressions, clicks, interactions, created = (
-        tables.values(ITEM, name, rows) for name in ("impressions", "clicks", "interactions", "created")
-    )
-    return item_features(impressions, clicks, interactions, created, ts)
+def stored_rates(tables: EmbeddingTables, table: str, rows: np.ndarray) -> np.ndarray:
+    """`rates` of rows int64 [n] as they are in the table now."""
+    return rates(*(tables.values(table, name, rows) for name in ("impressions", "clicks", "interactions")))
 
 
 def candidates_of(rows: Examples, implicit: np.ndarray, drawn: np.ndarray) -> tuple[Candidates, np.ndarray, np.ndarray]:
     """(the rows as candidates, then the negatives `drawn` int64 [m, k] for those at `implicit` int64 [m], in the same
     contexts; which row each candidate came with, int64 [n + m · k]; which row each context came with, int64 [B])."""
-    first, ctx = unique_contexts(rows.history, rows.user, rows.ts, rows.scenario)
+    first, ctx = unique_contexts(rows.history, rows.user, rows.ts, rows.scenario, *rows.query.T)
     every = np.concatenate((np.arange(len(rows)), np.repeat(implicit, drawn.shape[1])))
     return Candidates(
         user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
-        scenario=rows.scenario[first].astype(np.int64), item=np.concatenate((rows.item, drawn.ravel())),
+        scenario=rows.scenario[first].astype(np.int64), query=rows.query[first],
+        item=np.concatenate((rows.item, drawn.ravel())),
         ctx=ctx[every], position=rows.position[every].astype(np.int64),
     ), every, first  # fmt: skip
 

@@ -6,24 +6,33 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from online_model.examples import Examples, Source
+from online_model.examples import Examples, Part, Source
 from online_model.feedback import Strategy
-from online_model.ranker import CLICK, HEADS, PURCHASE, WATCH
+from online_model.ranker import CLICK, HEADS, PURCHASE, WATCH, WATCH_TIME
+from online_model.watching import quantiles
 
 LONG_VIEW = 0.5  # a play is a long view from this share of the duration on
 
 
-def labels(rows: Examples, feedback: Strategy) -> np.ndarray:
-    """Labels float32 [n, 3 + E] of click, watch (a long view), purchase and the strategy's own heads; nan where the row
-    does not say.
+def labels(rows: Examples, feedback: Strategy, plays: np.ndarray | None = None) -> np.ndarray:
+    """Labels float32 [n, heads] of click, watch (a long view), the play's quantile, purchase and the strategy's own
+    heads; nan where the row does not say.
 
-    A watch of unknown duration says nothing.
+    A watch of unknown duration says nothing of a long view. plays: the counts of watching.py, None where quantiles are
+    not learned. Where purchases are learned from all impressions, each has its negative at first sight.
     """
     out = np.full((len(rows), len(HEADS) + len(feedback.extra)), np.nan, np.float32)
     out[:, CLICK] = np.where(rows.click >= 0, rows.click, np.nan)
-    watched = (rows.play_ms >= 0) & (rows.duration_ms > 0)
+    played = rows.play_ms >= 0
+    watched = played & (rows.duration_ms > 0)
     out[watched, WATCH] = rows.play_ms[watched] >= LONG_VIEW * rows.duration_ms[watched]
+    if plays is not None and played.any():
+        out[played, WATCH_TIME] = quantiles(plays, rows.play_ms[played], rows.duration_ms[played])
     out[:, PURCHASE:] = feedback.labels(rows)
+    if feedback.entire:
+        impression = rows.source == Source.IMPRESSION
+        out[impression & (rows.part == Part.SHOWN) & (rows.click == 0), PURCHASE] = 0
+        out[impression & (rows.part == Part.LATE_CLICK), PURCHASE] = np.nan  # it had its negative when it was shown
     return out
 
 
@@ -55,3 +64,18 @@ def loss_sum(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -
     said = ~torch.isnan(target)
     weight = torch.where(said, weight, 0.0)
     return binary_cross_entropy_with_logits(logits, torch.where(said, target, 0.0), weight, reduction="sum")
+
+
+def retrieval_loss(
+    logits: torch.Tensor, positive: torch.Tensor, sampled: torch.Tensor, items: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum over P positives of the cross entropy of telling each from C items that are in the batch.
+
+    logits: [P, C]; positive: int64 [P] their columns; sampled: [C] log of the probability that a draw gives the item,
+    taken from its logit (logQ, Bengio and Senécal 2008; Yi et al., RecSys 2019, section 4); items: int64 [C] ids: what
+    is the positive itself in another column is left out; weight: [P].
+    """
+    same = items.unsqueeze(0) == items.index_select(0, positive).unsqueeze(1)
+    same.scatter_(1, positive.unsqueeze(1), False)
+    corrected = (logits - sampled).masked_fill(same, -torch.inf)
+    return (torch.nn.functional.cross_entropy(corrected, positive, reduction="none") * weight).sum()

@@ -1,123 +1,239 @@
-"""The dense part of the model: one small network over gathered embeddings, three heads.
+"""The dense part of the model: one network over gathered embeddings, for all scenarios and tasks.
 
-click: the probability of a click on an impression. watch: of a long view (LONG_VIEW) of what was played. purchase: of
-a purchase after a click; how it learns while purchases are still to come, and what its logit then stands for, is said
-in feedback.py, which may ask for further heads behind the three.
+    context (user, history, query, moment) ─┐ first layer, split:   gates of scenario,
+    candidate (item, content, numbers)     ─┤ once per context,     moment and user ──→ second ──→ experts, mixed by
+    attention of it over the history       ─┘ once per candidate                                 task ──→ heads
+
+| part | after | setting |
+|---|---|---|
+| attention of the candidate over the history | Zhou et al., "Deep interest network", KDD 2018 | attention |
+| gates of what is known beforehand on the first layer | Chang et al., "PEPNet", KDD 2023, section 3.2 | gates |
+| experts that each task mixes for itself | Ma et al., "MMoE", KDD 2018 | experts |
+| purchase over all impressions: click × purchase after it | Ma et al., "ESMM", SIGIR 2018 | entire_space |
+| watch time as its quantile among like durations | Zhan et al., "D2Q", KDD 2022 | watch_quantiles |
+| a wide part beside the deep one | Cheng et al., "Wide & deep learning", DLRS 2016 | |
+
+Heads: click, the probability of a click on an impression. watch: of a long view (LONG_VIEW) of what was played.
+watch_time: the quantile of the play's length (watching.py). purchase: of a purchase after a click; how it learns while
+purchases are still to come, and what its logit then stands for, is said in feedback.py, which may ask for further heads
+behind these.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import leaky_relu
 
 from embedding_store.errors import UsageError
-from online_model.features import CLICK_PRIOR, CONTEXT, DENSE
+from online_model.features import CLICK_PRIOR, CONTEXT, MATCHES, NUMBERS
 from online_model.history import Kind
 from online_model.settings import RankerSettings
+from online_model.watching import BINS, GROUPS
 
-CLICK, WATCH, PURCHASE = 0, 1, 2  # columns of the logits
-HEADS = ("click", "watch", "purchase")
+CLICK, WATCH, WATCH_TIME, PURCHASE = 0, 1, 2, 3  # columns of the logits
+HEADS = ("click", "watch", "watch_time", "purchase")
 SCENARIO_COUNT = 4  # streams.events.SCENARIOS
 POSITIONS = 64  # places told apart; those further down are as the last
 PURCHASE_PRIOR = 0.05
+SCENARIO_DIM, GATE_WIDTH = 8, 32  # of the gates
+
+
+@dataclass
+class Contexts:
+    """B users, each in a state, at a moment, in a scenario; D: the tables' dim."""
+
+    user: torch.Tensor  # [B, D]
+    entries: torch.Tensor  # [B, HISTORY, D] vectors of the history's items, zero where there is none
+    kinds: torch.Tensor  # int64 [B, HISTORY] of `UserFeatures`
+    recency: torch.Tensor  # [B, HISTORY]
+    query: torch.Tensor  # [B, D] mean of the words searched for, zero for none
+    moment: torch.Tensor  # [B, CONTEXT]
+    scenario: torch.Tensor  # int64 [B]
+
+
+@dataclass
+class Items:
+    """N candidates."""
+
+    item: torch.Tensor  # [N, D]
+    content: torch.Tensor  # [N, D] category + seller + mean of the title's words
+    numbers: torch.Tensor  # [N, NUMBERS]
+    position: torch.Tensor | None  # int64 [N] place on the page, -1 unknown; None where nothing was shown yet
+    ctx: torch.Tensor  # int64 [N] the candidate's context
 
 
 class Ranker(nn.Module):
-    """Scores candidates of contexts. A context is a user in a state at one moment.
+    """Scores candidates of contexts.
 
     The first layer is split in what belongs to the context and what to the candidate, so that a thousand candidates
     of one user cost one context.
     """
 
+    plays: torch.Tensor  # float32 [GROUPS, BINS] of watching.py
+
     def __init__(self, dim: int, settings: RankerSettings, extra: int = 0) -> None:
-        """`extra`: heads behind the three."""
+        """`extra`: heads behind those of HEADS."""
         super().__init__()
-        self.dim = dim
+        self.dim, self.settings = dim, settings
         heads = len(HEADS) + extra
-        hidden, second = settings.hidden, settings.second
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.from_history = nn.Linear(dim, dim, bias=False)
-            self.from_context = nn.Linear(2 * dim, hidden)
-            self.from_item = nn.Linear(2 * dim + DENSE, hidden, bias=False)
-            self.from_match = nn.Linear(dim, hidden, bias=False)
-            self.from_scenario = nn.Embedding(SCENARIO_COUNT, hidden)
-            self.second = nn.Linear(hidden, second)
-            self.heads = nn.Linear(second, heads, bias=False)
-            nn.init.eye_(self.from_history.weight)  # at first: what is like the history
-            nn.init.zeros_(self.from_scenario.weight)
-            nn.init.normal_(self.heads.weight, std=0.05)
-            self.from_moment = nn.Linear(CONTEXT, hidden, bias=False)
-            nn.init.zeros_(self.from_moment.weight)
+            self._make_first(dim, settings)
+            self._make_deep(dim, settings, heads)
         # The wide part. It starts as the item's click rate and the match, so that the first scores are sensible.
         purchase = [_logit(PURCHASE_PRIOR)] * (1 + extra)
-        self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, *purchase]))
-        self.wide = nn.Parameter(torch.zeros(DENSE, heads))
+        self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, 0.0, *purchase]))
+        self.wide = nn.Parameter(torch.zeros(NUMBERS, heads))
         self.match = nn.Parameter(torch.zeros(heads))
         with torch.no_grad():
             self.wide[0, CLICK] = 1.0
             self.match[CLICK] = 1.0
+        self.tower_numbers = nn.Parameter(torch.zeros(NUMBERS - MATCHES))
         self.past_kind = nn.Parameter(torch.zeros(len(Kind) + 1))  # how much an entry of the history weighs:
         self.past_recency = nn.Parameter(torch.zeros(1))  # at first all the same
+        self.register_buffer("plays", torch.zeros(GROUPS, BINS))
         self.place = nn.Embedding(POSITIONS, 1, padding_idx=0)
         nn.init.zeros_(self.place.weight)
 
-    def history_weights(self, kinds: torch.Tensor, recency: torch.Tensor) -> torch.Tensor:
-        """What each entry counts in `history_mean`, float32 [B, HISTORY]: in sum 1, or 0 where there is none.
+    def _make_first(self, dim: int, settings: RankerSettings) -> None:
+        """The first layer, and what is made of the history."""
+        hidden = settings.widths[0]
+        self.from_history = nn.Linear(dim, dim, bias=False)
+        self.from_query = nn.Linear(dim, dim, bias=False)
+        self.from_context = nn.Linear(3 * dim, hidden)
+        self.from_moment = nn.Linear(CONTEXT, hidden, bias=False)
+        self.from_item = nn.Linear(2 * dim, hidden, bias=False)
+        self.from_numbers = nn.Linear(NUMBERS, hidden, bias=False)
+        self.from_match = nn.Linear(dim, hidden, bias=False)
+        self.from_scenario = nn.Embedding(SCENARIO_COUNT, hidden)
+        if settings.attention:
+            self.attend = nn.Linear(dim, dim, bias=False)
+            self.from_attended = nn.Linear(2 * dim, hidden, bias=False)
+            self.attend_kind = nn.Parameter(torch.zeros(len(Kind) + 1))
+            self.attend_recency = nn.Parameter(torch.zeros(1))
+            with torch.no_grad():
+                self.attend.weight.copy_(torch.eye(dim) * dim**-0.5)
+        nn.init.eye_(self.from_history.weight)  # at first: what is like the history
+        for layer in (self.from_query, self.from_scenario, self.from_moment):
+            nn.init.zeros_(layer.weight)
 
-        kinds: int64, recency: float32, both [B, HISTORY], as in UserFeatures.
+    def _make_deep(self, dim: int, settings: RankerSettings, heads: int) -> None:
+        """The gates, the layers behind the first, and the user's tower."""
+        hidden, second, third = settings.widths
+        if settings.gates:
+            self.scenario = nn.Embedding(SCENARIO_COUNT, SCENARIO_DIM)
+            self.gate_in = nn.Linear(SCENARIO_DIM + CONTEXT + dim, GATE_WIDTH)
+            self.gate_out = nn.Linear(GATE_WIDTH, hidden)
+            nn.init.zeros_(self.gate_out.weight)
+            nn.init.zeros_(self.gate_out.bias)  # at first all gates are open: 2σ(0) = 1
+        self.second = nn.Linear(hidden, second)
+        self.experts = nn.Linear(second, settings.experts * third)
+        if settings.experts > 1:
+            self.mixture = nn.Linear(second, heads * settings.experts)
+        self.heads = nn.Parameter(0.05 * torch.randn(heads, third))
+        self.tower = nn.Linear(3 * dim + CONTEXT, 2 * dim, bias=False)
+        nn.init.zeros_(self.tower.weight)
+
+    def history_mean(self, contexts: Contexts) -> torch.Tensor:
+        """The mean of the history's vectors by learned weights of kind and recency, [B, D]; zero where it is empty."""
+        there = contexts.kinds > 0
+        kind = self.past_kind.index_select(0, contexts.kinds.reshape(-1)).view_as(contexts.recency)
+        logits = kind + contexts.recency * self.past_recency
+        weights = torch.softmax(logits.masked_fill(~there, -1e9), 1) * there
+        return torch.bmm(weights.unsqueeze(1), contexts.entries).squeeze(1)
+
+    def query(self, contexts: Contexts, mean: torch.Tensor) -> torch.Tensor:
+        """[B, D] whose dot product with an item's vector (item + content) is the match."""
+        return contexts.user + self.from_history(mean) + self.from_query(contexts.query)
+
+    def towers(self, contexts: Contexts) -> tuple[torch.Tensor, torch.Tensor]:
+        """What items are retrieved by: a, b [B, D]; the affinity to an item is a · item + b · content + its numbers
+        (less the matches) · `tower_numbers`.
+
+        Two towers (Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys
+        2019). The item's is linear, so that it can be taken over to the user's side: when it changes no item has to be
+        touched.
         """
-        there = kinds > 0
-        logits = self.past_kind.index_select(0, kinds.reshape(-1)).view_as(recency) + recency * self.past_recency
-        return torch.softmax(logits.masked_fill(~there, -1e9), 1) * there
+        mean = self.history_mean(contexts)
+        query = self.query(contexts, mean)
+        known = torch.cat((contexts.user, mean, contexts.query, contexts.moment), 1)
+        a, b = self.tower(known).split(self.dim, 1)
+        return query + a, query + b
 
-    def query(self, user: torch.Tensor, history_mean: torch.Tensor) -> torch.Tensor:
-        """[B, D] whose dot product with an item's vector (item + category) is the match: for retrieval."""
-        return user + self.from_history(history_mean)
+    def forward(self, contexts: Contexts, items: Items) -> torch.Tensor:
+        """Logits float32 [N, heads + extra].
 
-    def forward(
-        self,
-        user: torch.Tensor,
-        history_mean: torch.Tensor,
-        context: torch.Tensor,
-        item: torch.Tensor,
-        category: torch.Tensor,
-        dense: torch.Tensor,
-        scenario: torch.Tensor,
-        position: torch.Tensor | None,
-        ctx: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits float32 [N, 3 + extra] (click, watch, purchase, …) of N candidates of B contexts.
-
-        user, history_mean: [B, D] (the mean of the vectors of the history's items by `history_weights`, zero for none);
-        context: [B, CONTEXT] of `user_features`; item, category: [N, D]; dense: [N, DENSE] of `item_features`;
-        scenario: int64 [N]; position: int64 [N], the place on the page, −1 unknown, None where nothing was shown yet;
-        ctx: int64 [N], the candidate's context. The bias of a place is relative to the first, so what is served is the
-        probability in the first place.
+        The bias of a place is relative to the first, so what is served is the probability in the first place.
         """
-        match = self.query(user, history_mean).index_select(0, ctx) * (item + category)
-        x = self.from_context(torch.cat((user, history_mean), 1)) + self.from_moment(context)
-        x = x.index_select(0, ctx) + self.from_item(torch.cat((item, category, dense), 1)) + self.from_match(match)
-        x = torch.relu(x + self.from_scenario(scenario))
-        logits = self.heads(torch.relu(self.second(x)))
-        logits = logits + self.bias + dense @ self.wide + match.sum(1, keepdim=True) * self.match
-        if position is None:
+        mean, ctx = self.history_mean(contexts), items.ctx
+        vector, numbers = items.item + items.content, items.numbers
+        if not self.settings.matches:
+            numbers = numbers.clone()
+            numbers[:, -MATCHES:] = 0
+        match = self.query(contexts, mean).index_select(0, ctx) * vector
+        x = self.from_context(torch.cat((contexts.user, mean, contexts.query), 1))
+        x = x + self.from_moment(contexts.moment) + self.from_scenario(contexts.scenario)
+        x = x.index_select(0, ctx) + self.from_item(torch.cat((items.item, items.content), 1))
+        x = x + self.from_numbers(numbers) + self.from_match(match)
+        if self.settings.attention:
+            attended = self._attended(contexts, vector, ctx)
+            x = x + self.from_attended(torch.cat((attended, attended * vector), 1))
+        x = _bent(x)
+        if self.settings.gates:
+            x = x * self._gates(contexts).index_select(0, ctx)
+        x = _bent(self.second(x))
+        logits = self._tasks(x) + self.bias + numbers @ self.wide + match.sum(1, keepdim=True) * self.match
+        if items.position is None:
             return logits
-        place = self.place(position.clamp(0, POSITIONS - 1))  # [N, 1]
+        place = self.place(items.position.clamp(0, POSITIONS - 1))  # [N, 1]
         return logits + nn.functional.pad(place, (CLICK, logits.shape[1] - 1 - CLICK))
+
+    def _attended(self, contexts: Contexts, vector: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
+        """For each candidate the history as it matters to it, [N, D]. Nothing is an entry too, with a logit of 0."""
+        bias = self.attend_kind.index_select(0, contexts.kinds.reshape(-1)).view_as(contexts.recency)
+        bias = (bias + contexts.recency * self.attend_recency).masked_fill(contexts.kinds == 0, -1e9)
+        asked = self.attend(vector).unsqueeze(1)
+        if len(contexts.user) == 1:
+            entries, bias = contexts.entries.expand(len(ctx), -1, -1), bias.expand(len(ctx), -1)
+        else:
+            entries, bias = contexts.entries.index_select(0, ctx), bias.index_select(0, ctx)
+        logits = torch.bmm(asked, entries.transpose(1, 2)).squeeze(1) + bias  # [N, HISTORY]
+        weights = torch.softmax(nn.functional.pad(logits, (0, 1)), 1)[:, :-1]
+        return torch.bmm(weights.unsqueeze(1), entries).squeeze(1)
+
+    def _gates(self, contexts: Contexts) -> torch.Tensor:
+        """2σ of a small network of what is known of the context beforehand, [B, hidden]; it does not move the user."""
+        known = (self.scenario(contexts.scenario), contexts.moment, contexts.user.detach())
+        return 2 * torch.sigmoid(self.gate_out(_bent(self.gate_in(torch.cat(known, 1)))))
+
+    def _tasks(self, x: torch.Tensor) -> torch.Tensor:
+        """The deep part of the logits, [N, heads]: each head of its own mixture of the experts."""
+        count, heads = self.settings.experts, len(self.heads)
+        experts = _bent(self.experts(x))
+        if count == 1:
+            return experts @ self.heads.T
+        said = experts.view(len(x), count, -1) @ self.heads.T  # [N, experts, heads]: a head is linear in its mixture
+        weights = torch.softmax(self.mixture(x).view(len(x), count, heads), 1)
+        return (said * weights).sum(1)
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
         return [self.bias, self.wide, self.place.weight]
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Copies of all weights by name, float32."""
-        return {name: p.detach().cpu().numpy().copy() for name, p in self.named_parameters()}
+        """Copies of all weights and of `plays` by name, float32."""
+        return {name: t.detach().cpu().numpy().copy() for name, t in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def load_weights(self, weights: dict[str, np.ndarray]) -> None:
         """Sets all weights. Raises UsageError where names or shapes are others: the model's settings differ."""
-        own = dict(self.named_parameters())
+        own = self._tensors()
         shapes = {name: tuple(p.shape) for name, p in own.items()}
         if shapes != {name: w.shape for name, w in weights.items()}:
             raise UsageError(
@@ -125,8 +241,12 @@ class Ranker(nn.Module):
                 "or an empty data directory"
             )
         with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+            for name, tensor in own.items():
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+
+
+def _bent(x: torch.Tensor) -> torch.Tensor:
+    return leaky_relu(x, 0.1)  # not relu: a unit that is dead for all of a stream's first examples would stay so
 
 
 def _logit(p: float) -> float:

@@ -22,7 +22,7 @@ from threading import Thread
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from embedding_store.errors import HeadraceError, RankLost
-from embedding_store.ranks import Ranks, lost
+from embedding_store.ranks import Launch, Ranks, lost
 from online_model.settings import TrainerSettings
 
 
@@ -108,33 +108,54 @@ class Followers:
             if path != self.meeting:
                 path.unlink()
 
-    def again(self, ranks: Ranks) -> None:
-        """Has them open their trainers again, as the first rank is about to do, in the same group: TorchRec keeps what
-        it made of a group as long as the process lives, so they cannot meet in another one."""
-        ranks.from_first(lambda: _AGAIN)
-
     def end(self, ranks: Ranks) -> None:
         """Lets them go, and waits until they have."""
         self._ending = True
-        ranks.from_first(lambda: _END)
+        let_go(ranks)
         for process in self._processes:
             process.join()
         self.meeting.unlink(missing_ok=True)
 
 
+def follow_launched(launch: Launch, settings: TrainerSettings, partitions: int, device: str, threads: int) -> None:
+    """A further rank that torchrun has started, until the first one lets it go. Arguments: as of the first rank.
+
+    Ends the process with exit 1 where the first rank is lost.
+    """
+    _follow(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
+
+
+def let_go(ranks: Ranks) -> None:
+    """The first rank has no more to do: the others may end."""
+    ranks.from_first(lambda: _END)
+
+
+def begin_again(ranks: Ranks) -> None:
+    """Has the others open their trainers again, as the first rank is about to do, in the same group: TorchRec keeps
+    what it made of a group as long as the process lives, so they cannot meet in another one."""
+    ranks.from_first(lambda: _AGAIN)
+
+
 def _run(
     rank: int, size: int, meeting: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
 ) -> None:
+    Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    _follow(rank, size, rank, meeting, settings, partitions, device, threads)
+
+
+def _follow(
+    rank: int, size: int, local_rank: int, meeting: Path | Launch, settings: TrainerSettings, partitions: int,
+    device: str, threads: int,
+) -> None:  # fmt: skip
     for number in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the first, which then says `end`
         signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with_parent, name="parent", daemon=True).start()
     import torch
 
     from online_model.trainer import open_trainer
 
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(partitions > 0)
-    own = f"cuda:{rank}" if device.startswith("cuda") else device
+    own = f"cuda:{local_rank}" if device.startswith("cuda") else device
     try:
         ranks = Ranks(rank, size, meeting, own)
         while follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=ranks)):

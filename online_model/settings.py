@@ -21,24 +21,48 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     users: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
     items: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 18
     categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
+    sellers: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
+    words: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 16  # of titles and queries
     learning_rate: Annotated[float, Meta(gt=0)] = 0.2
     eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
     optimizer: Optimizer = "row_wise_adagrad"  # of the tables; it decides what else a row holds in the store
     user_rules: RowRules = RowRules()
     item_rules: RowRules = RowRules()
     category_rules: RowRules = RowRules()
+    seller_rules: RowRules = RowRules()
+    word_rules: RowRules = RowRules()
 
     def __post_init__(self) -> None:
         if self.item_rules.expire_after_ms:
             raise ValueError("items do not expire, their rows hold what the catalogue says: leave expire_after_ms at 0")
 
 
-class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Widths of the two hidden layers, and the seed of the first weights."""
+WIDTHS = {"small": (256, 256, 128), "base": (640, 512, 256)}
 
-    hidden: Annotated[int, Meta(ge=4, le=4096)] = 64
-    second: Annotated[int, Meta(ge=4, le=4096)] = 32
+
+class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Size and parts of the ranker (ranker.py). Each part can be left out."""
+
+    size: Annotated[
+        Literal["small", "base"], Meta(description="small: dense layers of 256, 256, 128; base: a million weights")
+    ] = "small"
+    hidden: Annotated[int, Meta(ge=0, le=4096)] = 0  # widths of the three layers; 0: as `size` says
+    second: Annotated[int, Meta(ge=0, le=4096)] = 0
+    third: Annotated[int, Meta(ge=0, le=4096)] = 0
+    attention: bool = True  # of the candidate over the history
+    gates: bool = True  # of scenario, moment and user on the first layer
+    experts: Annotated[int, Meta(ge=1, le=16)] = 3  # third layers that the tasks mix; 1: one for all
+    entire_space: bool = True  # purchases are learned from all impressions (ESMM), not from clicks alone
+    watch_quantiles: bool = True  # watch time is learned as its quantile among plays of a like duration (D2Q)
+    matches: bool = True  # what candidate and history have in common, counted
     seed: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of the three layers."""
+        own = (self.hidden, self.second, self.third)
+        first, second, third = (width or default for width, default in zip(own, WIDTHS[self.size], strict=True))
+        return first, second, third
 
 
 class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +71,7 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024  # rows a step at most
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
     wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
+    retrieval: Annotated[float, Meta(ge=0, description="weight of the two towers' loss; 0: not learned")] = 1.0
     negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
     recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
     window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change

@@ -26,6 +26,7 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 import orjson
+import torch
 
 from embedding_store.checkpoint import CheckpointStore, Commit, Notes
 from embedding_store.columns import TableRows
@@ -39,23 +40,24 @@ from embedding_store.tables import EmbeddingTables
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
-from online_model.feedback import strategy
+from online_model.features import CARD, CATEGORY, ITEM, SELLER, SENT_FIRST, TITLE_WORDS, USER, table_specs
+from online_model.feedback import Strategy, strategy
 from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
 from online_model.learner import Batch, Candidates, Learner, candidates_of
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
-from online_model.ranker import CLICK, Ranker
+from online_model.ranker import CLICK, WATCH_TIME, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
+from online_model.watching import learned, plays_at
 from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
 
-# (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0)
-CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int]
+# (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0, word ids of the title)
+CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int, np.ndarray]
 
 
 def open_trainer(
@@ -67,8 +69,8 @@ def open_trainer(
     sync: bool = False,
     ranks: Ranks | None = None,
 ) -> Trainer:
-    """A trainer that goes on from the store at `path` (made if there is none); without a path one that keeps nothing and
-    cannot commit. Arguments: see Trainer.
+    """A trainer that goes on from the store at `path` (made if there is none); without a path one that keeps nothing
+    and cannot commit. Arguments: see Trainer.
 
     With `sync` a commit outlives a power cut, without it only a kill -9. Settings of another shape of model change the
     store first: `widening.open_widened`. With several `ranks` each opens one, all but the first without a path.
@@ -76,7 +78,7 @@ def open_trainer(
     Raises StoreLocked, StoreError, UsageError, RankLost.
     """
     specs = table_specs(settings.features)
-    extra = len(strategy(settings.feedback, settings.purchase_wait_ms).extra)
+    extra = len(feedback_of(settings).extra)
     ranker, store = Ranker(settings.features.dim, settings.ranker, extra), None
     if path is not None:
         store = open_widened(settings, {spec.name: spec.layout for spec in specs}, ranker, path, clock, sync)
@@ -120,8 +122,10 @@ class Trainer:
         self.settings, self.tables, self._store = settings, tables, store
         self.epoch, self.sequence = 1, 0  # of the last commit; 0: none
         self._ranker, self._clock = ranker, clock
-        self._feedback = strategy(settings.feedback, settings.purchase_wait_ms)
-        self._learner = Learner(tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate)
+        self._feedback = feedback_of(settings)
+        self._learner = Learner(
+            tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.retrieval
+        )
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
@@ -129,7 +133,7 @@ class Trainer:
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
         self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
-        self._totals = {"trained_rows": 0, "positives": 0, "event_time_ms": 0, "not_finite": 0}
+        self._totals = {"trained_rows": 0, "positives": 0, "shown": 0, "event_time_ms": 0, "not_finite": 0}
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
@@ -250,18 +254,20 @@ class Trainer:
         return 0 if rows is None else len(rows)
 
     @on_all_ranks
-    def score(self, candidates: Candidates) -> np.ndarray:
-        """Probabilities float32 [N, heads] of what may have been learned or not: admits nothing, changes nothing."""
+    def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities float32 [N, heads], and affinities float32 [N] that retrieval goes by, of what may have been
+        learned or not: admits nothing, changes nothing."""
         return self._learner.score(candidates)
 
     @on_all_ranks
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
         """Items of the catalogue: admits them, keeps their cards. Those that are known as they are change nothing."""
         # Of several records of an item the last holds.
-        last = {item: (raw, category, seller, created) for item, raw, category, seller, created in items}
+        last = {item[0]: item[1:] for item in items}
         ids = np.fromiter(last, np.int64, len(last))
-        hashes = np.array([_card_hash(*values) for values in last.values()], np.int64)
-        about = np.array([rest for _, *rest in last.values()], np.int64).reshape(-1, 3)
+        hashes = np.array([_card_hash(*values[:4]) for values in last.values()], np.int64)
+        about = np.array([values[1:4] for values in last.values()], np.int64).reshape(-1, 3)
+        words = np.array([values[4] for values in last.values()], np.int64).reshape(-1, TITLE_WORDS)
         with self._whole():
             self.tables.begin_step(self._totals["event_time_ms"])
             known = self.tables.rows(ITEM, ids, admit=False)
@@ -271,7 +277,8 @@ class Trainer:
             if not len(rows):
                 return
             created = np.where(about[new, 2] > 0, about[new, 2], self.tables.values(ITEM, "created", rows))
-            columns = {"category": about[new, 0], "seller": about[new, 1], "created": created, "card": hashes[new]}
+            columns = {"category": about[new, 0], "seller": about[new, 1], "created": created, "card": hashes[new],
+                       "words": words[new]}  # fmt: skip
             for name, values in columns.items():
                 self.tables.set(ITEM, name, rows, values)
             raws = [raw for raw, *_ in last.values()]
@@ -416,7 +423,8 @@ class Trainer:
         implicit = np.flatnonzero(shown & (rows.source == Source.IMPLICIT))
         k, seed = self.settings.negatives, self.settings.seed
         drawn = self._recent.draw(rows.row_id[implicit], rows.item[implicit], k, seed)
-        target = labels(rows, self._feedback)
+        plays = self._ranker.plays.cpu().numpy() if self.settings.ranker.watch_quantiles else None
+        target = labels(rows, self._feedback, plays)
         if not drawn.size:
             target[implicit, CLICK] = np.nan  # a positive without a negative says nothing
         unclicked = np.flatnonzero(shown & (rows.click == 0))
@@ -424,19 +432,24 @@ class Trainer:
             self._unclicked_rate = float(rows.rate[unclicked[-1]])
         sampling = sampling_correction(rows, self.settings.sampling_correction, self._unclicked_rate)
         self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
-        batch = _batch(rows, target, sampling, implicit, drawn, self._totals["event_time_ms"])
+        chance = 1 / max(len(self._recent), 1)
+        batch = _batch(
+            rows, target, sampling, implicit, drawn, self._totals["event_time_ms"], chance, self._totals["shown"]
+        )
         outcome = self._learner.learn(batch)
         self.last_loss = outcome.loss
         if self.observer is not None:
             self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
-            self._evaluation.measure(rows, target, implicit, outcome.p)
+            self._evaluation.measure(rows, target, implicit, outcome.p, _watch_ms(rows, outcome.p, plays))
         if not outcome.learned:
             self._totals["not_finite"] += len(rows)
             log.warning("a batch of %s rows was left out: its loss or gradient is not finite", len(rows))
         self._count(rows, outcome.rows[: len(rows)])
+        self._watched(rows, outcome.rows[: len(rows)])
         self._recent.push(rows.item[shown])
         self._totals["trained_rows"] += len(rows)
+        self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
 
@@ -445,18 +458,35 @@ class Trainer:
         shown, impression = rows.part == Part.SHOWN, rows.source == Source.IMPRESSION
         said = impression & (shown | (rows.part == Part.LATE_CLICK))
         stands_for = np.rint(1 / rows.rate).astype(np.int64)
-        for column, which in {
+        counts = {
             "impressions": shown & impression, "clicks": said & (rows.click == 1), "interactions": shown & ~impression,
-        }.items():  # fmt: skip
-            self._add(column, at[which], stands_for[which])
+        }  # fmt: skip
+        counts = {column: (which, stands_for[which]) for column, which in counts.items()}
+        self._add(ITEM, at, counts)
+        for table in (CATEGORY, SELLER):
+            self._add(table, self.tables.rows(table, self.tables.values(ITEM, table, at), admit=False), counts)
         without = np.flatnonzero((at > 0) & (self.tables.values(ITEM, "card", at) == 0))
         first = without[np.unique(at[without], return_index=True)[1]]
         raws = [b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass") for i in first]
         self._cards.update(zip(rows.item[first].tolist(), raws, strict=True))
         self.tables.set(ITEM, "card", at[first], np.array([_card_hash(raw) for raw in raws], np.int64))
 
-    def _add(self, column: str, at: np.ndarray, times: np.ndarray) -> None:
-        self.tables.add(ITEM, column, at[at > 0], times[at > 0])
+    def _add(self, table: str, at: np.ndarray, counts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        for column, (which, times) in counts.items():
+            there = at[which] > 0
+            self.tables.add(table, column, at[which][there], times[there])
+
+    def _watched(self, rows: Examples, at: np.ndarray) -> None:
+        """How long plays were, and the durations of the items."""
+        played = np.flatnonzero(rows.play_ms >= 0)
+        if not len(played) or not self.settings.ranker.watch_quantiles:
+            return
+        plays = self._ranker.plays
+        new = learned(plays.cpu().numpy(), rows.play_ms[played], rows.duration_ms[played])
+        plays.copy_(torch.from_numpy(new))
+        known = played[(rows.duration_ms[played] > 0) & (at[played] > 0)]
+        last = known[len(known) - 1 - np.unique(at[known][::-1], return_index=True)[1]]
+        self.tables.set(ITEM, "duration", at[last], rows.duration_ms[last])
 
     def _finish_blocks(self) -> None:
         """The users that blocks forget and the histories that they bring, once all of their rows are learned.
@@ -501,6 +531,15 @@ class Trainer:
         return msgspec.to_builtins(self.settings)
 
 
+def _watch_ms(rows: Examples, p: np.ndarray, plays: np.ndarray | None) -> np.ndarray:
+    """Predicted watch time in ms, float32 [n], of the rows that say how long the play was; nan elsewhere."""
+    out = np.full(len(rows), np.nan, np.float32)
+    played = np.flatnonzero(rows.play_ms >= 0)
+    if plays is not None and len(played):
+        out[played] = plays_at(plays, p[played, WATCH_TIME], rows.duration_ms[played])
+    return out
+
+
 def _batch(
     rows: Examples,
     target: np.ndarray,
@@ -508,6 +547,8 @@ def _batch(
     implicit: np.ndarray,
     drawn: np.ndarray,
     now_ms: int,
+    chance: float,
+    shown_before: int,
 ) -> Batch:
     """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
     candidates, every, first = candidates_of(rows, implicit, drawn)
@@ -518,7 +559,14 @@ def _batch(
         now_ms=now_ms, candidates=candidates, sighting=rows.row_id[first],
         example=np.append(rows.row_id, np.zeros(drawn.size, np.int64)),
         target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
+        impression=(rows.source == Source.IMPRESSION)[every], rows_for=(1 / rows.rate)[every], chance=chance,
+        shown_before=shown_before, shown=np.append(rows.part == Part.SHOWN, np.zeros(drawn.size, bool)),
     )  # fmt: skip
+
+
+def feedback_of(settings: TrainerSettings) -> Strategy:
+    """How purchases are learned."""
+    return strategy(settings.feedback, settings.purchase_wait_ms, settings.ranker.entire_space)
 
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -28,31 +28,47 @@ from embedding_store.copies import settle_directory
 from embedding_store.errors import OtherLayouts, UsageError
 from embedding_store.reshape import discard_half, reshape
 from online_model.checkpoints import settings_digest, state_of
-from online_model.features import CONTEXT, DENSE
-from online_model.ranker import SCENARIO_COUNT, Ranker
+from online_model.features import CONTEXT, NUMBERS
+from online_model.ranker import GATE_WIDTH, SCENARIO_COUNT, SCENARIO_DIM, Ranker
 from online_model.settings import TrainerSettings
 
 log = logging.getLogger("headrace")
 
 # What each axis of a weight is made of: parts that grow, by name, and numbers that are what they are.
-_DIM, _HIDDEN, _SECOND, _HEADS = "dim", "hidden", "second", "heads"
+_DIM, _HIDDEN, _SECOND, _THIRD, _HEADS = "dim", "hidden", "second", "third", "heads"
 _AXES: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "from_history.weight": ((_DIM,), (_DIM,)),
-    "from_context.weight": ((_HIDDEN,), (_DIM, _DIM)),
+    "from_query.weight": ((_DIM,), (_DIM,)),
+    "from_context.weight": ((_HIDDEN,), (_DIM, _DIM, _DIM)),
     "from_context.bias": ((_HIDDEN,),),
-    "from_item.weight": ((_HIDDEN,), (_DIM, _DIM, DENSE)),
+    "from_moment.weight": ((_HIDDEN,), (CONTEXT,)),
+    "from_item.weight": ((_HIDDEN,), (_DIM, _DIM)),
+    "from_numbers.weight": ((_HIDDEN,), (NUMBERS,)),
     "from_match.weight": ((_HIDDEN,), (_DIM,)),
     "from_scenario.weight": ((SCENARIO_COUNT,), (_HIDDEN,)),
-    "from_moment.weight": ((_HIDDEN,), (CONTEXT,)),
+    "attend.weight": ((_DIM,), (_DIM,)),
+    "from_attended.weight": ((_HIDDEN,), (_DIM, _DIM)),
+    "gate_in.weight": ((GATE_WIDTH,), (SCENARIO_DIM, CONTEXT, _DIM)),
+    "gate_out.weight": ((_HIDDEN,), (GATE_WIDTH,)),
+    "gate_out.bias": ((_HIDDEN,),),
     "second.weight": ((_SECOND,), (_HIDDEN,)),
     "second.bias": ((_SECOND,),),
-    "heads.weight": ((_HEADS,), (_SECOND,)),
+    "heads": ((_HEADS,), (_THIRD,)),
+    "tower.weight": ((_DIM, _DIM), (_DIM, _DIM, _DIM, CONTEXT)),
     "bias": ((_HEADS,),),
-    "wide": ((DENSE,), (_HEADS,)),
+    "wide": ((NUMBERS,), (_HEADS,)),
     "match": ((_HEADS,),),
 }
-_OUTGOING = ("second.weight", "heads.weight")  # whose new columns come from new units
-_SIZES = {_DIM: "from_history.weight", _HIDDEN: "from_context.bias", _SECOND: "second.bias", _HEADS: "bias"}
+_EXPERTS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # the first axis is so for each of the experts
+    "experts.weight": ((_THIRD,), (_SECOND,)),
+    "experts.bias": ((_THIRD,),),
+    "mixture.weight": ((_HEADS,), (_SECOND,)),
+    "mixture.bias": ((_HEADS,),),
+}
+_OUTGOING = ("second.weight", "experts.weight", "mixture.weight", "heads")  # whose new columns come from new units
+_SIZES = {
+    _DIM: "from_history.weight", _HIDDEN: "from_context.bias", _SECOND: "second.bias", _HEADS: "bias",
+}  # fmt: skip
 
 
 def open_widened(
@@ -103,7 +119,8 @@ def widened(stored: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -
     Raises UsageError where a layer is wider in `stored`, or where the weights are those of another release.
     """
     before, after = _sizes(stored), _sizes(fresh)
-    for name in (_DIM, _HIDDEN, _SECOND):
+    axes = _axes(before, after)
+    for name in (_DIM, _HIDDEN, _SECOND, _THIRD):
         if after[name] < before[name]:
             raise UsageError(
                 f"the stored model has {name} = {before[name]} and the settings {after[name]}: it cannot be made "
@@ -111,11 +128,11 @@ def widened(stored: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -
             )
     out = dict(stored)
     for name, weights in fresh.items():
-        if name not in _AXES:
+        if name not in axes:
             _expect(name, stored, weights.shape)
             continue
-        _expect(name, stored, tuple(_length(axis, before) for axis in _AXES[name]))
-        places = [_places(axis, before, after) for axis in _AXES[name]]
+        _expect(name, stored, tuple(_length(axis, before) for axis in axes[name]))
+        places = [_places(axis, before, after) for axis in axes[name]]
         source, target = np.ix_(*(a for a, _ in places)), np.ix_(*(b for _, b in places))
         new = weights.copy()
         if name in _OUTGOING:
@@ -147,15 +164,27 @@ def _commit(store: CheckpointStore, settings: TrainerSettings, fresh: dict[str, 
         )
     )  # fmt: skip
     before, after = _sizes(head.dense), _sizes(fresh)
-    said = (_HIDDEN, _SECOND, _HEADS)  # the tables speak of the dim
+    said = (_HIDDEN, _SECOND, _THIRD, _HEADS)  # the tables speak of the dim
     return [f"{name} from {before[name]} to {after[name]}" for name in said if before[name] != after[name]]
 
 
 def _sizes(weights: Mapping[str, np.ndarray]) -> dict[str, int]:
-    for name in _SIZES.values():
+    for name in (*_SIZES.values(), "heads", "experts.bias"):
         if name not in weights:
             raise _other_release(name)
-    return {name: len(weights[weight]) for name, weight in _SIZES.items()}
+    sizes = {name: len(weights[weight]) for name, weight in _SIZES.items()} | {_THIRD: weights["heads"].shape[1]}
+    return sizes | {"experts": len(weights["experts.bias"]) // sizes[_THIRD]}
+
+
+def _axes(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, tuple[tuple[str | int, ...], ...]]:
+    """Of all weights that may grow. Raises UsageError where the number of experts differs."""
+    count = after["experts"]
+    if before["experts"] != count:
+        raise UsageError(
+            f"the stored model has {before['experts']} experts and the settings {count}: set them back, or choose an "
+            "empty data directory"
+        )
+    return _AXES | {name: (first * count, *rest) for name, (first, *rest) in _EXPERTS.items()}
 
 
 def _length(axis: tuple[str | int, ...], sizes: Mapping[str, int]) -> int:
@@ -184,5 +213,6 @@ def _expect(name: str, stored: Mapping[str, np.ndarray], shape: tuple[int, ...])
 
 def _other_release(name: str) -> UsageError:
     return UsageError(
-        f"the stored model's weights {name!r} are those of another release: use that, or choose an empty data directory"
+        f"the stored model's weights {name!r} are of other parts of the ranker ([model.ranker] attention, gates …), or "
+        "of another release: use those, or choose an empty data directory"
     )

@@ -16,7 +16,7 @@ from embedding_store.errors import CorruptRecord
 from online_model.examples import COLUMNS, Block, Counts, Examples
 from online_model.history import HISTORY_BYTES
 
-FORMAT = 2  # of what is written; others are refused
+FORMAT = 3  # of what is written; others are refused
 
 _HEADER = b"headrace.block"
 _OPTIONS = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
@@ -26,7 +26,7 @@ _STATE = pa.binary(HISTORY_BYTES)
 def _type(dtype: type, shape: tuple[int, ...]) -> pa.DataType:
     if dtype is object:
         return pa.string()
-    return _STATE if shape else pa.from_numpy_dtype(dtype)
+    return pa.binary(np.dtype((dtype, shape)).itemsize) if shape else pa.from_numpy_dtype(dtype)
 
 
 _EXAMPLES = pa.schema([pa.field(name, _type(*column), nullable=False) for name, column in COLUMNS.items()])
@@ -119,8 +119,9 @@ def _read(reader: Any, names: list[str]) -> list[np.ndarray]:
     for name in names:
         column = batch.column(name)
         if isinstance(column, pa.FixedSizeBinaryArray):
-            data = np.frombuffer(column.buffers()[1], np.uint8)
-            columns.append(data[: len(column) * HISTORY_BYTES].reshape(-1, HISTORY_BYTES))
+            dtype, (width,) = COLUMNS[name]
+            data: np.ndarray = np.frombuffer(column.buffers()[1], dtype)
+            columns.append(data[: len(column) * width].reshape(-1, width))
         else:
             columns.append(column.to_numpy(zero_copy_only=False))
     return columns

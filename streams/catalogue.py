@@ -9,6 +9,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from embedding_store.ids import feature_id
+from online_model.features import TITLE_WORDS, words_of
 from online_model.trainer import CatalogueItem
 from streams.events import Item, Rejected, decode_item
 
@@ -75,4 +76,5 @@ def catalogue_item(item: Item, raw: bytes) -> CatalogueItem:
     """The trainer's view of an item; `raw` is its record."""
     category = 0 if item.category is None else feature_id("category", item.category)
     seller = 0 if item.seller is None else feature_id("seller", item.seller)
-    return feature_id("item", item.item), raw, category, seller, item.created or 0
+    words = words_of(item.title, TITLE_WORDS)
+    return feature_id("item", item.item), raw, category, seller, item.created or 0, words

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import orjson
 
 from embedding_store.ids import combine_all
-from online_model.examples import COLUMNS, Counts, Examples, Part, Source, forget_name, implicit_name
+from online_model.examples import (
+    COLUMNS,
+    QUERY_WORDS,
+    Counts,
+    Examples,
+    Part,
+    Source,
+    forget_name,
+    implicit_name,
+)
+from online_model.features import words_of
 from online_model.history import EMPTY, as_array
 from streams.events import SCENARIOS, Click, Forget
 from streams.join_state import Shown, Window
@@ -18,9 +29,10 @@ from streams.join_state import Shown, Window
 SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = map(int, Part)
 IMPRESSION, IMPLICIT = map(int, Source)
 SCENARIO = {name: i for i, name in enumerate(SCENARIOS)}
+NO_QUERY = bytes(8 * QUERY_WORDS)
 COMMON = (
     "name", "part", "source", "ts", "closed", "user", "scenario", "rate", "click", "purchase", "play_ms", "duration_ms",
-    "delay_ms", "history",
+    "delay_ms", "history", "query",
 )  # fmt: skip
 
 
@@ -57,7 +69,7 @@ class Rows:
             self._lengths.append(n)
             self._common.append((
                 shown.request, SHOWN, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, self._rate,
-                0, -1, -1, -1, -1, shown.history,
+                0, -1, -1, -1, -1, shown.history, shown.query,
             ))  # fmt: skip
         return n
 
@@ -70,7 +82,7 @@ class Rows:
         self._lengths.append(1)
         self._common.append((
             shown.request, part, IMPRESSION, shown.ts, closed, shown.user, shown.scenario, 1.0, click, purchase, play,
-            duration, -1, shown.history,
+            duration, -1, shown.history, shown.query,
         ))  # fmt: skip
 
     def window(
@@ -83,7 +95,7 @@ class Rows:
         self._lengths.append(1)
         self._common.append((
             window.name, part, window.source, window.ts, closed, user, window.scenario, 1.0, click, purchase, -1, -1,
-            delay, window.history,
+            delay, window.history, window.query,
         ))  # fmt: skip
 
     def forget(self, event: Forget, event_id: str, user: int, closed: int) -> None:
@@ -91,7 +103,7 @@ class Rows:
         self._own(user, None, -1, math.nan)
         self._lengths.append(1)
         self._common.append((
-            forget_name(event_id), FORGET, IMPRESSION, event.ts, closed, user, 0, 1.0, -1, -1, -1, -1, -1, EMPTY,
+            forget_name(event_id), FORGET, IMPRESSION, event.ts, closed, user, 0, 1.0, -1, -1, -1, -1, -1, EMPTY, b"",
         ))  # fmt: skip
 
     def columns(self, counts: Counts) -> Examples:
@@ -101,6 +113,8 @@ class Rows:
         lengths = np.array(self._lengths)
         common: dict[str, Any] = dict(zip(COMMON, zip(*self._common, strict=True), strict=True))
         histories = as_array(list(common.pop("history")))
+        words = b"".join(query or NO_QUERY for query in common.pop("query"))
+        queries: np.ndarray = np.frombuffer(words, np.int64).reshape(-1, QUERY_WORDS)
         names = np.array(common.pop("name"), np.int64)
         columns: dict[str, np.ndarray] = {n: np.array(values, COLUMNS[n][0]) for n, values in common.items()}
         groups = np.arange(len(lengths)).repeat(lengths)
@@ -119,7 +133,8 @@ class Rows:
         as_they_came = np.array([texts[item] for item in self._as_they_came], object)
         counts.rows += len(order)
         return Examples(
-            row_id=row_ids, example_id=example_ids, item=items, history=histories[groups], item_raw=as_they_came[order],
+            row_id=row_ids, example_id=example_ids, item=items, history=histories[groups], query=queries[groups],
+            item_raw=as_they_came[order],
             position=np.array(self._positions, np.int16)[order],
             propensity=np.array(self._propensities, np.float32)[order],
             **{name: column[groups] for name, column in columns.items()},
@@ -143,12 +158,26 @@ def window_of_impression(event: Click, shown: Shown, place: int) -> Window:
     return Window(
         event.ts, event.ts, shown.request, IMPRESSION, shown.ts, shown.scenario,
         shown.positions[place] if shown.positions else -1,
-        shown.propensities[place] if shown.propensities else None, shown.history,
+        shown.propensities[place] if shown.propensities else None, shown.history, shown.query,
     )  # fmt: skip
 
 
 def window_of_click(event: Click, event_id: str, history: bytes) -> Window:
     """The same of a click that is an example by itself."""
     return Window(
-        event.ts, event.ts, implicit_name(event_id), IMPLICIT, event.ts, SCENARIO[event.scenario], -1, None, history
-    )
+        event.ts, event.ts, implicit_name(event_id), IMPLICIT, event.ts, SCENARIO[event.scenario], -1, None, history,
+        b"",
+    )  # fmt: skip
+
+
+def query_of(context: dict[str, Any] | None) -> bytes:
+    """The words of what was searched for, `query` in an impression's context, as in Shown; nothing where it is no text.
+    """
+    text = context.get("query") if context else None
+    return _words(text) if isinstance(text, str) else b""
+
+
+@lru_cache(maxsize=4096)
+def _words(text: str) -> bytes:
+    ids = words_of(text, QUERY_WORDS)
+    return ids.tobytes() if ids.any() else b""

@@ -42,6 +42,7 @@ class Shown(Struct, array_like=True, gc=False):
     ids: tuple[int, ...]  # their feature ids, each once
     positions: tuple[int, ...] | None
     propensities: tuple[float, ...] | None
+    query: bytes  # what was searched for: the ids of its words, int64 [QUERY_WORDS]; empty: nothing
     clicked: int = 0  # bit i: the example i
     plays: dict[int, tuple[int, int, int]] | None = None  # example → longest play_ms, its duration_ms, when it is due
 
@@ -58,6 +59,7 @@ class Window(Struct, array_like=True, gc=False):
     position: int
     propensity: float | None
     history: bytes
+    query: bytes  # as in Shown
     bought: bool = False
     due: int = 0  # ms: when it is NOT_BOUGHT; 0: it has been said whether it was bought
     noted: int = -1  # its store's

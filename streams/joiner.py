@@ -43,6 +43,7 @@ from streams.join_rows import (
     SHOWN,
     WATCH,
     Rows,
+    query_of,
     window_of_click,
     window_of_impression,
 )
@@ -310,7 +311,7 @@ class Joiner:
         shown = Shown(
             self.open.numbers.next, user, request, ts, SCENARIO[event.scenario], history, tuple(items), tuple(ids),
             None if positions is None else tuple([min(max(place, -1), 32_767) for place in positions]),  # int16
-            None if propensities is None else tuple(propensities),
+            None if propensities is None else tuple(propensities), query_of(event.context),
         )  # fmt: skip
         self.open.add(shown, self._changes)
 

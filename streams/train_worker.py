@@ -32,19 +32,20 @@ from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA refuses to be deterministic without it
 
 import torch
 from aiokafka import ConsumerRecord
 
 from embedding_store.copies import settle_directory
-from embedding_store.errors import StoreError
+from embedding_store.errors import StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
-from embedding_store.ranks import Ranks
+from embedding_store.ranks import Launch, Ranks, launched
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.checkpoints import describe
 from online_model.guard import is_held, roll_back_if_due
-from online_model.ranks import Followers
+from online_model.ranks import Followers, begin_again, follow_launched, let_go
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
@@ -56,7 +57,8 @@ from streams.settings import TrainWorkerSettings
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
-Ranked: TypeAlias = tuple[Followers, Ranks]  # the further ranks, and this process's place among them
+# The processes of further ranks, if it has started them; this one's place among all, if there are several.
+Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
 
 COMMIT_SECONDS = 0.2  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
@@ -70,11 +72,21 @@ RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
 
 
 def run_train(settings: TrainWorkerSettings) -> None:
-    """Train in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
-    app.run(lambda stop: _train(settings, stop))
+    """Train in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line.
+
+    Under torchrun this process is one of the ranks: the first is the worker, the others follow it until it stops.
+    """
+    launch = launched()
+    if launch is not None and settings.ranks not in (1, launch.size):
+        raise UsageError(f"torchrun started {launch.size} ranks, [train] ranks says {settings.ranks}: leave that out")
+    if launch is not None and launch.rank > 0:
+        device, partitions, threads = _ways(settings)
+        follow_launched(launch, settings.model, partitions, device, threads)
+    else:
+        app.run(lambda stop: _train(settings, stop, launch))
 
 
-async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
+async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
     topics = settings.topics
     intake = batches.Intake(
         bootstrap=settings.bootstrap,
@@ -88,7 +100,7 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event) -> None:
     )
     ranks, again = None, True
     while again:
-        worker = TrainWorker(settings, ranks)
+        worker = TrainWorker(settings, launch, ranks)
         await worker.start()
         stopping = asyncio.create_task(_pass_on(stop, worker.ending))
         await batches.serve_feed(intake, worker, worker.ending)
@@ -105,9 +117,12 @@ async def _pass_on(event: asyncio.Event, other: asyncio.Event) -> None:
 class TrainWorker:
     """The feed of `examples`, and the tasks round the trainer."""
 
-    def __init__(self, settings: TrainWorkerSettings, ranks: Ranked | None = None) -> None:
-        """`ranks`: those of a worker before it in this process."""
-        self.settings, self._ranked = settings, ranks
+    def __init__(
+        self, settings: TrainWorkerSettings, launch: Launch | None = None, ranks: Ranked | None = None
+    ) -> None:
+        """launch: of the first rank, where something else starts the others. ranks: as of a worker before it in this
+        process."""
+        self.settings, self._launch, self._ranked = settings, launch, ranks
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
@@ -189,26 +204,18 @@ class TrainWorker:
 
     def _open(self) -> Trainer:
         settings = self.settings
-        threads = 1 if settings.deterministic else settings.threads
+        device, partitions, threads = _ways(settings)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self._kept = KeptCheckpoints(settings.checkpoints_url)
         _refuse_to_begin_anew(settings.store, self._kept)
         went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, self._kept)
-        partitions = settings.topics.partitions if settings.deterministic else 0
-        if settings.ranks > 1 and self._ranked is None:
-            folder = settings.data_dir / "ranks"
-            followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
-            followers.watch(app.die)
-            log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, followers.pids)))
-            self._ranked = followers, Ranks(0, settings.ranks, followers.meeting, device)
-        ranks = self._ranked[1] if self._ranked else None
+        if self._ranked is None:
+            self._ranked = self._meet(device, partitions, threads)
+        followers, ranks = self._ranked
         trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)
-        if self._ranked is not None:
-            self._ranked[0].tidy()
+        if followers is not None:
+            followers.tidy()
         if not went_back:
             trainer.give_up_rollback()
         trainer.on_hold = self._snapshot_of_the_last_good
@@ -216,10 +223,27 @@ class TrainWorker:
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
+    def _meet(self, device: str, partitions: int, threads: int) -> Ranked:
+        settings = self.settings
+        if self._launch is not None:
+            log.info("rank 0 of %s", self._launch.size)
+            return None, Ranks(0, self._launch.size, self._launch, device)
+        if settings.ranks == 1:
+            return None, None
+        folder = settings.data_dir / "ranks"
+        followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
+        followers.watch(app.die)
+        log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, followers.pids)))
+        return followers, Ranks(0, settings.ranks, followers.meeting, device)
+
     def _close(self, again: bool) -> None:
-        if self._ranked is not None:
-            followers, ranks = self._ranked
-            followers.again(ranks) if again else followers.end(ranks)
+        followers, ranks = self._ranked or (None, None)
+        if again and ranks is not None:
+            begin_again(ranks)
+        elif followers is not None:
+            followers.end(self._trainer.ranks)
+        elif ranks is not None:
+            let_go(ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 
@@ -450,6 +474,16 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+def _ways(settings: TrainWorkerSettings) -> tuple[str, int, int]:
+    """(device, partitions of a deterministic run or 0, threads): the same on all ranks."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings.deterministic:
+        return device, settings.topics.partitions, 1
+    return device, 0, settings.threads
 
 
 def _refuse_to_begin_anew(store: Path, kept: KeptCheckpoints) -> None:

@@ -24,17 +24,17 @@ class BenchError(HeadraceError):
     """A measured part failed, or what it computed is wrong: there is no figure."""
 
 
-def run_part(module: str, part: str, **arguments: Any) -> dict[str, Any]:
-    """Run `part` of a benchmark in a process of its own, on the last core that we may use: what it returned.
+def run_part(module: str, part: str, cores: int = 1, **arguments: Any) -> dict[str, Any]:
+    """Run `part` of a benchmark in a process of its own, on the last `cores` that we may use: what it returned.
 
     Raises BenchError with the last line it said if it failed.
     """
-    core = max(os.sched_getaffinity(0))
+    last = sorted(os.sched_getaffinity(0))[-cores:]
     tied = ends_with_parent()
 
     def in_child() -> None:
         tied()
-        os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, last)
 
     command = [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
     try:

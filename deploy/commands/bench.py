@@ -89,6 +89,40 @@ def store(
             raise BenchError("rows came back from the store as they were not learned: report it")
 
 
+@app.command(epilog="Example: headrace bench train --steps 200 --runs 3")
+def train(
+    ids: Annotated[int, typer.Option(min=1_000, help="Ids of each of the 8 features.")] = 200_000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 1,024 examples that are timed, at least.")] = 200,
+    runs: RunsOption = 3,
+    json: JsonOption = False,
+) -> None:
+    """A training step with id map, tracking and commits, beside bare TorchRec and torch by hand, on one core."""
+    with Output(json) as out:
+        from deploy.bench.train import bench_train
+
+        with progress("train", 3 * runs) as (bar, task):
+            result = bench_train(ids, steps, runs, lambda: bar.advance(task))
+        out.result(result, _table("train", result))
+
+
+@app.command(epilog="Example: headrace bench scale --steps 200 --runs 3")
+def scale(
+    steps: Annotated[int, typer.Option(min=20, help="Steps of 1,024 rows.")] = 200,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """The trainer on two ranks beside one, on the same batches. Exit 1 if their losses differ by more than 1e-5."""
+    with Output(json) as out:
+        from deploy.bench.common import BenchError
+        from deploy.bench.scale import CLOSE, bench_scale
+
+        with progress("scale", 2 * runs) as (bar, task):
+            result = bench_scale(steps, runs, lambda: bar.advance(task))
+        out.result(result, _table("scale", result))
+        if not result["loss_difference"] <= CLOSE:
+            raise BenchError(f"two ranks learn otherwise than one: their losses differ by {result['loss_difference']}")
+
+
 @contextmanager
 def _broker(bootstrap: str | None) -> Iterator[str]:
     """The named broker, or one of our own for as long as it is needed."""

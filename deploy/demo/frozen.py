@@ -26,7 +26,7 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
 from embedding_store.initial import first_weights
-from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, SELLER, TITLE_WORDS, table_specs, words_of
 from online_model.ranker import Ranker
 from online_model.serving.replica import Replica
 from replay.simulator import Marketplace
@@ -52,6 +52,8 @@ class Frozen:
         columns["weights"] = first_weights(self._items, ids)
         columns["created"][:] = [newest[i].created or 0 for i in ids.tolist()]
         columns["category"][:] = [feature_id(CATEGORY, newest[i].category or "") for i in ids.tolist()]
+        columns["seller"][:] = [feature_id(SELLER, newest[i].seller or "") for i in ids.tolist()]
+        columns["words"][:] = [words_of(newest[i].title, TITLE_WORDS) for i in ids.tolist()]
         version = Version(
             epoch=1, sequence=self._sequence, base=(1, self._sequence - 1) if self._sequence else None,
             created_ms=0, positions={}, info={}, dense=self._dense, tables={ITEM: TableRows(ids, columns)},
@@ -80,7 +82,7 @@ def run(settings: TwinSettings) -> None:
             if isinstance(event, Click):
                 clicks.add(seconds[str(event.request_id)], clicked=1)
         for request in step.requests:
-            answer = frozen.replica.recommend(request.user, request.scenario, request.k)
+            answer = frozen.replica.recommend(request.user, request.scenario, request.k, request.query or "")
             second = (request.ts - settings.start_ms) // 1000
             seconds[request.request_id] = second
             clicks.add(second, shown=len(answer.items))

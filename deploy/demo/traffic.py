@@ -80,9 +80,9 @@ class ClosedLoop:
 
     async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
         """One page: ask, show, tell."""
-        body = orjson.dumps({"user": request.user, "scenario": request.scenario, "k": request.k})
+        asked = {"user": request.user, "scenario": request.scenario, "k": request.k, "query": request.query or ""}
         try:
-            async with session.post(self._url, data=body) as response:
+            async with session.post(self._url, data=orjson.dumps(asked)) as response:
                 answer = orjson.loads(await response.read())
                 if response.status != 200:
                     raise aiohttp.ClientError(answer["error"])

@@ -14,6 +14,7 @@ MAX_WAIT_MS = 30_000
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Integer: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Id: TypeAlias = Text | Integer
+Query: TypeAlias = Annotated[str, Meta(max_length=1000)]  # what was searched for; "": nothing
 Scenario: TypeAlias = Literal["live", "video", "search", "shelf"]
 
 
@@ -23,6 +24,7 @@ class RankRequest(Struct, frozen=True, forbid_unknown_fields=True):
     user: Id
     items: Annotated[list[Id], Meta(min_length=1, max_length=1000)]
     scenario: Scenario = "shelf"
+    query: Query = ""
 
 
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,6 +32,7 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     user: Id
     scenario: Scenario = "shelf"
+    query: Query = ""
     k: Annotated[int, Meta(ge=1, le=100)] = 10
 
 

@@ -53,12 +53,12 @@ def create_app(holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], flo
 async def _rank(request: Request) -> Response:
     asked, holder = await _body(request, RankRequest), _holder(request)
     holder.metrics.candidates("rank", len(asked.items))
-    return _json(holder.replica.rank(asked.user, asked.scenario, asked.items))
+    return _json(holder.replica.rank(asked.user, asked.scenario, asked.items, asked.query))
 
 
 async def _recommend(request: Request) -> Response:
     asked, holder = await _body(request, RecommendRequest), _holder(request)
-    answer = holder.replica.recommend(asked.user, asked.scenario, asked.k)
+    answer = holder.replica.recommend(asked.user, asked.scenario, asked.k, asked.query)
     holder.metrics.candidates("recommend", answer.candidates)
     return _json(answer)
 

@@ -12,18 +12,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from online_model.features import DENSE
-from online_model.ranker import CLICK
-from online_model.serving.state import AVAILABLE, CATEGORY_ROW, STAMP, State
+from online_model.features import CATEGORY, MATCHES, NUMBERS, SELLER, WORD
+from online_model.serving.state import AVAILABLE, CATEGORY_ROW, SELLER_ROW, STAMP, WORD_ROWS, State
 
 REFRESH_MS = 60_000  # an item's age moves its prior slowly: all priors are renewed this often
 
 
 @dataclass(frozen=True)
 class Query:
-    """One request: the user as a vector, and the moment."""
+    """One request: the user as vectors, and the moment."""
 
-    vector: np.ndarray  # float32 [D]: Ranker.query, whose dot product with an item's vector is the match
+    item: np.ndarray  # float32 [D] of `Ranker.towers`: what its dot product with an item's row says
+    content: np.ndarray  # float32 [D]: the same of its content
     now_ms: int
 
 
@@ -41,40 +41,47 @@ def union(sources: list[Source], query: Query) -> np.ndarray:
 
 
 class ExactIndex:
-    """The items with the largest click logit as far as it is linear: match · weight + what their statistics say.
+    """The items with the largest affinity (`Ranker.towers`).
 
     An exact scan: the vectors change with every version, and an approximate index that is not rebuilt as often loses
-    most of its recall (20,000 × 64, all vectors replaced: 0.53–0.69), while the scan costs 0.05 µs an item.
+    most of its recall (20,000 × 64, all vectors replaced: 0.53–0.69), while the scan costs 0.05 µs an item. What is
+    of a category, a seller or a word is scored once for all of its items.
     """
 
     def __init__(self, state: State, limit: int) -> None:
         self._state, self._limit = state, limit
-        self._dense = np.empty((0, DENSE), np.float32)  # by item row
+        self._numbers = np.empty((0, NUMBERS - MATCHES), np.float32)  # by item row
         self._prior = np.empty(0, np.float32)  # by item row; -inf where it is not to be found
         self._fresh = (-1, 0)  # the state's changes that these are of, and when (ms) they were last made for all rows
 
     def candidates(self, query: Query) -> np.ndarray:
         state, items = self._state, self._state.items
         self._refresh(query.now_ms)
-        vector = torch.from_numpy(query.vector) * state.ranker.match[CLICK]
-        by_category = torch.mv(state.categories.weights(), vector)
-        scores = torch.addmv(torch.from_numpy(self._prior), items.weights(), vector)
-        scores += by_category[torch.from_numpy(items.used(CATEGORY_ROW))]
+        content = torch.from_numpy(query.content)
+        scores = torch.addmv(torch.from_numpy(self._prior), items.weights(), torch.from_numpy(query.item))
+        for table, column in ((CATEGORY, CATEGORY_ROW), (SELLER, SELLER_ROW)):
+            of_group = torch.mv(state.tables[table].weights(), content)
+            scores += of_group[torch.from_numpy(items.used(column))]
+        if len(state.tables[WORD]):
+            of_word = torch.mv(state.tables[WORD].weights(), content)
+            words = torch.from_numpy(items.used(WORD_ROWS))
+            scores += of_word[words].sum(1) / (words != 0).sum(1).clamp(min=1)
         best, rows = torch.topk(scores, min(self._limit, items.end), sorted=False)
         return items.ids_of(rows[best > -torch.inf].numpy())
 
     def _refresh(self, now_ms: int) -> None:
-        """Bring the dense features and the priors up to date with the state."""
+        """Bring the numbers and the priors up to date with the state."""
         state, items, (changes, then) = self._state, self._state.items, self._fresh
         if state.changes == changes and now_ms - then < REFRESH_MS:
             return
         if now_ms - then >= REFRESH_MS:
             changes, then = -1, now_ms
         rows = np.flatnonzero(items.used(STAMP) > changes)
-        if len(self._dense) < items.end:
-            self._dense = np.concatenate((self._dense, np.zeros((items.end - len(self._dense), DENSE), np.float32)))
-        self._dense[rows] = state.dense_features(rows, now_ms)
-        self._prior = self._dense @ state.ranker.wide[:, CLICK].numpy()
+        if len(self._numbers) < items.end:
+            more = np.zeros((items.end - len(self._numbers), NUMBERS - MATCHES), np.float32)
+            self._numbers = np.concatenate((self._numbers, more))
+        self._numbers[rows] = state.numbers(rows, now_ms)
+        self._prior = self._numbers @ state.ranker.tower_numbers.numpy()
         self._prior[~items.used(AVAILABLE)] = -np.inf
         self._fresh = state.changes, then
 

@@ -18,10 +18,11 @@ import torch
 from embedding_store.delta import Version
 from embedding_store.faults import fault
 from embedding_store.ids import feature_id
-from online_model.features import ITEM, USER, user_features
+from online_model.examples import QUERY_WORDS
+from online_model.features import ITEM, USER, WORD, UserFeatures, matches, user_features, words_of
 from online_model.feedback import probabilities, strategy
 from online_model.history import history_hash
-from online_model.ranker import CLICK, PURCHASE, WATCH
+from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
 from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
@@ -40,13 +41,12 @@ def wall_clock_ms() -> int:
 
 @dataclass(slots=True)
 class _Context:
-    """A user at this moment: rows of the network's input, and the hash of the state they were made of."""
+    """A user at this moment, in a scenario: what the network is given, and the hash of the state it was made of."""
 
-    user: torch.Tensor  # [1, D]
-    mean: torch.Tensor  # [1, D]
-    features: torch.Tensor  # [1, CONTEXT]
+    inputs: Contexts  # of one
+    past: UserFeatures  # of one
+    entries: list[np.ndarray]  # int64 [1, HISTORY] each: ids of the history's items, categories, sellers
     feature_hash: int
-    scenario: int
     now_ms: int
 
 
@@ -66,7 +66,7 @@ class Replica:
     ) -> None:
         """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info)."""
         self.settings = settings
-        self._feedback = strategy(feedback)
+        self._feedback = strategy(feedback, entire=ranker.entire_space)
         self.state = State(features, ranker, len(self._feedback.extra))
         self.sources: list[Source] = [
             ExactIndex(self.state, settings.nearest),
@@ -113,10 +113,10 @@ class Replica:
         return True
 
     @torch.inference_mode()
-    def rank(self, user: Id, scenario: str, items: Sequence[Id]) -> Ranking:
+    def rank(self, user: Id, scenario: str, items: Sequence[Id], query: str = "") -> Ranking:
         """Scores of `items` (as they are given, known or not) for `user`, the best first. Raises NotReady."""
         self._need_model()
-        context = self._context(user, scenario)
+        context = self._context(user, scenario, query)
         ids = np.array([feature_id(ITEM, item) for item in items], np.int64)
         p, score = self._score(context, ids)
         order = np.argsort(-score, kind="stable")
@@ -127,12 +127,12 @@ class Replica:
         return Ranking(self.version, context.feature_hash, context.now_ms, ranked)
 
     @torch.inference_mode()
-    def recommend(self, user: Id, scenario: str, k: int) -> Recommendation:
+    def recommend(self, user: Id, scenario: str, k: int, query: str = "") -> Recommendation:
         """At most k available items for `user`, with exploration. Raises NotReady."""
         self._need_model()
-        state, context = self.state, self._context(user, scenario)
-        vector = state.ranker.query(context.user, context.mean)[0].numpy()
-        ids = union(self.sources, Query(vector, context.now_ms))
+        state, context = self.state, self._context(user, scenario, query)
+        item, content = state.ranker.towers(context.inputs)
+        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.now_ms))
         slots = state.cards.find(ids)
         ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
         if len(ids) == 0:
@@ -160,30 +160,35 @@ class Replica:
         if self.sequence < 0:
             raise NotReady("no model yet: is the trainer running?")
 
-    def _context(self, user: Id, scenario: str) -> _Context:
+    def _context(self, user: Id, scenario: str, query: str) -> _Context:
         state = self.state
         row = state.users.find(np.array([feature_id(USER, user)], np.int64))
         now_ms = self._clock()
         history = state.users.columns["history"][row]
         past = user_features(history, now_ms)
-        weights = state.ranker.history_weights(torch.from_numpy(past.kinds), torch.from_numpy(past.recency))
-        item, category = state.vectors(state.items.find(past.items[0]))
-        return _Context(
-            state.users.gather(row), weights @ (item + category), torch.from_numpy(past.context),
-            history_hash(history[0]), SCENARIO_INDEX[scenario], now_ms,
+        rows = state.items.find(past.items[0])
+        item, content = state.vectors(rows)
+        words = state.tables[WORD].find(words_of(query, QUERY_WORDS))[None]
+        inputs = Contexts(
+            user=state.users.gather(row), entries=(item + content)[None], kinds=torch.from_numpy(past.kinds),
+            recency=torch.from_numpy(past.recency), query=state.mean_of_words(words),
+            moment=torch.from_numpy(past.context), scenario=torch.tensor([SCENARIO_INDEX[scenario]]),
         )  # fmt: skip
+        _, *groups = state.ids(rows)
+        entries = [past.items, *(ids[None] for ids in groups)]
+        return _Context(inputs, past, entries, history_hash(history[0]), now_ms)
 
     def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [n, 3 + extra heads] and scores float32 [n] of item ids int64 [n]."""
+        """Probabilities float32 [n, heads] and scores float32 [n] of item ids int64 [n]."""
         state, settings = self.state, self.settings
         rows = state.items.find(ids)
-        item, category = state.vectors(rows)
-        dense = torch.from_numpy(state.dense_features(rows, context.now_ms))
-        scenario = torch.full((len(ids),), context.scenario)
+        item, content = state.vectors(rows)
+        ctx = np.zeros(len(ids), np.int64)
+        alike = matches(context.past, context.entries, [ids, *state.ids(rows)[1:]], ctx)
+        numbers = np.concatenate((state.numbers(rows, context.now_ms), alike), axis=1)
         logits = state.ranker(
-            context.user, context.mean, context.features, item, category, dense, scenario, None,
-            torch.zeros_like(scenario),
-        )  # fmt: skip
+            context.inputs, Items(item, content, torch.from_numpy(numbers), None, torch.from_numpy(ctx))
+        )
         p = probabilities(logits, self._feedback).numpy()
         gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]
         return p, p[:, CLICK] * gain

@@ -7,29 +7,36 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord
-from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, USER, USER_EXTRAS, item_features
+from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, age, rates, table_specs
 from online_model.ranker import Ranker
 from online_model.serving.catalogue import Card, Catalogue, read_cards
 from online_model.serving.table import Table
 from online_model.settings import FeatureSettings, RankerSettings
 
 # What the replica adds to an item's row, so that a request need not look it up.
-CATEGORY_ROW, AVAILABLE, STAMP = "category_row", "available", "stamp"
-_OWN = {CATEGORY_ROW: ("<i8", ()), AVAILABLE: ("?", ()), STAMP: ("<i8", ())}
+CATEGORY_ROW, SELLER_ROW, WORD_ROWS, AVAILABLE, STAMP = "category_row", "seller_row", "word_rows", "available", "stamp"
+_OWN = {
+    CATEGORY_ROW: ("<i8", ()), SELLER_ROW: ("<i8", ()), WORD_ROWS: ("<i8", (TITLE_WORDS,)), AVAILABLE: ("?", ()),
+    STAMP: ("<i8", ()),
+}  # fmt: skip
+_LINKED = {CATEGORY: CATEGORY_ROW, SELLER: SELLER_ROW, WORD: WORD_ROWS}  # table → the column of rows in it
+_IDS = {CATEGORY: "category", SELLER: "seller", WORD: "words"}  # table → the column of ids in it
 
 
 class State:
     """The model as of one version. `changes` counts the versions; an item row's STAMP is the last that touched it."""
 
     def __init__(self, features: FeatureSettings, ranker: RankerSettings, extra_heads: int = 0) -> None:
-        dim = features.dim
-        self.users = Table(USER, dim, USER_EXTRAS, features.users)
-        self.items = Table(ITEM, dim, ITEM_EXTRAS, features.items, own=_OWN)
-        self.categories = Table(CATEGORY, dim, {}, features.categories)
-        self.tables = {table.name: table for table in (self.users, self.items, self.categories)}
+        self.tables = {
+            spec.name: Table(
+                spec.name, spec.settings.dim, spec.extras, spec.settings.capacity, _OWN if spec.name == ITEM else {}
+            )
+            for spec in table_specs(features)
+        }
+        self.users, self.items, self.categories = (self.tables[name] for name in (USER, ITEM, CATEGORY))
         self.cards = Catalogue(features.items)
-        self.ranker = Ranker(dim, ranker, extra_heads).eval().requires_grad_(False)
-        self._parameters = dict(self.ranker.named_parameters())
+        self.ranker = Ranker(features.dim, ranker, extra_heads).eval().requires_grad_(False)
+        self._shapes = {name: w.shape for name, w in self.ranker.weights().items()}
         self.changes = 0
 
     def check(self, version: Version) -> dict[int, Card]:
@@ -43,7 +50,7 @@ class State:
                 raise CorruptRecord(f"a version's ids gone from {name!r} are {gone.dtype} {gone.shape}, not int64 [n]")
         if version.dense or version.base is None:
             dense = self._dense(version)
-            if {name: w.shape for name, w in dense.items()} != {n: tuple(p.shape) for n, p in self._parameters.items()}:
+            if {name: w.shape for name, w in dense.items()} != self._shapes:
                 raise CorruptRecord(
                     "a version's dense weights have other names or shapes than this replica's: run the trainer and the "
                     "replicas with the same settings"
@@ -57,7 +64,7 @@ class State:
         self.changes += 1
         if version.dense:
             self.ranker.load_weights(self._dense(version))
-        known_categories = self.categories.members
+        known = [self.tables[name].members for name in _LINKED]
         touched = []
         for name in self.tables.keys() & version.gone.keys():
             rows = self.tables[name].remove(version.gone[name])
@@ -69,31 +76,51 @@ class State:
         self.cards.remove(gone)
         self.cards.put(cards)
         touched += [self.items.find(gone), self.items.find(np.fromiter(cards, np.int64, len(cards)))]
-        if self.categories.members != known_categories:
+        if [self.tables[name].members for name in _LINKED] != known:
             touched.append(np.arange(self.items.end))
         self._link(np.concatenate(touched))
 
     def vectors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The item's and its category's weights, float32 [n, D] each, of item rows int64 [n]; the sum is its vector."""
-        category = self.items.columns[CATEGORY_ROW][rows]
-        return self.items.gather(rows), self.categories.gather(category)
-
-    def dense_features(self, rows: np.ndarray, now_ms: int) -> np.ndarray:
-        """`item_features` float32 [n, DENSE] of item rows int64 [n] at `now_ms`."""
+        """(the item's weights, its content), float32 [n, D] each, of item rows int64 [n]; the sum is its vector."""
         columns = self.items.columns
-        return item_features(
-            columns["impressions"][rows], columns["clicks"][rows], columns["interactions"][rows],
-            columns["created"][rows], now_ms,
-        )  # fmt: skip
+        content = self.categories.gather(columns[CATEGORY_ROW][rows])
+        content += self.tables[SELLER].gather(columns[SELLER_ROW][rows])
+        if len(self.tables[WORD]):
+            content += self.mean_of_words(columns[WORD_ROWS][rows])
+        return self.items.gather(rows), content
+
+    def mean_of_words(self, rows: np.ndarray) -> torch.Tensor:
+        """The mean of the words that have a row, float32 [n, D], of rows int64 [n, words]; zero where none has."""
+        words = self.tables[WORD].gather(rows.reshape(-1)).view(*rows.shape, -1)
+        count = torch.from_numpy((rows != 0).sum(1, keepdims=True).astype(np.float32))
+        return words.sum(1) / count.clamp(min=1)
+
+    def numbers(self, rows: np.ndarray, now_ms: int) -> np.ndarray:
+        """The numbers of item rows int64 [n] at `now_ms` that hang on no user: float32 [n, NUMBERS - MATCHES]."""
+        columns = self.items.columns
+        parts = [self._rates(ITEM, rows), age(columns["created"][rows], now_ms)]
+        parts += [self._rates(name, columns[_LINKED[name]][rows]) for name in (CATEGORY, SELLER)]
+        return np.concatenate(parts, axis=1)
+
+    def ids(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Ids of item, category and seller, int64 [n] each, of item rows int64 [n]: what `matches` compares."""
+        columns = self.items.columns
+        return [self.items.ids_of(rows), columns["category"][rows], columns["seller"][rows]]
+
+    def _rates(self, table: str, rows: np.ndarray) -> np.ndarray:
+        columns = self.tables[table].columns
+        return rates(*(columns[name][rows] for name in ("impressions", "clicks", "interactions")))
 
     def _link(self, rows: np.ndarray) -> None:
         """Bring the replica's own columns of these item rows up to date."""
         rows = rows[rows > 0]
         columns = self.items.columns
-        columns[CATEGORY_ROW][rows] = self.categories.find(columns["category"][rows])
+        for table, column in _LINKED.items():
+            ids = columns[_IDS[table]][rows]
+            columns[column][rows] = self.tables[table].find(ids.reshape(-1)).reshape(ids.shape)
         columns[AVAILABLE][rows] = self.cards.are_available(self.items.ids_of(rows))
         columns[STAMP][rows] = self.changes
 
     def _dense(self, version: Version) -> dict[str, np.ndarray]:
         """The ranker's weights in a version: a snapshot also holds what only the trainer needs."""
-        return {name: w for name, w in version.dense.items() if name in self._parameters}
+        return {name: w for name, w in version.dense.items() if name in self._shapes}

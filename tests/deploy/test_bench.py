@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
+import torch
 
 from deploy.bench import join as join_bench
+from deploy.bench import scale as scale_bench
 from deploy.bench import store as store_bench
+from deploy.bench import train_parts
 from deploy.bench.mix import SHARES, standard_mix
+from deploy.bench.train import STAGES
 from deploy.cli import run
 
 
@@ -67,6 +74,53 @@ def test_a_row_that_comes_back_otherwise_is_a_failure(
     said = capfd.readouterr()
     assert "checkpoint_ms 100" in said.out
     assert "not learned" in said.err
+
+
+def test_train_reports_its_keys_and_where_the_time_went(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "train", "--ids", "1000", "--steps", "2", "--runs", "1", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["headrace_per_s"] / result["bare_torchrec_per_s"])
+    assert result["ratio_to_limit"] == pytest.approx(result["headrace_per_s"] / result["pure_torch_per_s"])
+    assert set(result["share"]) == set(STAGES)
+    assert all(share > 0 for share in result["share"].values())
+    assert 0.9 < sum(result["share"].values()) <= 1, "there is nothing else in a step"
+    assert result["commits"] >= 1
+    assert result["rows_a_step"] == 1024 * (6 + 2 * 20)
+
+
+def test_the_parts_of_train_learn_the_same_model(tmp_path: Path, one_thread: None) -> None:
+    """Else their speeds are of different work."""
+    ids, feature = 50, train_parts.FEATURES
+    parts = [train_parts.BareTorchrec(ids), train_parts.PureTorch(ids), train_parts.Headrace(ids, tmp_path)]
+    for batch in train_parts.batches(ids, 5):
+        for part in parts:
+            part.learn(part.ready(batch))
+    bare, *others = parts
+    for other in others:
+        for name, weights in bare.dense.named_parameters():
+            torch.testing.assert_close(dict(other.dense.named_parameters())[name], weights, atol=1e-4, rtol=0)
+        for name, number in itertools.product(feature, range(ids)):
+            assert bare.row(name, number).any()
+            np.testing.assert_allclose(other.row(name, number), bare.row(name, number), atol=1e-4)
+    parts[2].store.close()
+
+
+def test_scale_learns_on_two_ranks_what_one_does(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "scale", "--steps", "20", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["ranks"].keys() == {"1", "2"}
+    assert 0 < result["largest_difference"] < 1e-5, "sums over two ranks have another order"
+    assert result["loss_difference"] <= result["largest_difference"]
+    assert 0 < result["loss"] < 5
+
+
+def test_ranks_that_learn_otherwise_are_a_failure(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for difference in (1.1e-5, float("nan")):
+        monkeypatch.setattr(scale_bench, "bench_scale", lambda *_, d=difference: {"loss_difference": d})
+        assert run(["bench", "scale", "--json"]) == 1
+        assert "two ranks learn otherwise than one" in capfd.readouterr().err
 
 
 def test_wrong_sizes_are_wrong_usage() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from embedding_store.ids import feature_id, hash_text
-from online_model.examples import Block, Counts, Examples, Part, Source, example_id, row_id
+from online_model.examples import QUERY_WORDS, Block, Counts, Examples, Part, Source, example_id, row_id
+from online_model.features import words_of
 from online_model.history import EMPTY, HISTORY, HISTORY_BYTES, HISTORY_DTYPE, PANE_S, RECENT, as_array
 
 START = 1_700_000_000_000  # ms UTC
+QUERIES = np.array([words_of(text, QUERY_WORDS) for text in ("red", "red shoes", "tea")])  # of every fourth request
 
 
 def make_states(items: np.ndarray, ts: np.ndarray) -> np.ndarray:
@@ -57,6 +59,7 @@ def make_rows(
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32), click=click,
         purchase=np.where(click == 1, 0, -1).astype(np.int8),
         play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),
+        query=np.where(request[:, None] % 4 == 2, QUERIES[request % len(QUERIES)], 0),
         history=make_states(history.astype(np.int64), ts), item_raw=np.array([str(i) for i in item], object),
     )  # fmt: skip
 

@@ -7,17 +7,22 @@ import torch
 
 from embedding_store.initial import first_weights
 from online_model.examples import Examples, Part, Source
-from online_model.features import CATEGORY, ITEM, item_features, table_specs, user_features
+from online_model.features import CATEGORY, ITEM, MATCHES, SELLER, USER, WORD, table_specs, user_features
 from online_model.feedback import probabilities, strategy
-from online_model.ranker import Ranker
+from online_model.ranker import CLICK, PURCHASE, WATCH, WATCH_TIME, Contexts, Items, Ranker
 from online_model.settings import TrainerSettings
+from online_model.watching import learned, quantiles
+from tests.online_model.plain_model import PlainModel
+
+TABLES = (USER, ITEM, CATEGORY, SELLER, WORD)
 
 
 class PlainTrainer:
     """Tables are dictionaries: id → row. Rows of logs with impressions only."""
 
-    def __init__(self, settings: TrainerSettings, categories: dict[int, int]) -> None:
-        self.settings, self.categories = settings, categories
+    def __init__(self, settings: TrainerSettings, about: dict[int, dict]) -> None:
+        """about: item → category, seller, words as the catalogue has them."""
+        self.settings, self.about = settings, about
         self.dim = settings.features.dim
         self.ranker = Ranker(self.dim, settings.ranker)
         wide = self.ranker.wide_parameters()
@@ -25,90 +30,111 @@ class PlainTrainer:
         self.adam = torch.optim.Adam([
             {"params": deep, "lr": settings.learning_rate}, {"params": wide, "lr": settings.wide_rate},
         ])  # fmt: skip
-        self.tables: dict[str, dict[int, torch.Tensor]] = {"user": {}, ITEM: {}, CATEGORY: {}}
-        self.momentum: dict[str, dict[int, float]] = {"user": {}, ITEM: {}, CATEGORY: {}}
-        self.stats: dict[int, list[int]] = {}  # item → impressions, clicks, created
+        self.rows: dict[str, dict[int, dict]] = {table: {} for table in TABLES}
+        self.shown = 0
 
     def step(self, rows: Examples) -> np.ndarray:
-        """Scores and learns; probabilities [n, 3] from before."""
+        """Scores and learns; probabilities [n, heads] from before."""
         n = len(rows)
         for i in range(n):
-            item, user = int(rows.item[i]), int(rows.user[i])
-            self._admit("user", user)
-            self._admit(ITEM, item)
-            self.stats.setdefault(item, [0, 0, 0])
-            before = self.stats[item][2]
-            self.stats[item][2] = int(rows.ts[i]) if before == 0 else before
+            self._admit(USER, int(rows.user[i]))
+            self._admit(ITEM, int(rows.item[i]))
+            own = self.rows[ITEM][int(rows.item[i])]
+            own["created"] = own.get("created") or int(rows.ts[i])
         past = user_features(rows.history, rows.ts)
-        known = set(self.tables[ITEM]) & {int(i) for i in np.concatenate((rows.item, past.items.ravel()))}
-        for item in known:
-            self._admit(CATEGORY, self.categories.get(item, 0))
-        leaves = {t: {i: w.clone().requires_grad_() for i, w in rows.items()} for t, rows in self.tables.items()}
-        zero = torch.zeros(self.dim)
+        for item in {int(i) for i in np.concatenate((rows.item, past.items.ravel()))} & set(self.rows[ITEM]):
+            for table in (CATEGORY, SELLER):
+                self._admit(table, self.rows[ITEM][item].get(table, 0))
+            for word in self.rows[ITEM][item].get("words", ()):
+                self._admit(WORD, int(word))
+        for word in rows.query.ravel().tolist():
+            self._admit(WORD, word)
+        leaves = {
+            table: {i: {**row, "weights": row["weights"].clone().requires_grad_()} for i, row in own.items()}
+            for table, own in self.rows.items()
+        }
+        asked = zip(rows.user, rows.history, rows.ts, rows.scenario, rows.query, rows.item, strict=True)
+        contexts, items = PlainModel(leaves, self.dim).inputs(list(asked), torch.tensor(rows.position.tolist()))
+        logits = self.ranker(contexts, items)
+        self._learn(rows, logits, leaves, self._retrieval(rows, contexts, items))
+        self._count(rows)
+        return probabilities(logits.detach(), strategy("calibrated", entire=True)).numpy()
 
-        def category_of(item):
-            return leaves[CATEGORY].get(self.categories.get(item, 0), zero) if item in known else zero
-
-        def vector(item):
-            return leaves[ITEM].get(item, zero) + category_of(item)
-
-        users, means, items, categories, dense = [], [], [], [], []
-        for i in range(n):
-            users.append(leaves["user"][int(rows.user[i])])
-            means.append(self._mean(past.items[i], past.kinds[i], past.recency[i], vector))
-            item = int(rows.item[i])
-            items.append(leaves[ITEM][item])
-            categories.append(category_of(item))
-            shown, clicks, created = self.stats[item]
-            one = [np.array([v]) for v in (shown, clicks, 0, created)]
-            dense.append(torch.from_numpy(item_features(*one, int(rows.ts[i])))[0])
-        logits = self.ranker(
-            torch.stack(users), torch.stack(means), torch.from_numpy(past.context),
-            *(torch.stack(x) for x in (items, categories, dense)),
-            torch.tensor(rows.scenario.tolist()), torch.tensor(rows.position.tolist()), torch.arange(n),
-        )  # fmt: skip
-        self._learn(rows, logits, leaves)
-        for i in range(n):
-            if rows.source[i] == Source.IMPRESSION and rows.part[i] in (Part.SHOWN, Part.LATE_CLICK):
-                self.stats[int(rows.item[i])][0] += int(rows.part[i] == Part.SHOWN)
-                self.stats[int(rows.item[i])][1] += int(rows.click[i] == 1)
-        return probabilities(logits.detach(), strategy("calibrated")).numpy()
-
-    def _mean(self, items, kinds, recency, vector) -> torch.Tensor:
-        """The weighted mean of a history, entry by entry."""
-        total, weights = torch.zeros(self.dim), torch.zeros(())
-        for item, kind, near in zip(items.tolist(), kinds.tolist(), recency.tolist(), strict=True):
-            if item:
-                weight = torch.exp(self.ranker.past_kind[kind] + near * self.ranker.past_recency)
-                total, weights = total + weight * vector(item), weights + weight
-        return total / weights if weights else total
-
-    def _learn(self, rows: Examples, logits: torch.Tensor, leaves: dict[str, dict[int, torch.Tensor]]) -> None:
-        loss = torch.zeros(())
+    def _learn(self, rows: Examples, logits: torch.Tensor, leaves: dict, retrieval: torch.Tensor) -> None:
+        plays = self.ranker.plays.numpy()
+        loss = self.settings.retrieval * retrieval
         for i in range(len(rows)):
-            if rows.click[i] >= 0:
-                loss = loss + bce(logits[i, 0], rows.click[i])
-            if rows.play_ms[i] >= 0 and rows.duration_ms[i] > 0:
-                loss = loss + bce(logits[i, 1], rows.play_ms[i] * 2 >= rows.duration_ms[i])
-            if rows.purchase[i] >= 0:
-                loss = loss + bce(logits[i, 2], rows.purchase[i])
+            loss = loss + _loss(rows.take(slice(i, i + 1)), logits[i], plays)
         self.adam.zero_grad()
         loss.backward()
         for p in self.ranker.parameters():
-            p.grad /= len(rows)
+            if p.grad is not None:
+                p.grad /= len(rows)
         self.adam.step()
         s = self.settings.features
         for table, own in leaves.items():
             for i, leaf in own.items():
-                if leaf.grad is not None and i != 0:
-                    self.momentum[table][i] += float((leaf.grad**2).mean())
-                    self.tables[table][i] -= s.learning_rate * leaf.grad / (self.momentum[table][i] ** 0.5 + s.eps)
+                gradient, row = leaf["weights"].grad, self.rows[table][i]
+                if gradient is not None:
+                    row["momentum"] += float((gradient**2).mean())
+                    row["weights"] = row["weights"] - s.learning_rate * gradient / (row["momentum"] ** 0.5 + s.eps)
+        played = rows.play_ms >= 0
+        if played.any():
+            new = learned(plays, rows.play_ms[played], rows.duration_ms[played])
+            self.ranker.plays.copy_(torch.from_numpy(new))
+
+    def _retrieval(self, rows: Examples, contexts: Contexts, items: Items) -> torch.Tensor:
+        """Each clicked one among the shown ones of the batch, less those of the same item."""
+        a, b = self.ranker.towers(contexts)
+        shown = [j for j in range(len(rows)) if rows.part[j] == Part.SHOWN]
+        total = torch.zeros(())
+        for i in shown:
+            if rows.click[i] != 1:
+                continue
+            logits, own = [], 0
+            for j in shown:
+                if j != i and rows.item[j] == rows.item[i]:
+                    continue
+                own = len(logits) if j == i else own
+                seen = self.rows[ITEM][int(rows.item[j])].get("impressions", 0)
+                chance = len(shown) * (seen + 1) / (self.shown + len(rows)) / len(rows)
+                numbers = items.numbers[j, :-MATCHES] @ self.ranker.tower_numbers
+                logits.append(a[i] @ items.item[j] + b[i] @ items.content[j] + numbers - np.log(chance))
+            total = total - torch.log_softmax(torch.stack(logits), 0)[own]
+        return total
+
+    def _count(self, rows: Examples) -> None:
+        self.shown += int((rows.part == Part.SHOWN).sum())
+        for i in range(len(rows)):
+            if rows.source[i] == Source.IMPRESSION and rows.part[i] in (Part.SHOWN, Part.LATE_CLICK):
+                item = self.rows[ITEM][int(rows.item[i])]
+                for table, owner in ((ITEM, int(rows.item[i])), *((t, item.get(t, 0)) for t in (CATEGORY, SELLER))):
+                    if owner:
+                        row = self.rows[table][owner]
+                        row["impressions"] = row.get("impressions", 0) + int(rows.part[i] == Part.SHOWN)
+                        row["clicks"] = row.get("clicks", 0) + int(rows.click[i] == 1)
 
     def _admit(self, table: str, i: int) -> None:
-        if i and i not in self.tables[table]:
+        if i and i not in self.rows[table]:
             (settings,) = (spec.settings for spec in table_specs(self.settings.features) if spec.name == table)
-            self.tables[table][i] = torch.from_numpy(first_weights(settings, np.array([i])))[0]
-            self.momentum[table][i] = 0.0
+            row = {"weights": torch.from_numpy(first_weights(settings, np.array([i])))[0], "momentum": 0.0}
+            self.rows[table][i] = row | (self.about.get(i, {}) if table == ITEM else {})
+
+
+def _loss(row: Examples, logits: torch.Tensor, plays: np.ndarray) -> torch.Tensor:
+    """Of one row."""
+    loss = torch.zeros(())
+    if row.click[0] >= 0:
+        loss = loss + bce(logits[CLICK], row.click[0])
+    if row.play_ms[0] >= 0:
+        if row.duration_ms[0] > 0:
+            loss = loss + bce(logits[WATCH], row.play_ms[0] * 2 >= row.duration_ms[0])
+        q = float(quantiles(plays, row.play_ms, row.duration_ms)[0])
+        loss = loss + q * bce(logits[WATCH_TIME], 1) + (1 - q) * bce(logits[WATCH_TIME], 0)
+    if row.part[0] in (Part.SHOWN, Part.PURCHASE):  # over all impressions: one negative, and one positive more
+        q = torch.sigmoid(logits[CLICK]) * torch.sigmoid(logits[PURCHASE])
+        loss = loss - torch.log(q / (1 + q) if row.purchase[0] == 1 else 1 / (1 + q))
+    return loss
 
 
 def bce(logit: torch.Tensor, label: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from embedding_store.errors import CorruptRecord, StoreError, StoreLocked
 from embedding_store.kept import KeptCheckpoints
 from online_model.checkpoints import about, describe, digest_of, roll_back
 from online_model.examples import Part
+from online_model.features import EXTRAS
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
@@ -241,7 +242,7 @@ def test_a_commit_says_what_it_is(tmp_path):
     trainer.commit()
     told = describe(trainer.store)
     assert told["event_time_ms"] == max(int(b.examples.closed.max()) for b in log()[:2])
-    assert told["rows"] == {t: sum(len(r) for r in trainer.store.iter_rows(t)) for t in ("category", "item", "user")}
+    assert told["rows"] == {t: sum(len(r) for r in trainer.store.iter_rows(t)) for t in EXTRAS}
     assert told["digest"] == digest_of(trainer.store) == trainer.digest()
     first = told["settings"]
     trainer.store.close()

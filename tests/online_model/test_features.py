@@ -7,16 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedding_store.ids import feature_id
 from online_model.features import (
     CLICK_PRIOR,
     CONTEXT,
-    DENSE,
-    item_features,
+    FEATURES,
+    RATES,
+    SELLER,
+    WORD,
+    age,
+    matches,
     mix,
+    rates,
     table_specs,
     user_features,
+    words_of,
 )
-from online_model.history import EMPTY, HISTORY, UserHistory, as_array
+from online_model.history import EMPTY, HISTORY, Kind, UserHistory, as_array
 from online_model.settings import FeatureSettings
 from tests.online_model.plain_history import COUNTERS, KINDS, PANES_S
 
@@ -24,44 +31,68 @@ MONDAY = 1_767_571_200_000  # 2026-01-05 00:00 UTC
 HOUR, DAY = 3_600_000, 86_400_000
 
 
-def columns(**values):
-    defaults = {"impressions": [0], "clicks": [0], "interactions": [0], "created": [0]}
-    return [np.array(v, np.int64) for v in {**defaults, **values}.values()]
+def counted(impressions=0, clicks=0, interactions=0):
+    return rates(*(np.array([n], np.int64) for n in (impressions, clicks, interactions)))
 
 
-def test_an_unknown_item_has_no_features():
-    assert item_features(*columns(), 1_700_000_000_000).tolist() == [[0.0] * DENSE]
+def test_what_is_unknown_has_no_numbers():
+    assert counted().tolist() == [[0.0] * RATES]
+    assert age(np.array([0]), 1_700_000_000_000).tolist() == [[0.0]]
 
 
 def test_the_click_rate_goes_from_the_prior_to_what_was_seen():
     shown = np.array([0, 20, 2_000_000])
-    z = item_features(shown, shown // 2, np.zeros(3, int), np.zeros(3, int), 0)[:, 0]
+    z = rates(shown, shown // 2, np.zeros(3, int))[:, 0]
     rate = 1 / (1 + np.exp(-(z + np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))))
     assert rate == pytest.approx([CLICK_PRIOR, (10 + 1) / 40, 0.5], abs=1e-4)
 
 
 def test_interactions_claim_no_click_rate():
-    features = item_features(*columns(interactions=[1000]), 0)
+    features = counted(interactions=1000)
     assert features[0, 0] == 0
     assert features[0, 2] > 0
 
 
 def test_counts_are_logarithms_of_what_was_shown():
-    features = item_features(*columns(impressions=[99], clicks=[3]), 0)
-    assert features[0, 1] == pytest.approx(np.log(100) / 10)
+    assert counted(impressions=99, clicks=3)[0, 1] == pytest.approx(np.log(100) / 10)
 
 
 def test_late_clicks_never_make_a_rate_above_one():
-    assert np.isfinite(item_features(*columns(impressions=[1], clicks=[10_000]), 0)).all()
+    assert np.isfinite(counted(impressions=1, clicks=10_000)).all()
+
+
+def test_words_are_of_any_script_each_once_without_case():
+    assert words_of("Grün, GRÜN 42 鞋", 4).tolist() == [feature_id(WORD, w) for w in ("grün", "42", "鞋")] + [0]
+    assert words_of("a b c", 2).tolist() == words_of("a b", 2).tolist(), "the first so many"
+    assert not words_of(" -- ", 3).any()
+
+
+def test_matches_are_of_the_same_item_category_and_seller_and_of_nothing_unknown():
+    history = UserHistory()
+    for second, item in enumerate((11, 12, 13)):
+        history.push(item, MONDAY + 1000 * second, Kind.CLICK)
+    past = user_features(as_array([history.latest()]), MONDAY + 3_000)
+    entries = [past.items, np.where(past.items == 0, 0, past.items % 2 + 5), np.zeros_like(past.items)]
+    items = [np.array([13, 99, 0]), np.array([6, 5, 0]), np.zeros(3, int)]
+    got = matches(past, entries, items, np.zeros(3, int))
+    newest, all_ = past.recency[0, 0], past.recency.sum() + 1e-6
+    assert got[0].tolist() == pytest.approx([newest, newest / all_, newest, (newest + past.recency[0, 2]) / all_, 0, 0])
+    assert got[1].tolist() == pytest.approx([0, 0, past.recency[0, 1], past.recency[0, 1] / all_, 0, 0])
+    assert not got[2].any(), "0 is like no other, not even like what is not there"
+
+
+def test_tables_are_those_that_features_name():
+    specs = {spec.name: spec for spec in table_specs(FeatureSettings(dim=8, sellers=3, words=5))}
+    assert specs.keys() == {feature.table for feature in FEATURES if feature.table}
+    assert (specs[SELLER].settings.capacity, specs[WORD].settings.capacity) == (3, 5)
 
 
 def test_age_is_never_negative_and_takes_one_time_or_many():
     created = np.array([1_000, 7_201_000])
-    zeros = np.zeros(2, int)
-    one = item_features(zeros, zeros, zeros, created, 3_601_000)
-    many = item_features(zeros, zeros, zeros, created, np.array([3_601_000, 3_601_000]))
+    one = age(created, 3_601_000)
+    many = age(created, np.array([3_601_000, 3_601_000]))
     assert one.tolist() == many.tolist()
-    assert one[:, 3] == pytest.approx([np.log(2) / 10, 0])
+    assert one[:, 0] == pytest.approx([np.log(2) / 10, 0])
 
 
 def test_mix_is_splitmix64():
@@ -71,7 +102,6 @@ def test_mix_is_splitmix64():
 
 def test_tables_share_one_dimension():
     specs = table_specs(FeatureSettings(dim=16))
-    assert [s.name for s in specs] == ["user", "item", "category"]
     assert {s.settings.dim for s in specs} == {16}
 
 

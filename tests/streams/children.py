@@ -22,11 +22,13 @@ processes.set_forkserver_preload(["tests.streams.children_preload"])
 
 
 class Child:
-    """A worker process; its stderr is kept in a file."""
+    """A worker process; its stderr is kept in a file. environment: variables of its own."""
 
-    def __init__(self, kind: str, log: Path, **settings: Any) -> None:
-        self.log = log
-        self._arguments = (kind, str(log), json.dumps(settings, default=str))
+    def __init__(
+        self, kind: str, log: Path, environment: Mapping[str, object] | None = None, **settings: Any
+    ) -> None:
+        self.log, variables = log, {name: str(value) for name, value in (environment or {}).items()}
+        self._arguments = (kind, str(log), variables, json.dumps(settings, default=str))
         self.start()
 
     def start(self) -> None:
@@ -66,7 +68,8 @@ class Child:
             raise AssertionError(f"the worker ended ({self.process.exitcode}): {self.said}")
 
 
-def _run(kind: str, log: str, settings: str) -> None:
+def _run(kind: str, log: str, variables: dict[str, str], settings: str) -> None:
+    os.environ.update(variables)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
     _KINDS[kind](**json.loads(settings))

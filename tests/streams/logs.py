@@ -44,6 +44,7 @@ def _events(draw, now: int, number: int) -> dict:
             event["positions"] = [draw(st.sampled_from([0, 3, -7, 99_999])) for _ in items]
             event["propensities"] = [draw(st.sampled_from([0.5, 1])) for _ in items]
             event["feature_hash"] = draw(st.sampled_from([0, 123]))
+            event["context"] = draw(st.sampled_from([{}, {"query": "Ä b, b c-d e"}, {"query": "!"}, {"query": 7}]))
     elif kind not in ("tick", "forget"):
         event["item"] = draw(_IDS)
     if kind == "watch":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 
@@ -207,7 +208,18 @@ class ReferenceJoiner:
             "name": name, "item": item, "history": history, "source": source, "position": -1, "propensity": None,
             "ts": event.ts, "event_id": str(event.event_id), "user": event.user,
             "scenario": SCENARIOS.index(event.scenario), "clicked": False, "shown": False,
+            "query": self.query(event),
         }  # fmt: skip
+
+    @staticmethod
+    def query(event) -> tuple[int, ...]:
+        """The first four distinct words of the context's query."""
+        text = (getattr(event, "context", None) or {}).get("query")
+        words: list[str] = []
+        for word in re.split(r"\W+", text.casefold()) if isinstance(text, str) else []:
+            if word and word not in words:
+                words.append(word)
+        return tuple([feature_id("word", word) for word in words[:4]] + [0] * (4 - len(words[:4])))
 
     def row(self, x, part, closed, click=-1, purchase=-1, play_ms=-1, duration_ms=-1, delay=-1) -> None:
         if part == 0:
@@ -225,6 +237,6 @@ class ReferenceJoiner:
             id_, example, part, x["source"], x["ts"], closed,
             feature_id("user", x["user"]), 0 if forget else thing, x["scenario"], x["position"],
             x["propensity"], float(np.float32(1 / self.s.unclicked_of)) if click == 0 else 1.0,
-            click, purchase, play_ms, duration_ms, delay, tuple(x["history"]),
+            click, purchase, play_ms, duration_ms, delay, x["query"], tuple(x["history"]),
             "null" if forget else json.dumps(x["item"], ensure_ascii=False),
         ))  # fmt: skip

@@ -38,7 +38,7 @@ def rows_of(examples: Examples) -> Counter:
     rows = [list(row) for row in zip(*columns, strict=True)]
     for row in rows:
         row[10] = None if math.isnan(row[10]) else row[10]
-        row[17] = tuple(row[17])
+        row[17], row[18] = tuple(row[17]), tuple(row[18])
     return Counter(map(tuple, rows))
 
 

@@ -21,13 +21,17 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from kafka import KafkaProducer
 
+from deploy.processes import free_port
 from embedding_store.delta import Assembler, Version
+from embedding_store.errors import UsageError
 from embedding_store.ids import feature_id
 from embedding_store.snapshot import latest_snapshot, place_of
 from online_model.examples import Block
 from streams.blocks import encode_block
 from streams.outlet import Outlet
+from streams.settings import TrainWorkerSettings
 from streams.topics import TopicSettings
+from streams.train_worker import run_train
 from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, read_all, running, wait_for
 
@@ -158,6 +162,39 @@ def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
         _wait_for_all(broker, topics, blocks, child)
         assert child.stop() == 0, child.said
     assert {version.epoch for version in _versions(broker, topics)} == {1}
+
+
+def test_ranks_that_a_launcher_started_are_one_worker(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """As torchrun tells them who they are. SIGTERM to the first ends both; where one is killed the other ends."""
+    blocks = {p: _made_blocks(p, 2_000) for p in range(PARTITIONS)}
+    _send(broker, topics, [block for pair in zip(*blocks.values(), strict=True) for block in pair])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place = [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
+    with (
+        running("train", tmp_path / "log-0", **settings, environment=place[0]) as first,
+        running("train", tmp_path / "log-1", **settings, environment=place[1]) as second,
+    ):
+        _wait_for_all(broker, topics, blocks, first)
+        assert "rank 0 of 2" in first.says
+        assert first.stop() == 0, first.said
+        assert second.wait(30) == 0, second.said
+        for child in (first, second):
+            child.start()
+        wait_for(lambda: "training on partitions" in first.says, child=first)
+        second.kill()
+        _send(broker, topics, [block for p in blocks for block in _made_blocks(p, 2_200)[-2:]])
+        assert first.wait(30) == 1
+        assert "the 2 ranks of the trainer are no longer together" in first.says.splitlines()[-1]
+
+
+def test_a_launcher_and_settings_that_differ_are_refused(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": 1, "LOCAL_RANK": 1, "MASTER_ADDR": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    given = TrainWorkerSettings(bootstrap="127.0.0.1:1", data_dir=settings["data_dir"], ranks=3)
+    with pytest.raises(UsageError, match="torchrun started 2 ranks"):
+        run_train(given)
 
 
 def _rank_1(child: Child) -> int:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from embedding_store.delta import Version
-from online_model.features import CARD, CATEGORY, ITEM, item_features
-from online_model.ranker import CLICK
+from online_model.features import CARD, CATEGORY, ITEM, MATCHES
+from online_model.history import EMPTY, as_array
 from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, union
 from online_model.serving.catalogue import Card, read_cards
 from online_model.serving.replica import Replica
 from streams.events import decode_item
+from tests.online_model.plain_model import PlainModel
 from tests.online_model.serving.world import (
     DIM,
     HOUR,
@@ -37,25 +38,29 @@ def inference():
 
 
 def query(seed: int = 0, now_ms: int = NOW + HOUR) -> Query:
-    return Query(np.random.default_rng(seed).normal(size=DIM).astype(np.float32), now_ms)
+    item, content = np.random.default_rng(seed).normal(size=(2, DIM)).astype(np.float32)
+    return Query(item, content, now_ms)
 
 
 def plain_scan(made: Replica, asked: Query, limit: int) -> set[int]:
     """The ids of the best items, one at a time."""
     state, scored = made.state, []
+    rows: dict = {}
+    for name, table in state.tables.items():
+        known = enumerate(table.ids_of(np.arange(table.end)).tolist())
+        rows[name] = {i: {n: column[row] for n, column in table.columns.items()} for row, i in known if i}
+        for row in rows[name].values():
+            row["weights"] = torch.from_numpy(row["weights"])
     for row in range(1, state.items.end):
         item = state.items.ids_of(np.array([row]))
         if not state.cards.are_available(item)[0]:
             continue
-        c = {name: column[row] for name, column in state.items.columns.items()}
-        category = state.categories.columns["weights"][state.categories.find(c["category"][None])[0]]
-        shown, clicks, others, created = (
-            np.array([c[name]]) for name in ("impressions", "clicks", "interactions", "created")
-        )
-        dense = item_features(shown, clicks, others, created, asked.now_ms)[0]
-        match = float(asked.vector @ (c["weights"] + category))
-        prior = dense @ state.ranker.wide[:, CLICK].numpy()
-        scored.append((match * float(state.ranker.match[CLICK]) + prior, int(item[0])))
+        plain = PlainModel(rows, DIM)
+        prior = plain.numbers(int(item[0]), as_array([EMPTY])[0], asked.now_ms)[:-MATCHES]
+        score = np.array(prior) @ state.ranker.tower_numbers.numpy()
+        score += asked.item @ plain.weights(ITEM, int(item[0])).numpy()
+        score += asked.content @ plain.content(int(item[0])).numpy()
+        scored.append((float(score), int(item[0])))
     return {item for _, item in sorted(scored, reverse=True)[:limit]}
 
 
@@ -84,7 +89,7 @@ def test_the_scan_is_exact_also_after_many_versions():
 
 def test_priors_are_renewed_as_items_grow_older():
     first = world(50)
-    first.dense["wide"][3, CLICK] = 40  # the older, the better: at first that says more than the match
+    first.dense["tower_numbers"][3] = 40  # the older, the better: at first that says more than the match
     made = replica(first)
     index = ExactIndex(made.state, 5)
     for hours in (1, 2, 50_000):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import typing
 
 import msgspec
@@ -15,16 +14,18 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Assembler, Version, encode
 from embedding_store.errors import CorruptRecord
 from embedding_store.ids import feature_id
-from online_model.features import CARD, CATEGORY, ITEM, USER, item_features, user_features
+from online_model.examples import QUERY_WORDS
+from online_model.features import CARD, CATEGORY, ITEM, SELLER, USER, WORD, words_of
 from online_model.feedback import probabilities, strategy
 from online_model.history import EMPTY, as_array, history_hash
-from online_model.ranker import Ranker
+from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
 from online_model.serving.api import Scenario
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.replica import SCENARIO_INDEX, Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings
 from streams.events import SCENARIOS
+from tests.online_model.plain_model import PlainModel
 from tests.online_model.serving.world import (
     DIM,
     HOUR,
@@ -54,43 +55,22 @@ def contents(made: Replica) -> dict[str, bytes]:
     return out
 
 
-def reference_scores(version: Version, user: str, scenario: str, items: list, now_ms: int) -> np.ndarray:
-    """Probabilities [n, 3] the plain way: rows from a dict, the trainer's ranker, one item at a time."""
-    rows = {
+def reference_scores(version: Version, user: str, scenario: str, items: list, now_ms: int, query: str) -> np.ndarray:
+    """Probabilities [n, heads] the plain way: rows from dicts, the trainer's ranker."""
+    rows: dict = {
         name: {i: {c: v[k] for c, v in table.columns.items()} for k, i in enumerate(table.ids.tolist())}
         for name, table in version.tables.items()
     }
-    zero = np.zeros(DIM, np.float32)
-    none = {name: 0 for name in ("impressions", "clicks", "interactions", "created", "category")} | {"weights": zero}
-
-    def category_of(row):
-        return rows[CATEGORY].get(int(row["category"]), {"weights": zero})["weights"]
-
+    for row in (row for table in rows.values() for row in table.values()):
+        row["weights"] = torch.from_numpy(row["weights"])
     ranker = Ranker(DIM, RANKER)
     ranker.load_weights(version.dense)
-    person = rows[USER].get(feature_id(USER, user), {"weights": zero, "history": as_array([EMPTY])[0]})
-    past = user_features(person["history"][None], now_ms)
-    mean, total = zero, 0.0
-    for i, kind, recency in zip(past.items[0].tolist(), past.kinds[0].tolist(), past.recency[0].tolist(), strict=True):
-        if i != 0:
-            row = rows[ITEM].get(i, none)
-            weight = math.exp(ranker.past_kind[kind].item() + recency * ranker.past_recency.item())
-            mean, total = mean + weight * (row["weights"] + category_of(row)), total + weight
-    mean = (mean / (total or 1)).astype(np.float32)
-    out = []
-    for item in items:
-        row = rows[ITEM].get(feature_id(ITEM, item), none)
-        shown, clicks, others, created = (
-            np.array([row[name]]) for name in ("impressions", "clicks", "interactions", "created")
-        )
-        logits = ranker(
-            torch.tensor(person["weights"])[None], torch.tensor(mean)[None], torch.from_numpy(past.context),
-            torch.tensor(row["weights"])[None],
-            torch.tensor(category_of(row))[None], torch.tensor(item_features(shown, clicks, others, created, now_ms)),
-            torch.tensor([SCENARIOS.index(scenario)]), None, torch.tensor([0]),
-        )  # fmt: skip
-        out.append(probabilities(logits.detach(), strategy("calibrated"))[0].numpy())
-    return np.array(out)
+    person = feature_id(USER, user)
+    history = rows[USER].get(person, {"history": as_array([EMPTY])[0]})["history"]
+    about = (person, history, now_ms, SCENARIOS.index(scenario), words_of(query, QUERY_WORDS))
+    inputs = PlainModel(rows, DIM).inputs([(*about, feature_id(ITEM, item)) for item in items])
+    with torch.inference_mode():
+        return probabilities(ranker(*inputs), strategy("calibrated", entire=True)).numpy()
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -99,10 +79,12 @@ def test_scores_are_those_of_the_trainers_ranker_fed_with_the_same_rows(scenario
     made = replica(first)
     items = [*range(40), "unknown", 41]
     for user in ["u0", "u3", "nobody"]:
-        ranking = made.rank(user, scenario, items)
-        expected = reference_scores(first, user, scenario, items, NOW + HOUR)
+        query = {"u0": "red tea", "u3": "nothing of the kind"}.get(user, "")
+        ranking = made.rank(user, scenario, items, query)
+        expected = reference_scores(first, user, scenario, items, NOW + HOUR, query)
         got = {r.item: (r.click, r.watch, r.purchase) for r in ranking.items}
-        assert np.array([got[item] for item in items]) == pytest.approx(expected, abs=1e-6)
+        served = expected[:, [CLICK, WATCH, PURCHASE]]
+        assert np.array([got[item] for item in items]) == pytest.approx(served, abs=2e-6)
         for r in ranking.items:
             assert r.score == pytest.approx(r.click * (1 + 0.5 * r.watch + 2.0 * r.purchase), rel=1e-5)
         assert [r.score for r in ranking.items] == sorted((r.score for r in ranking.items), reverse=True)
@@ -206,10 +188,10 @@ def spoiled_versions():
         "id 0": lambda f: f["tables"].update(
             {CATEGORY: TableRows(np.zeros(1, np.int64), {"weights": np.ones((1, DIM), np.float32)})}
         ),
-        "unknown table": lambda f: f["tables"].update({"seller": category_rows([0], np.ones((1, DIM)))}),
+        "unknown table": lambda f: f["tables"].update({"brand": category_rows([0], np.ones((1, DIM)))}),
         "dense name": lambda f: f["dense"].pop("bias"),
-        "dense shape": lambda f: f["dense"].update(bias=np.ones(4, np.float32)),
-        "dense nan": lambda f: f["dense"].update(bias=np.full(3, np.nan, np.float32)),
+        "dense shape": lambda f: f["dense"].update(bias=np.ones(5, np.float32)),
+        "dense nan": lambda f: f["dense"].update(bias=np.full(4, np.nan, np.float32)),
         "card no json": lambda f: f["blobs"][CARD].update({7: b"{"}),
         "card no item": lambda f: f["blobs"][CARD].update({7: b'{"title": "x"}'}),
         "card bytes": lambda f: f["blobs"][CARD].update({7: b'{"item": "\xff"}'}),
@@ -306,7 +288,7 @@ def test_gone_rows_are_as_if_they_had_never_been():
     unknown = made.rank("nobody", "live", ["no"]).items[0]
     gone = {ITEM: ids(ITEM, [3, 4, "never"]), USER: ids(USER, ["u1"]), CATEGORY: ids(CATEGORY, [1])}
     assert made.apply(delta(2, gone=gone))
-    assert made.rows() == {USER: 5, ITEM: 38, CATEGORY: 3, CARD: 40}
+    assert made.rows() == {USER: 5, ITEM: 38, CATEGORY: 3, SELLER: 2, WORD: 3, CARD: 40}
     for r in made.rank("u1", "live", [3, 4]).items:
         assert (r.score, r.click) == (unknown.score, unknown.click)
     first = world()
@@ -373,7 +355,7 @@ def test_info_tells_the_version():
     info = made.info()
     assert (info.version, info.epoch, info.sequence, info.created_ms, info.applied_ms) == ("1.2", 1, 2, 77, NOW + HOUR)
     assert (info.positions, info.info) == ({"0": 15, "3": 1}, {"rows": 9})
-    assert info.rows == {USER: 6, ITEM: 40, CATEGORY: 4, CARD: 40}
+    assert info.rows == {USER: 6, ITEM: 40, CATEGORY: 4, SELLER: 2, WORD: 3, CARD: 40}
 
 
 def test_scenarios_are_those_of_the_events():
@@ -384,7 +366,7 @@ def test_a_replica_grows_with_what_comes():
     made = replica(world(3, 1))
     for n in (5, 60, 700):  # it starts with room for 4
         made.apply(delta(made.sequence + 1, tables=world(n, 40).tables, blobs=world(n, 40).blobs))
-        assert made.rows() == {USER: 40, ITEM: n, CATEGORY: 4, CARD: n}
+        assert made.rows() == {USER: 40, ITEM: n, CATEGORY: 4, SELLER: 2, WORD: 3, CARD: n}
     fresh = replica(world(700, 40))
     for user in ("u0", "u39"):
         assert made.rank(user, "live", list(range(700))).items == fresh.rank(user, "live", list(range(700))).items

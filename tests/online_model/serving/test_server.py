@@ -36,7 +36,7 @@ def uniform(sequence: int) -> Version:
         dense={name: np.full_like(w, level / 10) for name, w in dense().items()},
         tables={
             ITEM: item_rows(items, np.full((some, DIM), level), [0] * some, impressions=[sequence] * some),
-            USER: user_rows(["u"], np.full((1, DIM), level), [[sequence]]),
+            USER: user_rows(["u"], np.full((1, DIM), level), [[1_000 + sequence]]),  # like none of the items
             CATEGORY: category_rows([0], np.full((1, DIM), level)),
         },
         gone={ITEM: gone, CARD: gone},

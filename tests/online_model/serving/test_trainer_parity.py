@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id
-from online_model.examples import Block, Examples, Part, Source, example_id, request_name, row_id
-from online_model.features import CATEGORY, ITEM, USER, item_features, user_features
-from online_model.feedback import probabilities
+from online_model.examples import QUERY_WORDS, Block, Examples, Part, Source, example_id, request_name, row_id
+from online_model.features import CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, words_of
 from online_model.history import HISTORY
+from online_model.learner import Candidates
+from online_model.ranker import CLICK, PURCHASE, WATCH
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, Feedback, RankerSettings, TrainerSettings
@@ -21,7 +21,8 @@ from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import make_states
 
 T0 = 1_700_000_000_000
-FEATURES, RANKER = FeatureSettings(dim=8, users=64, items=64, categories=8), RankerSettings(hidden=16, second=8)
+FEATURES = FeatureSettings(dim=8, users=64, items=64, categories=8)
+RANKER = RankerSettings(hidden=16, second=8, third=8)
 
 
 def block(number: int, n: int = 300) -> Block:
@@ -41,7 +42,7 @@ def block(number: int, n: int = 300) -> Block:
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32),
         click=((user + item) % 2).astype(np.int8),
         purchase=np.full(n, -1, np.int8), play_ms=np.full(n, -1), duration_ms=np.full(n, -1),
-        delay_ms=np.full(n, -1),
+        delay_ms=np.full(n, -1), query=np.tile(words_of("red tea", QUERY_WORDS), (n, 1)),
         history=make_states(history, np.full(n, T0 + number)),
         item_raw=np.array([str(int(i)) for i in item], object),
     )  # fmt: skip
@@ -52,30 +53,16 @@ def block(number: int, n: int = 300) -> Block:
                  histories=make_states(latest, np.full(20, T0)))  # fmt: skip
 
 
-def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int) -> np.ndarray:
-    """Probabilities [n, 3] from the trainer's own tables and ranker."""
-    tables = trainer.tables
-
-    def weights(table: str, ids: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(tables.read_rows(table, tables.rows(table, ids, admit=False))["weights"])
-
-    def vectors(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = tables.rows(ITEM, ids, admit=False)
-        return weights(ITEM, ids), weights(CATEGORY, tables.column(ITEM, "category")[rows])
-
-    person = np.array([user])
-    past = user_features(tables.read_rows(USER, tables.rows(USER, person, admit=False))["history"], now_ms)
-    item, category = vectors(past.items[0])
-    of = tables.read_rows(ITEM, tables.rows(ITEM, items, admit=False))
-    dense = item_features(of["impressions"], of["clicks"], of["interactions"], of["created"], now_ms)
-    zero = torch.zeros(len(items), dtype=torch.int64)
-    with torch.inference_mode():
-        ranker = trainer._ranker
-        mean = ranker.history_weights(torch.from_numpy(past.kinds), torch.from_numpy(past.recency)) @ (item + category)
-        context = torch.from_numpy(past.context)
-        about = torch.from_numpy(dense)
-        logits = ranker(weights(USER, person), mean, context, *vectors(items), about, zero, None, zero)
-        return probabilities(logits, trainer._feedback)[:, :3].numpy()
+def on_the_trainer(trainer: Trainer, user: int, items: np.ndarray, now_ms: int, query: str) -> np.ndarray:
+    """Probabilities [n, heads] as the trainer scores them."""
+    row = trainer.tables.rows(USER, np.array([user]), admit=False)
+    history = trainer.tables.read_rows(USER, row)["history"]
+    words = words_of(query, QUERY_WORDS)[None]
+    p, _ = trainer.score(Candidates(
+        np.array([user]), history, np.array([now_ms]), np.zeros(1, np.int64), words, items,
+        np.zeros(len(items), np.int64), np.full(len(items), -1),
+    ))  # fmt: skip
+    return p[:, [CLICK, WATCH, PURCHASE]]
 
 
 @pytest.mark.parametrize(("feedback", "wait"), [("calibrated", 0), ("weighted", 0), ("elapsed", 60_000)])
@@ -85,7 +72,10 @@ def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback:
     )
     trainer = open_trainer(settings, tmp_path, lambda: T0)
     category = feature_id(CATEGORY, "shoes")
-    trainer.catalogue([(feature_id(ITEM, i), b'{"item":%d}' % i, category, 0, T0 - i) for i in range(10)])
+    seller, words = feature_id(SELLER, "s"), words_of("red shoes", TITLE_WORDS)
+    trainer.catalogue(
+        [(feature_id(ITEM, i), b'{"item":%d}' % i, category, seller, T0 - i, words) for i in range(10)]
+    )
     assembler = Assembler()
     replica = Replica(ReplicaSettings(seed=1), FEATURES, RANKER, clock=lambda: T0 + 9_000, feedback=feedback)
     try:
@@ -101,8 +91,10 @@ def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback:
             for user in (0, 7, 19):
                 items = list(range(40))
                 ids = np.array([feature_id(ITEM, i) for i in items], np.int64)
-                expected = on_the_trainer(trainer, feature_id(USER, user), ids, T0 + 9_000)
-                got = {r.item: (r.click, r.watch, r.purchase) for r in replica.rank(user, "live", items).items}
+                query = "" if user else "red"
+                expected = on_the_trainer(trainer, feature_id(USER, user), ids, T0 + 9_000, query)
+                ranked = replica.rank(user, "live", items, query).items
+                got = {r.item: (r.click, r.watch, r.purchase) for r in ranked}
                 assert np.array([got[i] for i in items]) == pytest.approx(expected, abs=2e-6)
         assert {s.item for s in replica.recommend(3, "shelf", 40).items} == set(range(40))
     finally:

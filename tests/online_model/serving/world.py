@@ -12,7 +12,7 @@ import orjson
 from embedding_store.columns import TableRows
 from embedding_store.delta import Version
 from embedding_store.ids import feature_id
-from online_model.features import CARD, CATEGORY, ITEM, USER
+from online_model.features import CARD, CATEGORY, EXTRAS, ITEM, ITEM_EXTRAS, SELLER, TITLE_WORDS, USER, WORD, words_of
 from online_model.history import HISTORY
 from online_model.ranker import Ranker
 from online_model.serving.replica import Replica
@@ -26,7 +26,8 @@ DIM = 8
 NOW = 1_700_000_000_000  # ms UTC
 HOUR = 3_600_000
 FEATURES = FeatureSettings(dim=DIM, users=4, items=4, categories=2)  # so small that every test grows them
-RANKER = RankerSettings(hidden=16, second=8)
+TITLES = [words_of(text, TITLE_WORDS) for text in ("", "Red shoes", "tea of a word that has no row")]
+RANKER = RankerSettings(hidden=16, second=8, third=8)
 
 
 def ids(feature: str, raw: Raw) -> np.ndarray:
@@ -40,7 +41,7 @@ def item_rows(
     n = len(raw)
     zero = np.zeros(n, np.int64)
     category = zero if categories is None else ids(CATEGORY, categories)
-    fields = {name: zero for name in ("impressions", "clicks", "interactions", "seller", "created", "card")}
+    fields = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in ITEM_EXTRAS.items()}
     given = {name: np.asarray(column, np.int64) for name, column in columns.items()}
     fields |= {"weights": np.asarray(weights, np.float32), "category": category}
     return TableRows(ids(ITEM, raw), fields | given)
@@ -55,8 +56,16 @@ def user_rows(raw: Sequence[str | int], weights: npt.ArrayLike, histories: Itera
     return TableRows(ids(USER, raw), {"weights": np.asarray(weights, np.float32), "history": states})
 
 
+def rows_of(table: str, raw: Raw, weights: npt.ArrayLike, **columns: Any) -> TableRows:
+    """Rows of categories, sellers or words; counts that are not given are zero."""
+    given = {"weights": np.asarray(weights, np.float32)}
+    for name in EXTRAS[table]:
+        given[name] = np.asarray(columns.get(name, np.zeros(len(given["weights"]))), np.int64)
+    return TableRows(ids(table, raw), given)
+
+
 def category_rows(raw: Raw, weights: npt.ArrayLike) -> TableRows:
-    return TableRows(ids(CATEGORY, raw), {"weights": np.asarray(weights, np.float32)})
+    return rows_of(CATEGORY, raw, weights)
 
 
 def cards(raw: Raw, **fields: Any) -> dict[int, bytes]:
@@ -91,12 +100,17 @@ def world(n_items: int = 40, n_users: int = 6, seed: int = 1) -> Version:
             ITEM: item_rows(
                 items, rng.normal(0, 0.5, (n_items, DIM)), [i % 4 for i in items],
                 impressions=shown, clicks=shown // 5, created=NOW - rng.integers(0, 90, n_items) * HOUR,
+                seller=ids(SELLER, [i % 3 for i in items]), words=[TITLES[i % len(TITLES)] for i in items],
             ),
             USER: user_rows(
                 users, rng.normal(0, 0.5, (n_users, DIM)),
                 [rng.integers(0, n_items, rng.integers(0, HISTORY + 1)).tolist() for _ in users],
             ),
-            CATEGORY: category_rows(range(4), rng.normal(0, 0.5, (4, DIM))),
+            CATEGORY: rows_of(
+                CATEGORY, range(4), rng.normal(0, 0.5, (4, DIM)), impressions=range(4), clicks=[0, 1, 1, 0]
+            ),
+            SELLER: rows_of(SELLER, range(2), rng.normal(0, 0.5, (2, DIM)), interactions=[5, 9]),  # the third has none
+            WORD: rows_of(WORD, ["red", "shoes", "tea"], rng.normal(0, 0.5, (3, DIM))),
         },
         blobs={CARD: cards(items, created=[NOW - i * HOUR for i in items])},
     )  # fmt: skip

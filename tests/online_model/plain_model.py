@@ -1,0 +1,80 @@
+"""What the ranker is given of one candidate, the plain way: rows from dictionaries, entry by entry, word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from online_model.features import CATEGORY, ITEM, SELLER, USER, WORD, user_features
+from online_model.ranker import Contexts, Items
+
+Rows: TypeAlias = Mapping[str, Mapping[int, Mapping[str, Any]]]  # table → id → column → its value, `weights` a tensor
+
+
+class PlainModel:
+    def __init__(self, rows: Rows, dim: int) -> None:
+        self.rows, self.zero = rows, torch.zeros(dim)
+
+    def inputs(self, asked: Sequence[tuple], position: torch.Tensor | None = None) -> tuple[Contexts, Items]:
+        """asked: (user id, history, ts, scenario, ids of the query's words, item id) each; every one a context."""
+        contexts = [self._context(*one[:5]) for one in asked]
+        items = [self._item(one[5], one[1], one[2]) for one in asked]
+        return (
+            Contexts(*(torch.stack(column) for column in zip(*contexts, strict=True))),
+            Items(*(torch.stack(column) for column in zip(*items, strict=True)), position, torch.arange(len(asked))),
+        )
+
+    def _context(self, user, history, ts, scenario, query) -> list[torch.Tensor]:
+        past = user_features(history[None], ts)
+        entries = [self.weights(ITEM, i) + self.content(i) if i else self.zero for i in past.items[0].tolist()]
+        return [
+            self.weights(USER, user), torch.stack(entries), torch.from_numpy(past.kinds[0]),
+            torch.from_numpy(past.recency[0]), self.mean(query), torch.from_numpy(past.context[0]),
+            torch.tensor(int(scenario)),
+        ]  # fmt: skip
+
+    def _item(self, item, history, ts) -> list[torch.Tensor]:
+        numbers = torch.tensor(self.numbers(item, history, ts), dtype=torch.float32)
+        return [self.weights(ITEM, item), self.content(item), numbers]
+
+    def weights(self, table: str, i: int) -> torch.Tensor:
+        row = self.rows[table].get(int(i))
+        return self.zero if row is None else row["weights"]
+
+    def column(self, item: int, name: str) -> Any:
+        row = self.rows[ITEM].get(int(item))
+        return 0 if row is None else row.get(name, 0)
+
+    def content(self, item: int) -> torch.Tensor:
+        words = self.column(item, "words")
+        return (
+            self.weights(CATEGORY, self.column(item, "category")) + self.weights(SELLER, self.column(item, "seller"))
+            + self.mean([] if isinstance(words, int) else words)
+        )  # fmt: skip
+
+    def mean(self, words) -> torch.Tensor:
+        known = [self.weights(WORD, w) for w in words if int(w) in self.rows[WORD]]
+        return sum(known, self.zero) / max(len(known), 1)
+
+    def numbers(self, item: int, history: np.ndarray, ts: int) -> list[float]:
+        created = int(self.column(item, "created"))
+        age = np.log1p(max(int(ts) - created, 0) / 3_600_000) / 10 if created > 0 else 0.0
+        groups = [(CATEGORY, self.column(item, "category")), (SELLER, self.column(item, "seller"))]
+        rates = [self._rates(table, i) for table, i in ((ITEM, item), *groups)]
+        past = user_features(history[None], ts)
+        recency, alike = past.recency[0].tolist(), []
+        for name in ("", "category", "seller"):
+            own = self.column(item, name) if name else item
+            others = [self.column(i, name) if name and i else i for i in past.items[0].tolist()]
+            same = [r for r, other in zip(recency, others, strict=True) if other == own != 0]
+            alike += [max(same, default=0.0), sum(same) / (sum(recency) + 1e-6)]
+        return [*rates[0], age, *rates[1], *rates[2], *alike]
+
+    def _rates(self, table: str, i: int) -> list[float]:
+        row = self.rows[table].get(int(i), {})
+        shown, clicks, others = (int(row.get(name, 0)) for name in ("impressions", "clicks", "interactions"))
+        rate = (min(clicks, shown) + 1.0) / (shown + 20.0)
+        return [np.log(rate / (1 - rate)) - np.log(0.05 / 0.95), np.log1p(shown) / 10, np.log1p(others) / 10]
