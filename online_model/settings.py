@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from embedding_store.encoding import Encoding
 from embedding_store.specs import Optimizer, RowRules
+from online_model.guard_settings import GuardSettings
 
 Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
@@ -89,8 +90,11 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     ] = 60.0
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()
+    guard: GuardSettings = GuardSettings()
 
     def __post_init__(self) -> None:
+        if self.guard.examples > self.window:
+            raise ValueError(f"guard.examples is {self.guard.examples}, of {self.window} scores in window: lower it")
         wait = self.purchase_wait_ms
         if self.feedback == "elapsed" and wait == 0:
             raise ValueError('feedback = "elapsed" needs a join.purchase_wait_ms: set that, or feedback = "calibrated"')

@@ -42,15 +42,16 @@ from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SELLER, SENT_FIRST, TITLE_WORDS, USER, table_specs
 from online_model.feedback import Strategy, strategy
+from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
 from online_model.learner import Batch, Candidates, Learner, candidates_of
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
-from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
+from online_model.ranker import CLICK, WATCH_TIME, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
-from online_model.watching import learned
+from online_model.watching import learned, plays_at
 from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
@@ -128,6 +129,7 @@ class Trainer:
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
+        self._guard = GuardState()
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
         self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
@@ -140,6 +142,7 @@ class Trainer:
         self.last_loss = 0.0  # of a row, the mean of the last step
         self.observer: Callable[[Scored], None] | None = None  # is told of each step; changes nothing
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
+        self.on_hold: Callable[[], object] = lambda: None  # called before the first commit that the guard holds back
 
     @property
     def store(self) -> CheckpointStore:
@@ -170,13 +173,33 @@ class Trainer:
     @property
     def owes(self) -> bool:
         """Whether replicas wait for rows that a commit held back: commit also while nothing new comes."""
-        return self._owed is not None and self._owed.rows > 0
+        return self._owed is not None and self._owed.rows > 0 and not self._guard.held
 
     @property
     def owed(self) -> dict[str, int]:
         """How many rows are owed to replicas (`rows`), and for how long the oldest has been (`oldest_ms`)."""
         assert self._owed is not None
         return self._owed.info(self._clock())
+
+    @property
+    def guard(self) -> GuardState:
+        """What the guard has decided, as of the last commit."""
+        return self._guard
+
+    @property
+    def rollback_due(self) -> bool:
+        """Whether the guard wants a rollback: close the store, `roll_back_if_due`, open the trainer again."""
+        return self._guard.due and self.settings.guard.rollback
+
+    @on_all_ranks
+    def give_up_rollback(self) -> None:
+        """The rollback that is due cannot be done."""
+        self._guard = given_up(self._guard)
+
+    @property
+    def drifts(self) -> dict[str, int]:
+        """Changes of the loss that were found, by task."""
+        return {task: drift.found for task, drift in self._evaluation.drift.items()}
 
     @property
     def commit_due(self) -> bool:
@@ -264,7 +287,8 @@ class Trainer:
 
     @on_all_ranks
     def commit(self, everything: bool = False) -> list[bytes] | None:
-        """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
+        """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish, none of
+        them where the guard holds it back (guard.py).
 
         None where nothing has changed and no row that is owed to replicas may go yet. `everything`: all that is owed
         goes, whatever `row_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
@@ -276,12 +300,15 @@ class Trainer:
             return None
         fault("commit.begun")
         touched, notes = self.tables.touched(), self.tables.notes()
-        parts = None
+        parts, before = None, (self._guard, self.epoch)
+        self._judge()
         try:
             if self.ranks.rank == 0:
-                parts = self._write(touched, notes, everything)
+                parts = self._write(touched, notes, everything, before[0])
         finally:
             written = self.ranks.from_first(lambda: parts is not None)
+            if not written:
+                self._guard, self.epoch = before
         if not written:
             return None
         self.tables.clear_touched()
@@ -291,10 +318,17 @@ class Trainer:
         fault("commit.done")
         return parts
 
+    def _judge(self) -> None:
+        """Whether the version to come is published. Where versions were held back before it, it begins an epoch:
+        replicas load the snapshot that is made of it."""
+        held = self._guard.held
+        self._guard = decide(self._guard, self.settings.guard, self.settings.window, self._evaluation.tasks)
+        self.epoch += held and not self._guard.held
+
     def _write(
-        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool
+        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool, before: GuardState
     ) -> list[bytes] | None:
-        """Steps 1 and 2 of a commit. None: there is nothing to write."""
+        """Steps 1 and 2 of a commit. None: there is nothing to write. `before`: the guard as of the last one."""
         assert self._owed is not None
         now_ms, sequence = self._clock(), self.sequence + 1
         gone, weights = self.tables.gone(), self._ranker.weights()
@@ -307,7 +341,9 @@ class Trainer:
         if not (self._changed or plan.tables):
             return None
         version.tables, version.info["owed"] = plan.tables, plan.info(now_ms)
-        parts = encode(version, rows=self.settings.encoding)
+        if self._guard.held and not before.held:
+            self.on_hold()
+        parts = [] if self._guard.held else encode(version, rows=self.settings.encoding)
         fault("commit.encoded")
         self.erasures += self._erased
         self.store.commit(Commit(
@@ -318,6 +354,7 @@ class Trainer:
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
         self._owed.accept(plan, now_ms)
+        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), f"{self.epoch}.{sequence}")
         return parts
 
     def restore(self) -> bool:
@@ -344,6 +381,7 @@ class Trainer:
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
         self._unclicked_rate = state["unclicked_rate"]
+        self._guard = state_from(state["guard"], self._evaluation.tasks)
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
@@ -371,6 +409,7 @@ class Trainer:
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
             "recent_items": len(self._recent),
             "owed": {} if self._owed is None else self.owed,
+            "guard": self._guard.info(),
             "settings": self._settings(),
         }
 
@@ -402,7 +441,7 @@ class Trainer:
         if self.observer is not None:
             self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
-            self._measure(rows, target, implicit, outcome.p)
+            self._evaluation.measure(rows, target, implicit, outcome.p, _watch_ms(rows, outcome.p, plays))
         if not outcome.learned:
             self._totals["not_finite"] += len(rows)
             log.warning("a batch of %s rows was left out: its loss or gradient is not finite", len(rows))
@@ -413,28 +452,6 @@ class Trainer:
         self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
-
-    def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
-        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together.
-
-        Each is made at first sight: a click's at SHOWN, a long view's at WATCH, a purchase's at the click's row, which
-        says purchase −1 where the joiner waits. Rows that come later only change its label.
-        """
-        n, tasks = len(rows), self._evaluation.tasks
-        impression = rows.source == Source.IMPRESSION
-        scored = impression & (rows.part == Part.SHOWN)
-        weight = 1 / rows.rate
-        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored], weight[scored])
-        watched = ~np.isnan(target[:, WATCH])
-        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH], weight[watched])
-        clicked = rows.click == 1
-        tasks["purchase"].add(rows.example_id[clicked], p[:n][clicked, PURCHASE], np.zeros(int(clicked.sum())))
-        tasks["click"].flip(rows.example_id[rows.part == Part.LATE_CLICK])
-        tasks["purchase"].flip(rows.example_id[rows.part == Part.PURCHASE])
-        if len(p) > n:
-            both = np.concatenate((p[implicit, CLICK], p[n:, CLICK]))
-            positive = np.arange(len(both)) < len(implicit)
-            tasks["click_sampled"].add(np.zeros(len(both), np.int64), both, positive)
 
     def _count(self, rows: Examples, at: np.ndarray) -> None:
         """The items' statistics and their cards."""
@@ -507,10 +524,20 @@ class Trainer:
         state = {"format": STATE_FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
                  "erased": int(self.erasures > self.purged)}
         state["unclicked_rate"] = self._unclicked_rate
+        state["guard"] = msgspec.to_builtins(self._guard)
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
 
     def _settings(self) -> dict:
         return msgspec.to_builtins(self.settings)
+
+
+def _watch_ms(rows: Examples, p: np.ndarray, plays: np.ndarray | None) -> np.ndarray:
+    """Predicted watch time in ms, float32 [n], of the rows that say how long the play was; nan elsewhere."""
+    out = np.full(len(rows), np.nan, np.float32)
+    played = np.flatnonzero(rows.play_ms >= 0)
+    if plays is not None and len(played):
+        out[played] = plays_at(plays, p[played, WATCH_TIME], rows.duration_ms[played])
+    return out
 
 
 def _batch(
