@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from embedding_store.tables import EmbeddingTables
-from online_model.examples import Examples
+from online_model.batch import Batch, Candidates
 from online_model.features import (
     CATEGORY,
     ITEM,
@@ -20,7 +21,6 @@ from online_model.features import (
     UserFeatures,
     age,
     matches,
-    mix,
     rates,
     user_features,
 )
@@ -28,44 +28,8 @@ from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
+USUAL_BATCHES, USUAL_ROWS = 100, 64
 _NONE = np.empty(0, np.int64)
-
-
-@dataclass
-class Candidates:
-    """N candidates of B contexts. A context is a user in a state, at a moment, in a scenario."""
-
-    user: np.ndarray  # int64 [B] ids
-    history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
-    moment: np.ndarray  # int64 [B] ms UTC
-    scenario: np.ndarray  # int64 [B]
-    query: np.ndarray  # int64 [B, QUERY_WORDS] ids of words, 0 none
-    item: np.ndarray  # int64 [N] ids
-    ctx: np.ndarray  # int64 [N] the candidate's context
-    position: np.ndarray  # int64 [N] place on the page, -1 unknown
-
-    @property
-    def ts(self) -> np.ndarray:
-        """The candidates' moments, int64 [N]."""
-        return self.moment[self.ctx]
-
-
-@dataclass
-class Batch:
-    """Candidates, with what each head learns from them."""
-
-    now_ms: int  # event time, never less than in a batch before
-    candidates: Candidates
-    sighting: np.ndarray  # int64 [B] the example that the user was seen in
-    example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
-    target: np.ndarray  # float32 [N, heads], nan where nothing is learned
-    weight: np.ndarray  # float32 [N] of all of the row's losses
-    offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
-    impression: np.ndarray  # bool [N] of an impression: purchases may be learned from all of these
-    rows_for: np.ndarray  # float32 [N] how many rows the row stands for, whatever `weight` says
-    chance: float  # that of an item to be drawn as a negative …
-    shown_before: int  # how many were shown so far
-    shown: np.ndarray  # bool [N] … or it was shown, or clicked without that: retrieval learns from both
 
 
 @dataclass
@@ -75,7 +39,26 @@ class Outcome:
     p: np.ndarray  # float32 [N, heads] probabilities of click, watch, …, from before the step
     rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
     loss: float  # the mean of a row
-    learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
+    learned: bool  # False: nothing of the model was changed
+
+
+@dataclass
+class UsualLoss:
+    """The mean loss of a row as it was of late, so that one that explodes is told from it."""
+
+    mean: float = 0.0
+    batches: int = 0
+
+    def add(self, loss: float) -> None:
+        """Of one more batch."""
+        self.batches += 1
+        self.mean += (loss - self.mean) / min(self.batches, USUAL_BATCHES)
+
+    def limit(self, times: float, rows: int) -> float:
+        """The mean loss from which on a batch of so many rows explodes; 0 times: none. A few rows may be unlucky."""
+        if not times or self.batches < USUAL_BATCHES:
+            return math.inf
+        return times * self.mean * max(1.0, USUAL_ROWS / max(rows, 1))
 
 
 @dataclass
@@ -143,9 +126,11 @@ class Learner:
 
     def __init__(
         self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float,
-        retrieval: float = 0.0,
-    ) -> None:
-        """retrieval: the weight of the two towers' loss."""
+        retrieval: float = 0.0, clip: float = 0.0, bf16: bool = False,
+    ) -> None:  # fmt: skip
+        """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient and of each
+        row's; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
+        self._clip, self._bf16 = clip, bf16
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
         wide = ranker.wide_parameters()
@@ -154,8 +139,15 @@ class Learner:
         groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
         self._adam = torch.optim.Adam(groups, fused=True)
 
-    def learn(self, batch: Batch) -> Outcome:
-        """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs."""
+    def learn(self, batch: Batch, most: float = math.inf) -> Outcome:
+        """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs.
+
+        Where the mean loss of a row is more than `most`, or anything is not finite, nothing of the model is changed.
+
+        Two backward passes, so that nothing is updated before all is known to be sound: fused optimizers update during
+        theirs. The first goes to the tables' outputs; what it gives is checked, agreed on by the ranks, and clipped;
+        the second hands it to the tables.
+        """
         c, tables = batch.candidates, self.tables
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, c.user, admit=True, examples=batch.sighting)
@@ -167,7 +159,7 @@ class Learner:
         leaves, outputs = self._embed(share)
         vectors = self._vectors(share, leaves)
         contexts, items = self._inputs(c, looked, share, leaves, vectors)
-        logits = self.ranker(contexts, items)
+        logits = self._logits(contexts, items)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
         if self._retrieval:
@@ -177,17 +169,19 @@ class Learner:
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        # Two backward passes, so that nothing is updated before every gradient is known to be finite.
         finite = (bool(torch.isfinite(g).all()) for g in grads)
-        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite))
+        mean = self._mean(loss.detach(), len(c.item))
+        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite)) and mean <= most
         if learned:
-            torch.autograd.backward(outputs, grads)
+            torch.autograd.backward(outputs, [self._clipped(g) for g in grads])
             for w in self._weights():
                 if w.grad is not None:
                     w.grad /= len(c.item)  # tables learn from sums, the ranker from means
+            if self._clip:
+                torch.nn.utils.clip_grad_norm_(self._weights(), self._clip)
             self._adam.step()
         every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
-        return Outcome(every, rows, self._mean(loss.detach(), len(c.item)), learned)
+        return Outcome(every, rows, mean, learned)
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
@@ -200,13 +194,23 @@ class Learner:
         share = self._share(looked, learning=False)
         leaves, _ = self._embed(share)
         contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
-        p = probabilities(self.ranker(contexts, items), self._feedback)
+        p = probabilities(self._logits(contexts, items), self._feedback)
         a, b = self.ranker.towers(contexts)
         affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
         affinity = affinity + items.numbers[:, :-MATCHES] @ self.ranker.tower_numbers
         both = torch.cat((p, affinity.unsqueeze(1)), 1).cpu().numpy()
         every = self._of_all(both, share.part, n)
         return every[:, :-1], every[:, -1]
+
+    def _logits(self, contexts: Contexts, items: Items) -> torch.Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self.ranker(contexts, items).float()
+
+    def _clipped(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Of rows [m, D], each no longer than `clip`. With several ranks a row's parts are clipped each by itself."""
+        if not self._clip:
+            return gradients
+        return gradients * (self._clip / gradients.norm(dim=1, keepdim=True).clamp(min=self._clip))
 
     def _mean(self, loss: torch.Tensor, n: int) -> float:
         """The mean loss of a row, where `loss` is the sum of this rank's share."""
@@ -410,32 +414,3 @@ class Learner:
 def stored_rates(tables: EmbeddingTables, table: str, rows: np.ndarray) -> np.ndarray:
     """`rates` of rows int64 [n] as they are in the table now."""
     return rates(*(tables.values(table, name, rows) for name in ("impressions", "clicks", "interactions")))
-
-
-def candidates_of(rows: Examples, implicit: np.ndarray, drawn: np.ndarray) -> tuple[Candidates, np.ndarray, np.ndarray]:
-    """(the rows as candidates, then the negatives `drawn` int64 [m, k] for those at `implicit` int64 [m], in the same
-    contexts; which row each candidate came with, int64 [n + m · k]; which row each context came with, int64 [B])."""
-    first, ctx = unique_contexts(rows.history, rows.user, rows.ts, rows.scenario, *rows.query.T)
-    every = np.concatenate((np.arange(len(rows)), np.repeat(implicit, drawn.shape[1])))
-    return Candidates(
-        user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
-        scenario=rows.scenario[first].astype(np.int64), query=rows.query[first],
-        item=np.concatenate((rows.item, drawn.ravel())),
-        ctx=ctx[every], position=rows.position[every].astype(np.int64),
-    ), every, first  # fmt: skip
-
-
-def unique_contexts(history: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index int64 [B] of one row for each distinct (history, columns), which of them each row is int64 [n]).
-
-    history: uint8 [n, HISTORY_BYTES]; columns: integers [n]. The rows of an impression share theirs, whatever they say.
-    """
-    numbers = [column.astype(np.int64)[:, None] for column in columns]
-    words = np.concatenate((*numbers, np.ascontiguousarray(history).view(np.int64)), axis=1)
-    with np.errstate(over="ignore"):
-        factors = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-        key = mix(words[:, 0] ^ words[:, 1]) + words.view(np.uint64) @ factors
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    if np.array_equal(words, words[first[inverse]]):
-        return first, inverse
-    return np.arange(len(words)), np.arange(len(words))  # two contexts share a hash: none is shared

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from online_model.learner import Candidates
+from online_model.batch import Candidates
 from online_model.trainer import CatalogueItem
 from replay.comparison.stream import Batch
 

@@ -14,7 +14,7 @@ import numpy as np
 from river import facto, linear_model, optim, reco
 from vowpalwabbit import Workspace
 
-from online_model.learner import Candidates
+from online_model.batch import Candidates
 from online_model.trainer import CatalogueItem
 from replay.comparison.sparse import Fields, hashed
 from replay.comparison.stream import Batch

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from embedding_store.errors import UsageError
+from online_model.batch import Candidates, candidates_of
 from online_model.examples import Examples, Part, Source
 from online_model.features import mix
-from online_model.learner import Candidates, candidates_of
 from online_model.negatives import RecentItems
 from online_model.positions import Intake
 from online_model.settings import TrainerSettings

@@ -131,7 +131,7 @@ def _not_finite(store: Path) -> None:
         (block,) = make_blocks(rows, 64, 0, 100)
         trainer.offer(block, 10)
         trainer.step(drain=True)
-        assert trainer.info()["not_finite"] == 64
+        assert trainer.info()["left_out"] == 64
         for name, weights in trainer._ranker.weights().items():
             assert (weights == before[name]).all(), name
         trainer.commit()

@@ -117,7 +117,7 @@ def test_a_wider_model_scores_as_before_and_goes_on_learning(wanted: TrainerSett
         assert replica.apply(version)
     trainer.store.close()
     assert (trainer.positions[0].rows, trainer.positions[0].sum) == ids_of(log())
-    assert trainer.info()["not_finite"] == 0
+    assert trainer.info()["left_out"] == 0
     for name, weights in trainer._ranker.weights().items():
         moved = weights != start[name]
         sparse = ("place", "wide", "from_scenario", "scenario", "plays")
@@ -282,7 +282,7 @@ def test_heads_that_only_learning_needed_go_again(tmp_path: Path) -> None:
     trainer = opened(tmp_path / "s", BEFORE)
     assert trainer._ranker.bias.shape == (4,)
     learn(trainer, log()[6:], 6)
-    assert trainer.info()["not_finite"] == 0
+    assert trainer.info()["left_out"] == 0
     trainer.store.close()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from online_model.learner import Candidates
+from online_model.batch import Candidates
 from replay.comparison import metrics
 from replay.comparison.contract import System
 from replay.comparison.harness import SYSTEMS, Truth, make, run, run_all
