@@ -24,9 +24,10 @@ USER, ITEM, CATEGORY, SELLER, WORD = "user", "item", "category", "seller", "word
 CARD = "card"  # the blob family of catalogue records: item id → JSON
 TITLE_WORDS = 6  # of a title, the first so many
 CONTEXT = len(HORIZONS_S) * len(COUNTED) + 2 + 4  # numbers of a user at a moment
-RATES = 3  # numbers of what was counted of an item, a category, a seller
+RATES = 4  # numbers of what was counted of an item, a category, a seller
+HEAT_S = (3_600, 259_200)  # half-lives of what was clicked of late
 MATCHES = 6  # numbers of what an item and a history have in common
-NUMBERS = 3 * RATES + 1 + MATCHES  # of a candidate
+NUMBERS = 3 * RATES + 1 + len(HEAT_S) + MATCHES  # of a candidate
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
 PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
 _DAY_MS, _WEEK_MS = 86_400_000, 604_800_000
+_LOGS = 3.0  # what logarithms are divided by: most are between 0 and 3 then
 _PRIOR_LOGIT = float(np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))
 
 USER_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("|u1", (HISTORY_BYTES,))}  # the newest state
@@ -70,6 +72,8 @@ COUNTS: dict[str, tuple[str, tuple[int, ...]]] = {
     "interactions": ("<i8", ()),  # positives of logs without impressions: no click rate is made of them
 }
 ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = COUNTS | {
+    "heat": ("<f4", (len(HEAT_S),)),  # clicks and other positives, each counting half after a half-life …
+    "heat_ms": ("<i8", ()),  # … as of then, ms UTC
     "category": ("<i8", ()),  # feature_id("category", …), 0 none
     "seller": ("<i8", ()),  # feature_id("seller", …), 0 none
     "words": ("<i8", (TITLE_WORDS,)),  # word ids of the title, 0 none
@@ -123,18 +127,20 @@ def words_of(text: str, most: int) -> np.ndarray:
 def rates(impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray) -> np.ndarray:
     """Numbers float32 [n, RATES] of counts int64 [n] of items, categories or sellers: all that was learned so far.
 
-    The logit of the smoothed click rate less its prior's (0: never shown), log of impressions, log of interactions.
+    The logit of the smoothed click rate less its prior's (0: never shown), log of impressions, log of interactions, and
+    whether it was never seen: a first time is no small number of times.
 
     >>> rates(np.array([0]), np.array([0]), np.array([0])).tolist()
-    [[0.0, 0.0, 0.0]]
+    [[0.0, 0.0, 0.0, 1.0]]
     """
     shown = np.asarray(impressions, np.float64)
     clicked = np.minimum(clicks, shown)  # a late click may be of an impression that was not learned
     rate = (clicked + CLICK_PRIOR * PRIOR_STRENGTH) / (shown + PRIOR_STRENGTH)
     out = np.empty((len(shown), RATES), np.float32)
     out[:, 0] = np.log(rate / (1 - rate)) - _PRIOR_LOGIT
-    out[:, 1] = np.log1p(shown) / 10
-    out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / 10
+    out[:, 1] = np.log1p(shown) / _LOGS
+    out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / _LOGS
+    out[:, 3] = (shown == 0) & (np.asarray(interactions) == 0)
     return out
 
 
@@ -142,7 +148,13 @@ def age(created: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
     """Log of the age in hours at `ts` (ms UTC) of what was created then, float32 [n, 1]; 0 where that is not known."""
     created = np.asarray(created, np.int64)
     hours = np.where(created > 0, np.maximum(np.asarray(ts, np.int64) - created, 0), 0) / 3_600_000
-    return (np.log1p(hours) / 10).astype(np.float32)[:, None]
+    return (np.log1p(hours) / _LOGS).astype(np.float32)[:, None]
+
+
+def heat(heats: np.ndarray, since: np.ndarray, ts: np.ndarray | int) -> np.ndarray:
+    """What is left at `ts` (ms UTC) of heats float32 [n, len(HEAT_S)] as of `since` (ms UTC, [n]): the same shape."""
+    passed = np.maximum(np.asarray(ts, np.int64) - since, 0)[:, None] / 1000
+    return (heats * 0.5 ** (passed / np.array(HEAT_S))).astype(np.float32)
 
 
 def matches(

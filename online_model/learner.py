@@ -20,6 +20,7 @@ from online_model.features import (
     WORD,
     UserFeatures,
     age,
+    heat,
     matches,
     rates,
     user_features,
@@ -379,7 +380,8 @@ class Learner:
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
         of_items = [c.item] + [own[at] for own in groups.values()]
         ts = c.ts
-        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), ts)]
+        left = heat(tables.values(ITEM, "heat", rows), tables.values(ITEM, "heat_ms", rows), ts)
+        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), ts), np.log1p(left)]
         for name in groups:
             parts.append(stored_rates(tables, name, group_rows[name])[places[name][at]])
         parts.append(matches(past, of_entries, of_items, c.ctx))

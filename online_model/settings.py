@@ -23,7 +23,7 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     sellers: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     words: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 16  # of titles and queries
-    learning_rate: Annotated[float, Meta(gt=0)] = 0.2
+    learning_rate: Annotated[float, Meta(gt=0)] = 0.4
     eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
     optimizer: Optimizer = "row_wise_adagrad"  # of the tables; it decides what else a row holds in the store
     user_rules: RowRules = RowRules()
@@ -68,7 +68,7 @@ class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How the model learns. A change raises the epoch at the next start."""
 
-    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 1024  # rows a step at most
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 128  # rows a step at most: small, so that the next step knows what this one learned
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
     wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
     retrieval: Annotated[float, Meta(ge=0, description="weight of the two towers' loss; 0: not learned")] = 1.0

@@ -51,7 +51,7 @@ from online_model.positions import Intake, Position
 from online_model.ranker import CLICK, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
-from online_model.statistics import card_hash, count, new_cards, predicted_plays, watched
+from online_model.statistics import card_hash, count, new_cards, predicted_plays, warm, watched
 from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
@@ -463,6 +463,7 @@ class Trainer:
     def _count(self, rows: Examples, at: np.ndarray, plays: np.ndarray | None) -> None:
         """Step 4: what was learned counts."""
         count(self.tables, rows, at)
+        warm(self.tables, rows, at, self._totals["event_time_ms"])
         self._cards.update(new_cards(self.tables, rows, at))
         self._recent.push(rows.item[rows.part == Part.SHOWN])
         if plays is not None and (rows.play_ms >= 0).any():

@@ -7,7 +7,7 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord
-from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, age, rates, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, age, heat, rates, table_specs
 from online_model.ranker import Ranker
 from online_model.serving.catalogue import Card, Catalogue, read_cards
 from online_model.serving.table import Table
@@ -98,7 +98,8 @@ class State:
     def numbers(self, rows: np.ndarray, now_ms: int) -> np.ndarray:
         """The numbers of item rows int64 [n] at `now_ms` that hang on no user: float32 [n, NUMBERS - MATCHES]."""
         columns = self.items.columns
-        parts = [self._rates(ITEM, rows), age(columns["created"][rows], now_ms)]
+        left = np.log1p(heat(columns["heat"][rows], columns["heat_ms"][rows], now_ms))
+        parts = [self._rates(ITEM, rows), age(columns["created"][rows], now_ms), left]
         parts += [self._rates(name, columns[_LINKED[name]][rows]) for name in (CATEGORY, SELLER)]
         return np.concatenate(parts, axis=1)
 

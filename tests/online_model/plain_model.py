@@ -61,7 +61,7 @@ class PlainModel:
 
     def numbers(self, item: int, history: np.ndarray, ts: int) -> list[float]:
         created = int(self.column(item, "created"))
-        age = np.log1p(max(int(ts) - created, 0) / 3_600_000) / 10 if created > 0 else 0.0
+        age = np.log1p(max(int(ts) - created, 0) / 3_600_000) / 3 if created > 0 else 0.0
         groups = [(CATEGORY, self.column(item, "category")), (SELLER, self.column(item, "seller"))]
         rates = [self._rates(table, i) for table, i in ((ITEM, item), *groups)]
         past = user_features(history[None], ts)
@@ -71,10 +71,14 @@ class PlainModel:
             others = [self.column(i, name) if name and i else i for i in past.items[0].tolist()]
             same = [r for r, other in zip(recency, others, strict=True) if other == own != 0]
             alike += [max(same, default=0.0), sum(same) / (sum(recency) + 1e-6)]
-        return [*rates[0], age, *rates[1], *rates[2], *alike]
+        heats, passed = self.column(item, "heat"), max(int(ts) - int(self.column(item, "heat_ms")), 0) / 1000
+        heats = [0.0, 0.0] if isinstance(heats, int) else [float(h) for h in heats]
+        left = [np.log1p(h * 0.5 ** (passed / half)) for h, half in zip(heats, (3_600, 259_200), strict=True)]
+        return [*rates[0], age, *left, *rates[1], *rates[2], *alike]
 
     def _rates(self, table: str, i: int) -> list[float]:
         row = self.rows[table].get(int(i), {})
         shown, clicks, others = (int(row.get(name, 0)) for name in ("impressions", "clicks", "interactions"))
         rate = (min(clicks, shown) + 1.0) / (shown + 20.0)
-        return [np.log(rate / (1 - rate)) - np.log(0.05 / 0.95), np.log1p(shown) / 10, np.log1p(others) / 10]
+        logit = np.log(rate / (1 - rate)) - np.log(0.05 / 0.95)
+        return [logit, np.log1p(shown) / 3, np.log1p(others) / 3, float(shown + others == 0)]

@@ -31,7 +31,7 @@ class PlainTrainer:
             {"params": deep, "lr": settings.learning_rate}, {"params": wide, "lr": settings.wide_rate},
         ])  # fmt: skip
         self.rows: dict[str, dict[int, dict]] = {table: {} for table in TABLES}
-        self.shown = 0
+        self.shown = self.now = 0
 
     def step(self, rows: Examples) -> np.ndarray:
         """Scores and learns; probabilities [n, heads] from before."""
@@ -104,6 +104,14 @@ class PlainTrainer:
         return total
 
     def _count(self, rows: Examples) -> None:
+        self.now = max(self.now, int(rows.closed.max()))
+        for i in range(len(rows)):
+            if rows.click[i] == 1:
+                row = self.rows[ITEM][int(rows.item[i])]
+                passed = (self.now - row.get("heat_ms", 0)) / 1000
+                heats = zip(row.get("heat", (0.0, 0.0)), (3_600, 259_200), strict=True)
+                row["heat"] = [h * 0.5 ** (passed / half) + 1 for h, half in heats]
+                row["heat_ms"] = self.now
         self.shown += int((rows.part == Part.SHOWN).sum())
         for i in range(len(rows)):
             if rows.source[i] == Source.IMPRESSION and rows.part[i] in (Part.SHOWN, Part.LATE_CLICK):

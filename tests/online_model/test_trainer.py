@@ -20,7 +20,7 @@ from tests.online_model.plain_trainer import PlainTrainer
 
 SMALL = TrainerSettings(
     batch_size=64, features=FeatureSettings(dim=8, users=100, items=200, categories=20),
-    ranker=RankerSettings(hidden=16, second=8, third=8), window=500, recent_items=20,
+    ranker=RankerSettings(hidden=16, second=8, third=8), window=500, recent_items=20, clip=0,
 )  # fmt: skip
 NOW = START + 1
 
@@ -92,7 +92,7 @@ def test_a_step_is_what_plain_torch_computes(trainer):
         got = trainer.tables.read_rows(table, trainer.tables.rows(table, ids, admit=False))
         expected = np.stack([rows_of[i]["weights"].numpy() for i in ids.tolist()])
         assert got["weights"] == pytest.approx(expected, abs=2e-5)
-        for name, tolerance in {"momentum": 2e-5, "impressions": 0, "clicks": 0, "created": 0}.items():
+        for name, tolerance in {"momentum": 2e-5, "impressions": 0, "clicks": 0, "created": 0, "heat_ms": 0}.items():
             if name in got:
                 assert got[name] == pytest.approx([rows_of[i].get(name, 0) for i in ids.tolist()], abs=tolerance), name
     for name, weights in trainer._ranker.weights().items():

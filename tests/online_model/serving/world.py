@@ -42,7 +42,7 @@ def item_rows(
     zero = np.zeros(n, np.int64)
     category = zero if categories is None else ids(CATEGORY, categories)
     fields = {name: np.zeros((n, *shape), dtype) for name, (dtype, shape) in ITEM_EXTRAS.items()}
-    given = {name: np.asarray(column, np.int64) for name, column in columns.items()}
+    given = {name: np.asarray(column, ITEM_EXTRAS[name][0]) for name, column in columns.items()}
     fields |= {"weights": np.asarray(weights, np.float32), "category": category}
     return TableRows(ids(ITEM, raw), fields | given)
 
@@ -99,6 +99,7 @@ def world(n_items: int = 40, n_users: int = 6, seed: int = 1) -> Version:
         tables={
             ITEM: item_rows(
                 items, rng.normal(0, 0.5, (n_items, DIM)), [i % 4 for i in items],
+                heat=rng.random((n_items, 2)) * 9, heat_ms=NOW - rng.integers(0, 90, n_items) * HOUR,
                 impressions=shown, clicks=shown // 5, created=NOW - rng.integers(0, 90, n_items) * HOUR,
                 seller=ids(SELLER, [i % 3 for i in items]), words=[TITLES[i % len(TITLES)] for i in items],
             ),
