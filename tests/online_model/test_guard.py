@@ -141,6 +141,8 @@ def test_what_is_held_back_reaches_no_replica_and_the_outbox_stays_empty(world):
         assert world.trainer.store.outbox() == []
     assert holds(world.follow(world.replica), last)
     assert holds(world.started(), last), "a replica that starts now starts from the last good version"
+    world.topic.clear()
+    assert holds(world.started(), last), "also when the topic has forgotten the versions that lead to it"
 
 
 def test_what_was_learned_while_held_reaches_replicas_when_it_ends(world):

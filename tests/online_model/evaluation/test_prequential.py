@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from online_model import ranker
 from online_model.evaluation import Evaluation
 from online_model.examples import Examples, Part, Source
 from online_model.ranker import CLICK, PURCHASE, WATCH
 from tests.online_model.evaluation.test_scores import data
 from tests.online_model.logs import later, make_rows
 
-HEADS = 3
+HEADS = len(ranker.HEADS)
 
 
 def target_of(rows):
