@@ -30,6 +30,7 @@ from online_model.losses import loss_sum, retrieval_loss
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
 USUAL_BATCHES, USUAL_ROWS = 100, 64
+ADAM_EPS = 1e-6  # gradients are means: below this they are what rounding leaves of zero, and must not be scaled up
 _NONE = np.empty(0, np.int64)
 
 
@@ -138,7 +139,7 @@ class Learner:
         ids = {id(p) for p in wide}
         deep = [p for p in ranker.parameters() if id(p) not in ids]
         groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
-        self._adam = torch.optim.Adam(groups, fused=True)
+        self._adam = torch.optim.Adam(groups, eps=ADAM_EPS, fused=True)
 
     def learn(self, batch: Batch, most: float = math.inf) -> Outcome:
         """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs.

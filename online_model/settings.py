@@ -68,7 +68,9 @@ class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How the model learns. A change raises the epoch at the next start."""
 
-    batch_size: Annotated[int, Meta(ge=1, le=1 << 16)] = 128  # rows a step at most: small, so that the next step knows what this one learned
+    batch_size: Annotated[
+        int, Meta(ge=1, le=1 << 16, description="rows a step at most: the next one knows what this one has learned")
+    ] = 128
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
     wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
     retrieval: Annotated[float, Meta(ge=0, description="weight of the two towers' loss; 0: not learned")] = 1.0

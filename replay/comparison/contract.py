@@ -29,3 +29,10 @@ class System(Protocol):
 
     def learn(self, batch: Batch) -> None:
         """Once for each batch, in order, after it was scored."""
+
+
+class Orders(System, Protocol):
+    """A system that orders a next item's candidates by something else than the probability of a click on each."""
+
+    def order(self, candidates: Candidates) -> np.ndarray:
+        """float64 [N], higher is likelier to be next; as `score` otherwise."""

@@ -85,7 +85,7 @@ def make(names: Sequence[str], stream: Stream, model: TrainerSettings) -> dict[s
     from replay.comparison import counting, ours, peers
 
     torch.set_num_threads(1)  # the last bits hang on it
-    leader, batches, seed = ours.Leader(model), len(stream.batches), model.seed
+    leader, batches, seed = ours.Leader(model, stream.implicit), len(stream.batches), model.seed
     makers: dict[str, Callable[[], System]] = {
         HEADRACE: lambda: ours.Online(leader),
         "popularity": lambda: counting.Popularity(stream),
@@ -127,7 +127,8 @@ def _test(system: System, batch: Batch, score: list[np.ndarray], ranked: list[di
     system.catalogue(batch.catalogue)
     score.append(_sound(system.score(batch.scored.candidates), system))
     if batch.ranked is not None:
-        every = _sound(system.score(batch.ranked.candidates), system)
+        order = system.order if hasattr(system, "order") else system.score
+        every = _sound(order(batch.ranked.candidates), system)
         ranked.append(metrics.gains(every.reshape(len(batch.ranked.user), -1)))
 
 

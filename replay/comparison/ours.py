@@ -26,7 +26,8 @@ from replay.comparison.stream import Batch
 class Model:
     """A trainer without a store: all rows in memory, no commits."""
 
-    def __init__(self, settings: TrainerSettings) -> None:
+    def __init__(self, settings: TrainerSettings, implicit: bool) -> None:
+        self._implicit = implicit
         self.ranker = Ranker(settings.features.dim, settings.ranker, len(feedback_of(settings).extra))
         self.tables = EmbeddingTables(table_specs(settings.features))
         self.trainer = Trainer(settings, self.tables, self.ranker, None, lambda: 0)
@@ -53,6 +54,12 @@ class Model:
         p, _ = self.trainer.score(candidates)
         return p[:, CLICK].astype(np.float64)
 
+    def order(self, candidates: Candidates) -> np.ndarray:
+        """What is next: float64 [N]. Where clicks are learned against items drawn from all, by the click; where they
+        are learned against what else was shown, a click says nothing of what comes to be shown: by the affinity."""
+        p, affinity = self.trainer.score(candidates)
+        return (p[:, CLICK] if self._implicit else affinity).astype(np.float64)
+
 
 class Leader:
     """The model that learns, batch by batch, and what of it has changed for each that follows.
@@ -60,8 +67,9 @@ class Leader:
     Its users call `learn` with every batch, in order; the first of them makes it learn.
     """
 
-    def __init__(self, settings: TrainerSettings) -> None:
-        self.settings, self.model = settings, Model(settings)
+    def __init__(self, settings: TrainerSettings, implicit: bool) -> None:
+        """implicit: the log has no impressions."""
+        self.settings, self.implicit, self.model = settings, implicit, Model(settings, implicit)
         self._learned = self._told = -1
         self._followers: list[Copy] = []
 
@@ -100,7 +108,7 @@ class Copy:
     """A serving copy of a leader's model: what is copied at a `sync` is what has changed since the last one."""
 
     def __init__(self, leader: Leader) -> None:
-        self._leader, self._model = leader, Model(leader.settings)
+        self._leader, self._model = leader, Model(leader.settings, leader.implicit)
         self._changed: dict[str, list[np.ndarray]] = {}
         self._gone: dict[str, list[np.ndarray]] = {}
         self.syncs = self.rows = 0
@@ -108,6 +116,9 @@ class Copy:
     def score(self, candidates: Candidates) -> np.ndarray:
         """As `Model.score`, of the model of the last sync."""
         return self._model.score(candidates)
+
+    def order(self, candidates: Candidates) -> np.ndarray:
+        return self._model.order(candidates)
 
     def note(self, touched: dict[str, np.ndarray], gone: dict[str, np.ndarray]) -> None:
         for kept, new in ((self._changed, touched), (self._gone, gone)):
@@ -146,6 +157,9 @@ class Online:
     def score(self, candidates: Candidates) -> np.ndarray:
         return self._leader.model.score(candidates)
 
+    def order(self, candidates: Candidates) -> np.ndarray:
+        return self._leader.model.order(candidates)
+
     def learn(self, batch: Batch) -> None:
         self._next = batch.number + 1
         self._leader.learn(batch)
@@ -164,6 +178,9 @@ class Following:
 
     def score(self, candidates: Candidates) -> np.ndarray:
         return self.copy.score(candidates)
+
+    def order(self, candidates: Candidates) -> np.ndarray:
+        return self.copy.order(candidates)
 
     def learn(self, batch: Batch) -> None:
         self._next = batch.number + 1

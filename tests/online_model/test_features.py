@@ -16,6 +16,7 @@ from online_model.features import (
     SELLER,
     WORD,
     age,
+    heat,
     matches,
     mix,
     rates,
@@ -36,7 +37,7 @@ def counted(impressions=0, clicks=0, interactions=0):
 
 
 def test_what_is_unknown_has_no_numbers():
-    assert counted().tolist() == [[0.0] * RATES]
+    assert counted().tolist() == [[0.0] * (RATES - 1) + [1.0]], "but for that it was never seen"
     assert age(np.array([0]), 1_700_000_000_000).tolist() == [[0.0]]
 
 
@@ -54,11 +55,18 @@ def test_interactions_claim_no_click_rate():
 
 
 def test_counts_are_logarithms_of_what_was_shown():
-    assert counted(impressions=99, clicks=3)[0, 1] == pytest.approx(np.log(100) / 10)
+    assert counted(impressions=99, clicks=3)[0, 1] == pytest.approx(np.log(100) / 3)
 
 
 def test_late_clicks_never_make_a_rate_above_one():
     assert np.isfinite(counted(impressions=1, clicks=10_000)).all()
+
+
+def test_heat_halves_with_each_half_life_and_never_grows_by_itself():
+    start = np.array([[8.0, 8.0]], np.float32)
+    assert heat(start, np.array([MONDAY]), MONDAY + HOUR)[0].tolist() == pytest.approx([4.0, 8 * 0.5 ** (1 / 72)])
+    assert heat(start, np.array([MONDAY]), MONDAY + 3 * DAY)[0, 1] == pytest.approx(4.0)
+    assert heat(start, np.array([MONDAY]), MONDAY - DAY).tolist() == start.tolist(), "an example of before"
 
 
 def test_words_are_of_any_script_each_once_without_case():
@@ -92,7 +100,7 @@ def test_age_is_never_negative_and_takes_one_time_or_many():
     one = age(created, 3_601_000)
     many = age(created, np.array([3_601_000, 3_601_000]))
     assert one.tolist() == many.tolist()
-    assert one[:, 0] == pytest.approx([np.log(2) / 10, 0])
+    assert one[:, 0] == pytest.approx([np.log(2) / 3, 0])
 
 
 def test_mix_is_splitmix64():

@@ -86,17 +86,17 @@ def test_a_step_is_what_plain_torch_computes(trainer):
         trainer.offer(block, number)
         assert trainer.step() == len(block.examples)
         shown = block.examples.part == Part.SHOWN
-        assert scores[-1] == pytest.approx(expected[shown, 0], abs=1e-5)
+        assert scores[-1] == pytest.approx(expected[shown, 0], abs=1e-4)
     for table, rows_of in plain.rows.items():
         ids = np.array(sorted(rows_of))
         got = trainer.tables.read_rows(table, trainer.tables.rows(table, ids, admit=False))
         expected = np.stack([rows_of[i]["weights"].numpy() for i in ids.tolist()])
-        assert got["weights"] == pytest.approx(expected, abs=2e-5)
-        for name, tolerance in {"momentum": 2e-5, "impressions": 0, "clicks": 0, "created": 0, "heat_ms": 0}.items():
+        assert got["weights"] == pytest.approx(expected, abs=5e-4)
+        for name, tolerance in {"momentum": 5e-4, "impressions": 0, "clicks": 0, "created": 0, "heat_ms": 0}.items():
             if name in got:
                 assert got[name] == pytest.approx([rows_of[i].get(name, 0) for i in ids.tolist()], abs=tolerance), name
     for name, weights in trainer._ranker.weights().items():
-        assert weights == pytest.approx(plain.ranker.weights()[name], abs=2e-5), name
+        assert weights == pytest.approx(plain.ranker.weights()[name], abs=5e-4), name
 
 
 def test_statistics_are_as_before_the_batch(trainer):

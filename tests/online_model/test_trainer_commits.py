@@ -164,7 +164,8 @@ def test_a_version_holds_what_was_touched_and_where_it_is(tmp_path):
     assert set(version.dense) == set(trainer._ranker.weights())
     rows = version.tables["item"]
     assert set(rows.columns) == {
-        "weights", "impressions", "clicks", "interactions", "heat", "heat_ms", "category", "seller", "words", "created", "duration", "card"
+        "weights", "impressions", "clicks", "interactions", "heat", "heat_ms",
+        "category", "seller", "words", "created", "duration", "card"
     }  # fmt: skip
     at = trainer.tables.rows("item", rows.ids, admit=False)
     assert (trainer.tables.read_rows("item", at)["weights"] == rows.columns["weights"]).all()
