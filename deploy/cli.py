@@ -19,6 +19,7 @@ from deploy.commands import (
     bench,
     broker,
     checkpoint,
+    compare,
     dashboards,
     demo,
     doctor,
@@ -42,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (doctor, demo, workers, init, replay, simulate, torture):
+for part in (doctor, demo, workers, init, replay, simulate, compare, torture):
     part.register(app)
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")

@@ -28,6 +28,11 @@ PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
      tuple((f'histogram_quantile({q}, sum by (le, route) (rate(headrace_serve_request_seconds_bucket'
             '{route=~"/v1/(rank|recommend)"}[1m])))', f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99))),
     ("Rows held", "Rows in a replica's tables.", "short", (("headrace_replica_rows", "{{instance}} {{table}}"),)),
+    ("Held back by the guard", "1: versions are not published, the trainer's log says why; rollbacks in a row.", "none",
+     (("headrace_train_guard_held", "held"), ("headrace_train_guard_rollbacks", "rollbacks"))),
+    ("Drift of the loss", "Changes of the log loss that were found, by task, per hour.", "none",
+     tuple((f"increase(headrace_train_drifts_{task}_total[1h])", task)
+           for task in ("click", "watch", "click_sampled"))),
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -27,8 +27,12 @@ _CHUNK = 10_000  # rows at a time: small, so that the trainer's thread gets its 
 _NAME = re.compile(r"\d+-\d+")
 
 
-def snapshot_of(store: CheckpointStore, directory: Path, keep: int = KEEP) -> Path:
+def snapshot_of(
+    store: CheckpointStore, directory: Path, keep: int = KEEP, wanted: Callable[[Version], bool] = lambda version: True
+) -> Path | None:
     """Writes the last commit of `store` as a snapshot into `directory` and returns its path.
+
+    None, and nothing is written, where that commit's version (without its rows) is not `wanted`.
 
     May run in any thread while another commits, but one at a time: 1. RocksDB copies itself by hard links beside
     the store (it holds commits up for 10 to 50 ms). 2. The copy is opened and streamed out; commits go on. What
@@ -43,6 +47,8 @@ def snapshot_of(store: CheckpointStore, directory: Path, keep: int = KEEP) -> Pa
             version = frozen.version()
             if version is None:
                 raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
+            if not wanted(version):
+                return None
             return _write(directory, version, _rows(frozen), _blobs(frozen), keep)
 
 

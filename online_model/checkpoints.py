@@ -27,7 +27,7 @@ from online_model.positions import Position, position_of, rolled_back
 
 log = logging.getLogger("headrace")
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 
 
 def state_of(head: Head, path: Path) -> dict[str, Any]:
@@ -80,10 +80,13 @@ def about(head: Head) -> dict[str, Any]:
         "created_ms": head.created_ms,
         "format": FORMAT,
         "settings": head.settings,
+        "held": (orjson.loads(head.state).get("guard") or {}).get("held", False),  # the guard did not publish it
     }
 
 
-def roll_back(path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None) -> dict[str, Any]:
+def roll_back(
+    path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None, guard: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Makes the store at `path` go on from the kept checkpoint `place` (None: the newest) and says what that set aside.
 
     1. The kept one is fetched beside the store, verified. 2. It is given the store's positions, a new epoch, the
@@ -92,7 +95,8 @@ def roll_back(path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None) 
     open it, or do it again.
 
     Where there is no store, or none that can be read through, the kept one's own positions hold: what came after is
-    learned again, from `examples`, and nothing is set aside.
+    learned again, from `examples`, and nothing is set aside. `guard`: its state, JSON-ready, from then on; None: it
+    begins anew (guard.py).
 
     Raises StoreLocked while a worker has the store, StoreError, CorruptRecord, DiskFull.
     """
@@ -106,7 +110,7 @@ def roll_back(path: Path, kept: KeptCheckpoints, place: tuple[int, int] | None) 
         told = describe(store)
         if told["digest"] != manifest.about["digest"]:
             raise CorruptRecord(f"{kept.url}/{manifest.number} is not what was kept: take an older one")
-        result = _commit(store, live, forgotten)
+        result = _commit(store, live, forgotten, guard)
     fault("rollback.committed")
     aside = replace_directory(path, fetched)
     shutil.rmtree(aside, ignore_errors=True)
@@ -135,7 +139,9 @@ def _live(
         return None, {}
 
 
-def _commit(store: CheckpointStore, live: Head | None, forgotten: dict[str, np.ndarray]) -> dict[str, Any]:
+def _commit(
+    store: CheckpointStore, live: Head | None, forgotten: dict[str, np.ndarray], guard: dict[str, Any] | None
+) -> dict[str, Any]:
     """Step 2: in the fetched store."""
     head, version = store.head(), store.version()
     assert head is not None
@@ -150,6 +156,7 @@ def _commit(store: CheckpointStore, live: Head | None, forgotten: dict[str, np.n
         state["intake"] = {**told["intake"], "positions": {str(p): asdict(at) for p, at in positions.items()}}
         state["mark"] = told["mark"]
         epoch, sequence = max(head.epoch, live.epoch) + 1, max(head.sequence, live.sequence) + 1
+    state["guard"] = guard or {"since": None}
     # What users did is their own: one who was forgotten after the checkpoint was kept is not brought back by it.
     # A table that was added since is not in it.
     gone = {table: ids for table, ids in forgotten.items() if len(ids) and table in store.layouts}
@@ -159,7 +166,7 @@ def _commit(store: CheckpointStore, live: Head | None, forgotten: dict[str, np.n
     new = replace(
         version, epoch=epoch, sequence=sequence, base=head.place, gone=gone,
         positions={p: at.handled for p, at in sorted(positions.items())},
-        info={**version.info, "partitions": partitions},
+        info={**version.info, "partitions": partitions, "guard": {"held": False}},
     )  # fmt: skip
     store.acknowledge(head.sequence)  # what it had not published: a replica has it by now, or loads a snapshot
     store.commit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from embedding_store.tables import EmbeddingTables
-from online_model.examples import Examples
+from online_model.batch import Batch, Candidates
 from online_model.features import (
     CATEGORY,
     ITEM,
@@ -20,7 +21,6 @@ from online_model.features import (
     UserFeatures,
     age,
     matches,
-    mix,
     rates,
     user_features,
 )
@@ -28,42 +28,8 @@ from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
-
-@dataclass
-class Candidates:
-    """N candidates of B contexts. A context is a user in a state, at a moment, in a scenario."""
-
-    user: np.ndarray  # int64 [B] ids
-    history: np.ndarray  # uint8 [B, HISTORY_BYTES] states
-    moment: np.ndarray  # int64 [B] ms UTC
-    scenario: np.ndarray  # int64 [B]
-    query: np.ndarray  # int64 [B, QUERY_WORDS] ids of words, 0 none
-    item: np.ndarray  # int64 [N] ids
-    ctx: np.ndarray  # int64 [N] the candidate's context
-    position: np.ndarray  # int64 [N] place on the page, -1 unknown
-
-    @property
-    def ts(self) -> np.ndarray:
-        """The candidates' moments, int64 [N]."""
-        return self.moment[self.ctx]
-
-
-@dataclass
-class Batch:
-    """Candidates, with what each head learns from them."""
-
-    now_ms: int  # event time, never less than in a batch before
-    candidates: Candidates
-    sighting: np.ndarray  # int64 [B] the example that the user was seen in
-    example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
-    target: np.ndarray  # float32 [N, heads], nan where nothing is learned
-    weight: np.ndarray  # float32 [N] of all of the row's losses
-    offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
-    impression: np.ndarray  # bool [N] of an impression: purchases may be learned from all of these
-    rows_for: np.ndarray  # float32 [N] how many rows the row stands for, whatever `weight` says
-    chance: float  # that of an item to be drawn as a negative …
-    shown_before: int  # how many were shown so far
-    shown: np.ndarray  # bool [N] … or it was shown, or clicked without that: retrieval learns from both
+USUAL_BATCHES, USUAL_ROWS = 100, 64
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass
@@ -73,7 +39,26 @@ class Outcome:
     p: np.ndarray  # float32 [N, heads] probabilities of click, watch, …, from before the step
     rows: np.ndarray  # int64 [N] rows of the candidates' items, 0 where the table is full
     loss: float  # the mean of a row
-    learned: bool  # False: loss or gradients were not finite, and nothing of the model was changed
+    learned: bool  # False: nothing of the model was changed
+
+
+@dataclass
+class UsualLoss:
+    """The mean loss of a row as it was of late, so that one that explodes is told from it."""
+
+    mean: float = 0.0
+    batches: int = 0
+
+    def add(self, loss: float) -> None:
+        """Of one more batch."""
+        self.batches += 1
+        self.mean += (loss - self.mean) / min(self.batches, USUAL_BATCHES)
+
+    def limit(self, times: float, rows: int) -> float:
+        """The mean loss from which on a batch of so many rows explodes; 0 times: none. A few rows may be unlucky."""
+        if not times or self.batches < USUAL_BATCHES:
+            return math.inf
+        return times * self.mean * max(1.0, USUAL_ROWS / max(rows, 1))
 
 
 @dataclass
@@ -91,6 +76,7 @@ class _Share:
     title_of: np.ndarray  # int64 [m, TITLE_WORDS], the places in `word`
     query: np.ndarray  # int64 [b, QUERY_WORDS], the places in `word`
     at: np.ndarray  # int64 [n], the candidate's place in `item`
+    told_from: np.ndarray  # int64 [c], the places in `item` of what retrieval tells positives from: of all ranks
     entries: np.ndarray  # int64 [b, HISTORY], the places in `item`; of any where there is no entry
     past: UserFeatures  # of the b contexts
     scenario: np.ndarray  # int64 [b]
@@ -102,9 +88,10 @@ class _Share:
         past = UserFeatures(*(column[contexts] for column in vars(self.past).values()))
         at, entries, query = self.at[part], self.entries[contexts], self.query[contexts]
         there = past.items != 0
-        items, place = np.unique(np.concatenate((at, entries[there])), return_inverse=True)
+        n, others = len(at), len(self.told_from)
+        items, place = np.unique(np.concatenate((at, self.told_from, entries[there])), return_inverse=True)
         new_entries = np.zeros_like(entries)
-        new_entries[there] = place[len(at) :]
+        new_entries[there] = place[n + others :]
         categories, category_of = np.unique(self.category_of[items], return_inverse=True)
         sellers, seller_of = np.unique(self.seller_of[items], return_inverse=True)
         titles = self.title_of[items]
@@ -112,7 +99,7 @@ class _Share:
         return _Share(
             part, self.user[contexts], self.item[items], self.category[categories], self.seller[sellers],
             self.word[words], category_of, seller_of, word_of[: titles.size].reshape(titles.shape),
-            word_of[titles.size :].reshape(query.shape), place[: len(at)], new_entries, past,
+            word_of[titles.size :].reshape(query.shape), place[:n], place[n : n + others], new_entries, past,
             self.scenario[contexts], self.ctx[part] - contexts.start,
         )  # fmt: skip
 
@@ -125,14 +112,25 @@ class _Rows:
     every: _Share  # all of it
 
 
+@dataclass
+class _Others:
+    """What retrieval tells positives from: c of the N candidates, of all ranks."""
+
+    item: torch.Tensor  # [c, D]
+    content: torch.Tensor  # [c, D]
+    which: np.ndarray  # int64 [c], ascending
+
+
 class Learner:
     """The ranker over the tables, and its optimizer (Adam; the tables have their own, fused in their backward)."""
 
     def __init__(
         self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float,
-        retrieval: float = 0.0,
-    ) -> None:
-        """retrieval: the weight of the two towers' loss."""
+        retrieval: float = 0.0, clip: float = 0.0, bf16: bool = False,
+    ) -> None:  # fmt: skip
+        """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient and of each
+        row's; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
+        self._clip, self._bf16 = clip, bf16
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
         wide = ranker.wide_parameters()
@@ -141,36 +139,49 @@ class Learner:
         groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
         self._adam = torch.optim.Adam(groups, fused=True)
 
-    def learn(self, batch: Batch) -> Outcome:
-        """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs."""
+    def learn(self, batch: Batch, most: float = math.inf) -> Outcome:
+        """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs.
+
+        Where the mean loss of a row is more than `most`, or anything is not finite, nothing of the model is changed.
+
+        Two backward passes, so that nothing is updated before all is known to be sound: fused optimizers update during
+        theirs. The first goes to the tables' outputs; what it gives is checked, agreed on by the ranks, and clipped;
+        the second hands it to the tables.
+        """
         c, tables = batch.candidates, self.tables
         tables.begin_step(batch.now_ms)
         user_rows = tables.rows(USER, c.user, admit=True, examples=batch.sighting)
         rows = tables.rows(ITEM, c.item, admit=True, examples=batch.example)
         self._first_seen(rows, c.ts)
-        looked = self._look_up(c, user_rows, rows, admit=True)
+        told_from = np.flatnonzero(batch.shown | (batch.example == 0)) if self._retrieval else _NONE
+        looked = self._look_up(c, user_rows, rows, told_from, admit=True)
         share, sampled = self._share(looked, learning=True), self._sampled(batch, rows)
         leaves, outputs = self._embed(share)
-        contexts, items = self._inputs(c, looked, share, leaves)
-        logits = self.ranker(contexts, items)
+        vectors = self._vectors(share, leaves)
+        contexts, items = self._inputs(c, looked, share, leaves, vectors)
+        logits = self._logits(contexts, items)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
         if self._retrieval:
-            loss = loss + self._retrieval * self._retrieval_loss(contexts, items, batch, share, sampled)
+            item, content = (v.index_select(0, self._tensor(share.told_from)) for v in vectors)
+            others = _Others(item, content, told_from)
+            loss = loss + self._retrieval * self._retrieval_loss(contexts, others, batch, looked, share, sampled)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        # Two backward passes, so that nothing is updated before every gradient is known to be finite.
         finite = (bool(torch.isfinite(g).all()) for g in grads)
-        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite))
+        mean = self._mean(loss.detach(), len(c.item))
+        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite)) and mean <= most
         if learned:
-            torch.autograd.backward(outputs, grads)
+            torch.autograd.backward(outputs, [self._clipped(g) for g in grads])
             for w in self._weights():
                 if w.grad is not None:
                     w.grad /= len(c.item)  # tables learn from sums, the ranker from means
+            if self._clip:
+                torch.nn.utils.clip_grad_norm_(self._weights(), self._clip)
             self._adam.step()
         every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
-        return Outcome(every, rows, self._mean(loss.detach(), len(c.item)), learned)
+        return Outcome(every, rows, mean, learned)
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
@@ -179,17 +190,27 @@ class Learner:
         tables, n = self.tables, len(candidates.item)
         user_rows = tables.rows(USER, candidates.user, admit=False)
         rows = tables.rows(ITEM, candidates.item, admit=False)
-        looked = self._look_up(candidates, user_rows, rows, admit=False)
+        looked = self._look_up(candidates, user_rows, rows, _NONE, admit=False)
         share = self._share(looked, learning=False)
         leaves, _ = self._embed(share)
-        contexts, items = self._inputs(candidates, looked, share, leaves)
-        p = probabilities(self.ranker(contexts, items), self._feedback)
+        contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
+        p = probabilities(self._logits(contexts, items), self._feedback)
         a, b = self.ranker.towers(contexts)
         affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
         affinity = affinity + items.numbers[:, :-MATCHES] @ self.ranker.tower_numbers
         both = torch.cat((p, affinity.unsqueeze(1)), 1).cpu().numpy()
         every = self._of_all(both, share.part, n)
         return every[:, :-1], every[:, -1]
+
+    def _logits(self, contexts: Contexts, items: Items) -> torch.Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self.ranker(contexts, items).float()
+
+    def _clipped(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Of rows [m, D], each no longer than `clip`. With several ranks a row's parts are clipped each by itself."""
+        if not self._clip:
+            return gradients
+        return gradients * (self._clip / gradients.norm(dim=1, keepdim=True).clamp(min=self._clip))
 
     def _mean(self, loss: torch.Tensor, n: int) -> float:
         """The mean loss of a row, where `loss` is the sum of this rank's share."""
@@ -251,28 +272,24 @@ class Learner:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
     def _retrieval_loss(
-        self, contexts: Contexts, items: Items, batch: Batch, share: _Share, sampled: np.ndarray
+        self, contexts: Contexts, told_from: _Others, batch: Batch, looked: _Rows, share: _Share, sampled: np.ndarray
     ) -> torch.Tensor:
-        """Of this rank's share: with several ranks each positive is told from the items of its rank alone.
+        """Of the positives of this rank's share.
 
         sampled: float32 [N], log of the probability that a draw gives the candidate's item.
         """
-        part = share.part
-        drawn = batch.example[part] == 0
-        columns = np.flatnonzero(batch.shown[part] | drawn)
-        positive = np.flatnonzero((batch.target[part][:, CLICK] == 1) & batch.shown[part])
+        clicked = (batch.target[:, CLICK] == 1) & batch.shown
+        positive = np.arange(len(clicked))[share.part]
+        positive, whose = positive[clicked[positive]], share.ctx[clicked[share.part]]
         if not len(positive):
             return contexts.user.new_zeros(())
-        at, of = self._tensor(columns), self._tensor(positive)
-        a, b = self.ranker.towers(contexts)
-        whose = items.ctx.index_select(0, of)
-        logits = a.index_select(0, whose) @ items.item.index_select(0, at).T
-        logits = logits + b.index_select(0, whose) @ items.content.index_select(0, at).T
-        logits = logits + items.numbers.index_select(0, at)[:, :-MATCHES] @ self.ranker.tower_numbers
-        ids = batch.candidates.item[part]
+        columns = told_from.which
+        a, b = (side.index_select(0, self._tensor(whose)) for side in self.ranker.towers(contexts))
+        numbers = self._tensor(looked.numbers[columns, :-MATCHES])
+        logits = a @ told_from.item.T + b @ told_from.content.T + numbers @ self.ranker.tower_numbers
         return retrieval_loss(
-            logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[part][columns]),
-            self._tensor(ids[columns]), self._tensor(batch.weight[part][positive]),
+            logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[columns]),
+            self._tensor(batch.candidates.item[columns]), self._tensor(batch.weight[positive]),
         )  # fmt: skip
 
     def _sampled(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
@@ -293,15 +310,20 @@ class Learner:
         outputs = [embedded[table] for table in rows]
         return [e.detach().requires_grad_() for e in outputs], outputs
 
-    def _inputs(
-        self, c: Candidates, looked: _Rows, share: _Share, leaves: list[torch.Tensor]
-    ) -> tuple[Contexts, Items]:
-        """What the ranker is given of the share."""
-        user, item, category, seller, word = leaves
-        past = share.past
+    def _vectors(self, share: _Share, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, content) of the share's distinct items, [m, D] each."""
+        _, item, category, seller, word = leaves
         content = category.index_select(0, self._tensor(share.category_of))
         content = content + seller.index_select(0, self._tensor(share.seller_of))
-        content = content + self._mean_of_words(share.title_of, share.word, word)
+        return item, content + self._mean_of_words(share.title_of, share.word, word)
+
+    def _inputs(
+        self, c: Candidates, looked: _Rows, share: _Share, leaves: list[torch.Tensor],
+        vectors: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[Contexts, Items]:  # fmt: skip
+        """What the ranker is given of the share."""
+        (user, *_, word), (item, content) = leaves, vectors
+        past = share.past
         there = self._tensor((past.items != 0).astype(np.float32)).unsqueeze(2)
         entries = (item + content).index_select(0, self._tensor(share.entries).view(-1))
         at = self._tensor(share.at)
@@ -322,10 +344,13 @@ class Learner:
         weights = there / np.maximum(there.sum(1, keepdims=True), 1)
         return embedding_bag(self._tensor(places), words, per_sample_weights=self._tensor(weights), mode="sum")
 
-    def _look_up(self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, admit: bool) -> _Rows:
+    def _look_up(
+        self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, told_from: np.ndarray, admit: bool
+    ) -> _Rows:
         """Everything of the candidates that is in the tables, but the embeddings. The same on all ranks.
 
-        user_rows [B] and rows [N] are those of users and items; `admit`: what belongs to them gets a row.
+        user_rows [B] and rows [N] are those of users and items; told_from: the candidates that retrieval tells
+        positives from; `admit`: what belongs to them gets a row.
         """
         tables, n = self.tables, len(rows)
         past = user_features(c.history, c.moment)
@@ -348,7 +373,7 @@ class Learner:
         every = _Share(
             slice(None), user_rows, item_rows, group_rows[CATEGORY], group_rows[SELLER], word_rows,
             places[CATEGORY], places[SELLER], word_of[: titles.size].reshape(titles.shape),
-            word_of[titles.size :].reshape(c.query.shape), at, entries, past, c.scenario,
+            word_of[titles.size :].reshape(c.query.shape), at, at[told_from], entries, past, c.scenario,
             c.ctx,
         )  # fmt: skip
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
@@ -389,32 +414,3 @@ class Learner:
 def stored_rates(tables: EmbeddingTables, table: str, rows: np.ndarray) -> np.ndarray:
     """`rates` of rows int64 [n] as they are in the table now."""
     return rates(*(tables.values(table, name, rows) for name in ("impressions", "clicks", "interactions")))
-
-
-def candidates_of(rows: Examples, implicit: np.ndarray, drawn: np.ndarray) -> tuple[Candidates, np.ndarray, np.ndarray]:
-    """(the rows as candidates, then the negatives `drawn` int64 [m, k] for those at `implicit` int64 [m], in the same
-    contexts; which row each candidate came with, int64 [n + m · k]; which row each context came with, int64 [B])."""
-    first, ctx = unique_contexts(rows.history, rows.user, rows.ts, rows.scenario, *rows.query.T)
-    every = np.concatenate((np.arange(len(rows)), np.repeat(implicit, drawn.shape[1])))
-    return Candidates(
-        user=rows.user[first], history=rows.history[first], moment=rows.ts[first],
-        scenario=rows.scenario[first].astype(np.int64), query=rows.query[first],
-        item=np.concatenate((rows.item, drawn.ravel())),
-        ctx=ctx[every], position=rows.position[every].astype(np.int64),
-    ), every, first  # fmt: skip
-
-
-def unique_contexts(history: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index int64 [B] of one row for each distinct (history, columns), which of them each row is int64 [n]).
-
-    history: uint8 [n, HISTORY_BYTES]; columns: integers [n]. The rows of an impression share theirs, whatever they say.
-    """
-    numbers = [column.astype(np.int64)[:, None] for column in columns]
-    words = np.concatenate((*numbers, np.ascontiguousarray(history).view(np.int64)), axis=1)
-    with np.errstate(over="ignore"):
-        factors = mix(np.arange(1, words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
-        key = mix(words[:, 0] ^ words[:, 1]) + words.view(np.uint64) @ factors
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    if np.array_equal(words, words[first[inverse]]):
-        return first, inverse
-    return np.arange(len(words)), np.arange(len(words))  # two contexts share a hash: none is shared

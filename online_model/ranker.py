@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import relu
+from torch.nn.functional import leaky_relu
 
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, CONTEXT, MATCHES, NUMBERS
@@ -182,10 +182,10 @@ class Ranker(nn.Module):
         if self.settings.attention:
             attended = self._attended(contexts, vector, ctx)
             x = x + self.from_attended(torch.cat((attended, attended * vector), 1))
-        x = relu(x)
+        x = _bent(x)
         if self.settings.gates:
             x = x * self._gates(contexts).index_select(0, ctx)
-        x = relu(self.second(x))
+        x = _bent(self.second(x))
         logits = self._tasks(x) + self.bias + numbers @ self.wide + match.sum(1, keepdim=True) * self.match
         if items.position is None:
             return logits
@@ -208,12 +208,12 @@ class Ranker(nn.Module):
     def _gates(self, contexts: Contexts) -> torch.Tensor:
         """2σ of a small network of what is known of the context beforehand, [B, hidden]; it does not move the user."""
         known = (self.scenario(contexts.scenario), contexts.moment, contexts.user.detach())
-        return 2 * torch.sigmoid(self.gate_out(relu(self.gate_in(torch.cat(known, 1)))))
+        return 2 * torch.sigmoid(self.gate_out(_bent(self.gate_in(torch.cat(known, 1)))))
 
     def _tasks(self, x: torch.Tensor) -> torch.Tensor:
         """The deep part of the logits, [N, heads]: each head of its own mixture of the experts."""
         count, heads = self.settings.experts, len(self.heads)
-        experts = relu(self.experts(x))
+        experts = _bent(self.experts(x))
         if count == 1:
             return experts @ self.heads.T
         said = experts.view(len(x), count, -1) @ self.heads.T  # [N, experts, heads]: a head is linear in its mixture
@@ -222,7 +222,7 @@ class Ranker(nn.Module):
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
-        return [self.bias, self.wide, self.place.weight]
+        return [self.bias, self.wide, self.place.weight, self.tower_numbers]
 
     def weights(self) -> dict[str, np.ndarray]:
         """Copies of all weights and of `plays` by name, float32."""
@@ -243,6 +243,10 @@ class Ranker(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
+
+
+def _bent(x: torch.Tensor) -> torch.Tensor:
+    return leaky_relu(x, 0.1)  # not relu: a unit that is dead for all of a stream's first examples would stay so
 
 
 def _logit(p: float) -> float:

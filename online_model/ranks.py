@@ -35,6 +35,7 @@ S = TypeVar("S", bound=_OnRanks)
 P = ParamSpec("P")
 R = TypeVar("R")
 _END: tuple[str, tuple, dict] = ("", (), {})
+_AGAIN: tuple[str, tuple, dict] = ("", ("again",), {})
 
 
 def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
@@ -50,12 +51,13 @@ def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate
     return told
 
 
-def follow(trainer: _OnRanks) -> None:
-    """On a further rank: does what the first one's trainer does, until that says `end`. Raises RankLost."""
+def follow(trainer: _OnRanks) -> bool:
+    """On a further rank: does what the first one's trainer does, until that says `end` or `again`. Whether it is the
+    latter: to open another trainer then. Raises RankLost."""
     while True:
         name, args, kwargs = trainer.ranks.from_first(lambda: _END)
         if not name:
-            return
+            return bool(args)
         getattr(trainer, name)(*args, **kwargs)
 
 
@@ -128,6 +130,12 @@ def let_go(ranks: Ranks) -> None:
     ranks.from_first(lambda: _END)
 
 
+def begin_again(ranks: Ranks) -> None:
+    """Has the others open their trainers again, as the first rank is about to do, in the same group: TorchRec keeps
+    what it made of a group as long as the process lives, so they cannot meet in another one."""
+    ranks.from_first(lambda: _AGAIN)
+
+
 def _run(
     rank: int, size: int, meeting: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
 ) -> None:
@@ -149,7 +157,9 @@ def _follow(
     torch.use_deterministic_algorithms(partitions > 0)
     own = f"cuda:{local_rank}" if device.startswith("cuda") else device
     try:
-        follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=Ranks(rank, size, meeting, own)))
+        ranks = Ranks(rank, size, meeting, own)
+        while follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=ranks)):
+            pass
     except HeadraceError:
         os._exit(1)  # the first rank says why, and what to do
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from embedding_store.encoding import Encoding
 from embedding_store.specs import Optimizer, RowRules
+from online_model.guard_settings import GuardSettings
 
 Feedback = Literal["none", "calibrated", "weighted", "elapsed"]  # see feedback.py
 
@@ -71,6 +72,13 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3  # of the ranker (Adam)
     wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
     retrieval: Annotated[float, Meta(ge=0, description="weight of the two towers' loss; 0: not learned")] = 1.0
+    clip: Annotated[
+        float, Meta(ge=0, description="largest norm of the ranker's gradient, and of each row's; 0: any")
+    ] = 10.0
+    exploding: Annotated[
+        float, Meta(ge=0, description="a batch whose loss is so many times the usual one is left out; 0: none")
+    ] = 20.0
+    bf16: bool = False  # the dense layers compute in bfloat16
     negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
     recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
     window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
@@ -89,8 +97,11 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     ] = 60.0
     features: FeatureSettings = FeatureSettings()
     ranker: RankerSettings = RankerSettings()
+    guard: GuardSettings = GuardSettings()
 
     def __post_init__(self) -> None:
+        if self.guard.examples > self.window:
+            raise ValueError(f"guard.examples is {self.guard.examples}, of {self.window} scores in window: lower it")
         wait = self.purchase_wait_ms
         if self.feedback == "elapsed" and wait == 0:
             raise ValueError('feedback = "elapsed" needs a join.purchase_wait_ms: set that, or feedback = "calibrated"')

@@ -33,27 +33,30 @@ from embedding_store.columns import TableRows
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
 from embedding_store.faults import fault
-from embedding_store.ids import hash_text
 from embedding_store.owed import Owed
 from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
+from online_model.batch import Candidates, batch_of
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
 from online_model.evaluation import Evaluation
 from online_model.examples import Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, SELLER, SENT_FIRST, TITLE_WORDS, USER, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, TITLE_WORDS, USER, table_specs
 from online_model.feedback import Strategy, strategy
+from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
-from online_model.learner import Batch, Candidates, Learner, candidates_of
+from online_model.learner import Learner, UsualLoss
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Intake, Position
-from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
+from online_model.ranker import CLICK, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
-from online_model.watching import learned
+from online_model.statistics import card_hash, count, new_cards, predicted_plays, watched
 from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
+
+LEFT_OUT = 20  # batches of which it is told where they were
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0, word ids of the title)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int, np.ndarray]
@@ -123,15 +126,19 @@ class Trainer:
         self._ranker, self._clock = ranker, clock
         self._feedback = feedback_of(settings)
         self._learner = Learner(
-            tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.retrieval
-        )
+            tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.retrieval,
+            settings.clip, settings.bf16,
+        )  # fmt: skip
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window)
+        self._guard = GuardState()
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
         self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
-        self._totals = {"trained_rows": 0, "positives": 0, "shown": 0, "event_time_ms": 0, "not_finite": 0}
+        self._totals = {"trained_rows": 0, "positives": 0, "shown": 0, "event_time_ms": 0, "left_out": 0}
+        self._left_out: list[dict] = []  # the last batches from which nothing was learned
+        self._usual = UsualLoss()
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
@@ -140,6 +147,7 @@ class Trainer:
         self.last_loss = 0.0  # of a row, the mean of the last step
         self.observer: Callable[[Scored], None] | None = None  # is told of each step; changes nothing
         self.mark = 0  # its owner's: committed and restored with the rest, in no digest
+        self.on_hold: Callable[[], object] = lambda: None  # called before the first commit that the guard holds back
 
     @property
     def store(self) -> CheckpointStore:
@@ -170,13 +178,33 @@ class Trainer:
     @property
     def owes(self) -> bool:
         """Whether replicas wait for rows that a commit held back: commit also while nothing new comes."""
-        return self._owed is not None and self._owed.rows > 0
+        return self._owed is not None and self._owed.rows > 0 and not self._guard.held
 
     @property
     def owed(self) -> dict[str, int]:
         """How many rows are owed to replicas (`rows`), and for how long the oldest has been (`oldest_ms`)."""
         assert self._owed is not None
         return self._owed.info(self._clock())
+
+    @property
+    def guard(self) -> GuardState:
+        """What the guard has decided, as of the last commit."""
+        return self._guard
+
+    @property
+    def rollback_due(self) -> bool:
+        """Whether the guard wants a rollback: close the store, `roll_back_if_due`, open the trainer again."""
+        return self._guard.due and self.settings.guard.rollback
+
+    @on_all_ranks
+    def give_up_rollback(self) -> None:
+        """The rollback that is due cannot be done."""
+        self._guard = given_up(self._guard)
+
+    @property
+    def drifts(self) -> dict[str, int]:
+        """Changes of the loss that were found, by task."""
+        return {task: drift.found for task, drift in self._evaluation.drift.items()}
 
     @property
     def commit_due(self) -> bool:
@@ -216,7 +244,8 @@ class Trainer:
         statistics from before the batch, and the scores are measured. 3. The model learns from the very same scores.
         4. Statistics, recent items, cards; blocks that are done take away the users whom they forget, and bring the
         histories of those who did something.
-        Where loss or gradient is not finite, 3 is left out and its rows are counted in `not_finite`.
+        Where loss or gradient is not finite, or the loss far above those before (`exploding`), nothing of the model is
+        changed: the batch is left out, and booked in `left_out` with its place.
 
         After an exception the trainer is spent: open it again from the store.
         """
@@ -242,7 +271,7 @@ class Trainer:
         # Of several records of an item the last holds.
         last = {item[0]: item[1:] for item in items}
         ids = np.fromiter(last, np.int64, len(last))
-        hashes = np.array([_card_hash(*values[:4]) for values in last.values()], np.int64)
+        hashes = np.array([card_hash(*values[:4]) for values in last.values()], np.int64)
         about = np.array([values[1:4] for values in last.values()], np.int64).reshape(-1, 3)
         words = np.array([values[4] for values in last.values()], np.int64).reshape(-1, TITLE_WORDS)
         with self._whole():
@@ -264,7 +293,8 @@ class Trainer:
 
     @on_all_ranks
     def commit(self, everything: bool = False) -> list[bytes] | None:
-        """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish.
+        """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish, none of
+        them where the guard holds it back (guard.py).
 
         None where nothing has changed and no row that is owed to replicas may go yet. `everything`: all that is owed
         goes, whatever `row_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
@@ -276,12 +306,15 @@ class Trainer:
             return None
         fault("commit.begun")
         touched, notes = self.tables.touched(), self.tables.notes()
-        parts = None
+        parts, before = None, (self._guard, self.epoch)
+        self._judge()
         try:
             if self.ranks.rank == 0:
-                parts = self._write(touched, notes, everything)
+                parts = self._write(touched, notes, everything, before[0])
         finally:
             written = self.ranks.from_first(lambda: parts is not None)
+            if not written:
+                self._guard, self.epoch = before
         if not written:
             return None
         self.tables.clear_touched()
@@ -291,10 +324,17 @@ class Trainer:
         fault("commit.done")
         return parts
 
+    def _judge(self) -> None:
+        """Whether the version to come is published. Where versions were held back before it, it begins an epoch:
+        replicas load the snapshot that is made of it."""
+        held = self._guard.held
+        self._guard = decide(self._guard, self.settings.guard, self.settings.window, self._evaluation.tasks)
+        self.epoch += held and not self._guard.held
+
     def _write(
-        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool
+        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool, before: GuardState
     ) -> list[bytes] | None:
-        """Steps 1 and 2 of a commit. None: there is nothing to write."""
+        """Steps 1 and 2 of a commit. None: there is nothing to write. `before`: the guard as of the last one."""
         assert self._owed is not None
         now_ms, sequence = self._clock(), self.sequence + 1
         gone, weights = self.tables.gone(), self._ranker.weights()
@@ -307,7 +347,9 @@ class Trainer:
         if not (self._changed or plan.tables):
             return None
         version.tables, version.info["owed"] = plan.tables, plan.info(now_ms)
-        parts = encode(version, rows=self.settings.encoding)
+        if self._guard.held and not before.held:
+            self.on_hold()
+        parts = [] if self._guard.held else encode(version, rows=self.settings.encoding)
         fault("commit.encoded")
         self.erasures += self._erased
         self.store.commit(Commit(
@@ -318,6 +360,7 @@ class Trainer:
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
         self._owed.accept(plan, now_ms)
+        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), f"{self.epoch}.{sequence}")
         return parts
 
     def restore(self) -> bool:
@@ -343,7 +386,9 @@ class Trainer:
         fault("recover.rows")
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
-        self._unclicked_rate = state["unclicked_rate"]
+        self._unclicked_rate, self._left_out = state["unclicked_rate"], state["left_out"]
+        self._usual = UsualLoss(**state["usual_loss"])
+        self._guard = state_from(state["guard"], self._evaluation.tasks)
         self.sequence, self._base = head.sequence, (head.epoch, head.sequence)
         changed = state["settings"] != self._settings()
         self.epoch = head.epoch + changed  # stored with the first commit, before anything of it is published
@@ -371,6 +416,8 @@ class Trainer:
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
             "recent_items": len(self._recent),
             "owed": {} if self._owed is None else self.owed,
+            "guard": self._guard.info(),
+            "left_out_batches": self._left_out,
             "settings": self._settings(),
         }
 
@@ -394,82 +441,42 @@ class Trainer:
         sampling = sampling_correction(rows, self.settings.sampling_correction, self._unclicked_rate)
         self._totals["event_time_ms"] = max(self._totals["event_time_ms"], int(rows.closed.max()))
         chance = 1 / max(len(self._recent), 1)
-        batch = _batch(
+        batch = batch_of(
             rows, target, sampling, implicit, drawn, self._totals["event_time_ms"], chance, self._totals["shown"]
         )
-        outcome = self._learner.learn(batch)
+        outcome = self._learner.learn(batch, self._usual.limit(self.settings.exploding, len(batch.target)))
         self.last_loss = outcome.loss
         if self.observer is not None:
             self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
-            self._measure(rows, target, implicit, outcome.p)
-        if not outcome.learned:
-            self._totals["not_finite"] += len(rows)
-            log.warning("a batch of %s rows was left out: its loss or gradient is not finite", len(rows))
-        self._count(rows, outcome.rows[: len(rows)])
-        self._watched(rows, outcome.rows[: len(rows)])
-        self._recent.push(rows.item[shown])
+            self._evaluation.measure(rows, target, implicit, outcome.p, predicted_plays(rows, outcome.p, plays))
+        if outcome.learned:
+            self._usual.add(outcome.loss)
+            self._count(rows, outcome.rows[: len(rows)], plays)
+        else:
+            self._leave_out(rows, outcome.loss)
         self._totals["trained_rows"] += len(rows)
         self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
 
-    def _measure(self, rows: Examples, target: np.ndarray, implicit: np.ndarray, p: np.ndarray) -> None:
-        """Books the scores. Negatives stand after the rows in `p`, those of each implicit row together.
+    def _count(self, rows: Examples, at: np.ndarray, plays: np.ndarray | None) -> None:
+        """Step 4: what was learned counts."""
+        count(self.tables, rows, at)
+        self._cards.update(new_cards(self.tables, rows, at))
+        self._recent.push(rows.item[rows.part == Part.SHOWN])
+        if plays is not None and (rows.play_ms >= 0).any():
+            self._ranker.plays.copy_(torch.from_numpy(watched(self.tables, rows, at, plays)))
 
-        Each is made at first sight: a click's at SHOWN, a long view's at WATCH, a purchase's at the click's row, which
-        says purchase −1 where the joiner waits. Rows that come later only change its label.
-        """
-        n, tasks = len(rows), self._evaluation.tasks
-        impression = rows.source == Source.IMPRESSION
-        scored = impression & (rows.part == Part.SHOWN)
-        weight = 1 / rows.rate
-        tasks["click"].add(rows.example_id[scored], p[:n][scored, CLICK], rows.click[scored], weight[scored])
-        watched = ~np.isnan(target[:, WATCH])
-        tasks["watch"].add(rows.example_id[watched], p[:n][watched, WATCH], target[watched, WATCH], weight[watched])
-        clicked = rows.click == 1
-        tasks["purchase"].add(rows.example_id[clicked], p[:n][clicked, PURCHASE], np.zeros(int(clicked.sum())))
-        tasks["click"].flip(rows.example_id[rows.part == Part.LATE_CLICK])
-        tasks["purchase"].flip(rows.example_id[rows.part == Part.PURCHASE])
-        if len(p) > n:
-            both = np.concatenate((p[implicit, CLICK], p[n:, CLICK]))
-            positive = np.arange(len(both)) < len(implicit)
-            tasks["click_sampled"].add(np.zeros(len(both), np.int64), both, positive)
-
-    def _count(self, rows: Examples, at: np.ndarray) -> None:
-        """The items' statistics and their cards."""
-        shown, impression = rows.part == Part.SHOWN, rows.source == Source.IMPRESSION
-        said = impression & (shown | (rows.part == Part.LATE_CLICK))
-        stands_for = np.rint(1 / rows.rate).astype(np.int64)
-        counts = {
-            "impressions": shown & impression, "clicks": said & (rows.click == 1), "interactions": shown & ~impression,
-        }  # fmt: skip
-        counts = {column: (which, stands_for[which]) for column, which in counts.items()}
-        self._add(ITEM, at, counts)
-        for table in (CATEGORY, SELLER):
-            self._add(table, self.tables.rows(table, self.tables.values(ITEM, table, at), admit=False), counts)
-        without = np.flatnonzero((at > 0) & (self.tables.values(ITEM, "card", at) == 0))
-        first = without[np.unique(at[without], return_index=True)[1]]
-        raws = [b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass") for i in first]
-        self._cards.update(zip(rows.item[first].tolist(), raws, strict=True))
-        self.tables.set(ITEM, "card", at[first], np.array([_card_hash(raw) for raw in raws], np.int64))
-
-    def _add(self, table: str, at: np.ndarray, counts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        for column, (which, times) in counts.items():
-            there = at[which] > 0
-            self.tables.add(table, column, at[which][there], times[there])
-
-    def _watched(self, rows: Examples, at: np.ndarray) -> None:
-        """How long plays were, and the durations of the items."""
-        played = np.flatnonzero(rows.play_ms >= 0)
-        if not len(played) or not self.settings.ranker.watch_quantiles:
-            return
-        plays = self._ranker.plays
-        new = learned(plays.cpu().numpy(), rows.play_ms[played], rows.duration_ms[played])
-        plays.copy_(torch.from_numpy(new))
-        known = played[(rows.duration_ms[played] > 0) & (at[played] > 0)]
-        last = known[len(known) - 1 - np.unique(at[known][::-1], return_index=True)[1]]
-        self.tables.set(ITEM, "duration", at[last], rows.duration_ms[last])
+    def _leave_out(self, rows: Examples, loss: float) -> None:
+        """A batch from which nothing was learned: it is booked with its places in the input."""
+        self._totals["left_out"] += len(rows)
+        places = {str(p): [at.next, at.taken] for p, at in sorted(self.positions.items())}
+        self._left_out = [*self._left_out, {"rows": len(rows), "loss": repr(loss), "before": places}][-LEFT_OUT:]
+        log.warning(
+            "a batch of %s rows was left out (loss %s a row): not finite, or far above those before; it ends at %s",
+            len(rows), loss, places,
+        )  # fmt: skip
 
     def _finish_blocks(self) -> None:
         """The users that blocks forget and the histories that they bring, once all of their rows are learned.
@@ -506,35 +513,12 @@ class Trainer:
     def _state(self) -> bytes:
         state = {"format": STATE_FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
                  "erased": int(self.erasures > self.purged)}
-        state["unclicked_rate"] = self._unclicked_rate
+        state |= {"unclicked_rate": self._unclicked_rate, "left_out": self._left_out, "usual_loss": asdict(self._usual)}
+        state["guard"] = msgspec.to_builtins(self._guard)
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)
 
     def _settings(self) -> dict:
         return msgspec.to_builtins(self.settings)
-
-
-def _batch(
-    rows: Examples,
-    target: np.ndarray,
-    sampling: tuple[np.ndarray, np.ndarray],
-    implicit: np.ndarray,
-    drawn: np.ndarray,
-    now_ms: int,
-    chance: float,
-    shown_before: int,
-) -> Batch:
-    """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
-    candidates, every, first = candidates_of(rows, implicit, drawn)
-    negative = np.full((drawn.size, target.shape[1]), np.nan, np.float32)
-    negative[:, CLICK] = 0
-    weight, offset = sampling
-    return Batch(
-        now_ms=now_ms, candidates=candidates, sighting=rows.row_id[first],
-        example=np.append(rows.row_id, np.zeros(drawn.size, np.int64)),
-        target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
-        impression=(rows.source == Source.IMPRESSION)[every], rows_for=(1 / rows.rate)[every], chance=chance,
-        shown_before=shown_before, shown=np.append(rows.part == Part.SHOWN, np.zeros(drawn.size, bool)),
-    )  # fmt: skip
 
 
 def feedback_of(settings: TrainerSettings) -> Strategy:
@@ -544,7 +528,3 @@ def feedback_of(settings: TrainerSettings) -> Strategy:
 
 def _part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _card_hash(raw: bytes, category: int = 0, seller: int = 0, created: int = 0) -> int:
-    return hash_text(f"{category} {seller} {created} {raw.decode('latin-1')}")  # latin-1: any bytes, one to one

@@ -14,31 +14,26 @@ was never interrupted. The checkpoint is all that is kept; no joiner's state has
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from aiokafka.partitioner import murmur2
 
-from online_model.examples import Counts, ExamplesDigest
+from online_model.examples import Block, ExamplesDigest
 from online_model.settings import TrainerSettings
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from replay.faults import Garbage
+from replay.joining import JoinedLog
 from replay.oracle import PartitionOracle, Rules, compare
 from replay.readers import Record
-from streams.catalogue import catalogue_item
-from streams.events import Event, Item, Tick, encode, units
-from streams.joiner import Joiner, JoinSettings
-from streams.joiner import Record as LogRecord
+from streams.joiner import JoinSettings
 
-SLICE = 2_000  # records of the log
 COMMIT_SECONDS = 2.0  # of work between two commits …
 COMMIT_SHARE = 0.1  # … which take at most so much of the time
 
@@ -72,21 +67,6 @@ class Replayed:
         return self.events / self.seconds if self.seconds else 0.0
 
 
-@dataclass
-class _Lane:
-    """One partition: its joiner, the oracle beside it, and what came in the slice."""
-
-    joiner: Joiner
-    oracle: PartitionOracle
-    offset: int = 0
-    blocks: int = 0
-    records: list[LogRecord] = field(default_factory=list)
-
-    def put(self, value: bytes) -> None:
-        self.records.append(LogRecord(self.offset, None, value))
-        self.offset += 1
-
-
 class DirectReplay:
     """One replay into the store of `settings`, going on from what is in it. `progress` is called after each slice."""
 
@@ -94,8 +74,12 @@ class DirectReplay:
         """Raises StoreLocked, StoreError."""
         self.settings, self.progress = settings, progress or (lambda _: None)
         self.replayed, self.digest = Replayed(), ExamplesDigest()
-        join, rules = settings.join, Rules.of(settings.join)
-        self._lanes = [_Lane(Joiner(join, p), PartitionOracle(rules)) for p in range(settings.partitions)]
+        rules = Rules.of(settings.join)
+        self._oracles = [PartitionOracle(rules) for _ in range(settings.partitions)]
+        self._log = JoinedLog(
+            settings.join, settings.partitions, settings.lag_ms, lambda p, value: self._oracles[p].feed(value, None)
+        )
+        self._blocks = [0] * settings.partitions  # offered
         self._trainer = self._open()
         self.replayed.resumed_at = self._trainer.mark
         self._commit_due = 0.0
@@ -105,12 +89,11 @@ class DirectReplay:
         started = time.monotonic()
         self._commit_due = started + COMMIT_SECONDS
         try:
-            for part in _slices(records):
-                self._slice(part)
+            for items, blocks in self._log.slices(records):
+                self._slice(items, blocks)
                 self.replayed.seconds = time.monotonic() - started
                 self.progress(self.replayed)
-            self._tick(self.replayed.to_ms + self.settings.join.closing_ms)
-            self._offer()
+            self._offer(self._log.close())
             self._learn(drain=True)
             self._commit()
             self.replayed.seconds = time.monotonic() - started
@@ -125,54 +108,27 @@ class DirectReplay:
         partitions = settings.partitions if settings.deterministic else 0
         return open_trainer(settings.model, settings.store, lambda: self.replayed.to_ms, partitions)
 
-    def _slice(self, records: list[Record | Garbage]) -> None:
+    def _slice(self, items: list[CatalogueItem], blocks: Iterator[Block]) -> None:
         """Steps 1 to 4 for one slice. One that was learned before is only joined."""
         self.replayed.slices += 1
+        self.replayed.events, self.replayed.to_ms = self._log.events, self._log.to_ms
         learned = self.replayed.slices <= self.replayed.resumed_at
-        items: list[CatalogueItem] = []
-        for record in records:
-            if isinstance(record, Item):
-                items.append(catalogue_item(record, encode(record)))
-            else:
-                self._put(record)
         if items and not learned:
             self._make_room(len(items))
             self._trainer.catalogue(items)
-        self._tick(max(0, self.replayed.to_ms - self.settings.lag_ms))
-        self._offer()
+        self._offer(blocks)
         if not learned:
             self._learn(drain=False)
             self._trainer.mark = self.replayed.slices
             if time.monotonic() >= self._commit_due:
                 self._commit()
 
-    def _put(self, event: Event | Garbage) -> None:
-        if isinstance(event, Tick):
-            return  # a recorded log has its own; time is told here
-        lane = self._lanes[partition_of(event.user, len(self._lanes))]
-        if isinstance(event, Garbage):
-            self.replayed.events += 1
-            lane.put(event.value)
-            return
-        self.replayed.events += units(event)
-        self.replayed.to_ms = max(self.replayed.to_ms, event.ts)
-        lane.put(encode(event))
-
-    def _tick(self, ts: int) -> None:
-        """Every partition hears that event time has come to `ts`."""
-        for partition, lane in enumerate(self._lanes):
-            lane.put(encode(Tick(event_id=f"tick-{partition}-{ts}", ts=ts)))
-
-    def _offer(self) -> None:
-        for lane in self._lanes:
-            records, lane.records = lane.records, []
-            for record in records:
-                lane.oracle.feed(record.value, None)
-            block = lane.joiner.process(records).block
+    def _offer(self, blocks: Iterator[Block]) -> None:
+        for block in blocks:
             self._make_room(len(block.users))
             self.digest.add(block.examples)
-            self._trainer.offer(block, lane.blocks)
-            lane.blocks += 1
+            self._trainer.offer(block, self._blocks[block.partition])
+            self._blocks[block.partition] += 1
 
     def _make_room(self, rows: int) -> None:
         """Commits where so many new ids may find a table full of what is not committed: whether an id gets a row must
@@ -196,12 +152,9 @@ class DirectReplay:
 
     def _figures(self) -> dict[str, Any]:
         trainer, positions = self._trainer, self._trainer.positions
-        counts = Counts()
-        for lane in self._lanes:
-            for name, value in vars(lane.joiner.counts).items():
-                setattr(counts, name, getattr(counts, name) + value)
+        counts = self._log.counts()
         trained = {p: at.accounted for p, at in positions.items()}
-        verdict = compare({p: lane.oracle.expected for p, lane in enumerate(self._lanes)}, trained)
+        verdict = compare({p: oracle.expected for p, oracle in enumerate(self._oracles)}, trained)
         metrics = trainer.info()["metrics"]
         return {
             "events_in": counts.events_in,
@@ -226,13 +179,3 @@ class DirectReplay:
             "slices": self.replayed.slices,
         }
 
-
-def partition_of(user: str | int, partitions: int) -> int:
-    """Where Kafka's default partitioner puts a user's events: murmur2 of the key."""
-    return (murmur2(str(user).encode("utf-8", "surrogatepass")) & 0x7FFFFFFF) % partitions
-
-
-def _slices(records: Iterable[Record | Garbage]) -> Iterator[list[Record | Garbage]]:
-    rest = iter(records)
-    while part := list(itertools.islice(rest, SLICE)):
-        yield part

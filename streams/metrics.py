@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,17 +14,30 @@ from embedding_store.errors import UsageError
 from online_model.examples import Counts
 from streams.events import REASONS
 
+if TYPE_CHECKING:  # the join worker does without torch
+    from online_model.trainer import Trainer
+
 HOST = "127.0.0.1"
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 
 
-def serve_metrics(registry: CollectorRegistry, port: int) -> None:
-    """Answer /metrics on 127.0.0.1:`port` from a thread of its own; port 0: not at all. Raises UsageError."""
-    if port:
-        try:
-            start_http_server(port, addr=HOST, registry=registry)
-        except OSError as error:
-            raise UsageError(f"cannot listen on {HOST}:{port} for metrics: choose another metrics_port") from error
+def serve_metrics(registry: CollectorRegistry, port: int) -> Callable[[], None]:
+    """Answer /metrics on 127.0.0.1:`port` from a thread of its own; port 0: not at all. Returns what ends it.
+
+    Raises UsageError.
+    """
+    if not port:
+        return lambda: None
+    try:
+        server, _ = start_http_server(port, addr=HOST, registry=registry)
+    except OSError as error:
+        raise UsageError(f"cannot listen on {HOST}:{port} for metrics: choose another metrics_port") from error
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+
+    return end
 
 
 class JoinMetrics:
@@ -71,6 +85,23 @@ class TrainMetrics:
         self.commit = _histogram(self.registry, "headrace_train_commit_seconds", "One commit to the store")
         self.publish = _histogram(self.registry, "headrace_train_publish_seconds", "Kafka transaction of one version")
         self.registry.register(_Values(values))
+
+
+def train_values(trainer: Trainer, waiting_bytes: int, published: int) -> dict[str, float]:
+    """For `TrainMetrics`. waiting_bytes: of blocks that are not offered yet; published: the last sequence in Kafka."""
+    owed = trainer.owed
+    return {
+        "rows_total": sum(position.rows for position in list(trainer.positions.values())),
+        "pending_rows": trainer.pending,
+        "waiting_bytes": waiting_bytes,
+        "sequence": trainer.sequence,
+        "published_sequence": published,
+        "owed_rows": owed["rows"],
+        "owed_oldest_seconds": owed["oldest_ms"] / 1000,
+        "guard_held": trainer.guard.held,
+        "guard_rollbacks": trainer.guard.rollbacks,
+        **{f"drifts_{task}_total": found for task, found in trainer.drifts.items()},
+    }
 
 
 class _Values(Collector):

@@ -8,6 +8,9 @@ The trainer lives in ONE thread of its own; the event loop only carries data to 
 4. publish:     the version's parts to `parameters`, ONE Kafka transaction; the training goes on meanwhile;
 5. acknowledge: the version leaves the store's outbox.
 
+Where the guard holds a version back (online_model/guard.py) there is nothing to publish in 4. Where it wants a
+rollback the worker ends and begins anew, in the same process, with the store gone back.
+
 Killed before 3, the blocks since the last commit are read again, from the offsets that the commit holds. Killed between
 3 and 5, the stored bytes are sent again; a replica knows a version that it has. The store's LOCK and the transactional
 id keep a second trainer out. Not guaranteed: that two runs commit at the same places; nor that they cut the same
@@ -25,34 +28,37 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any, TypeAlias, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # CUDA refuses to be deterministic without it
 
 import torch
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import ConsumerRecord
 
 from embedding_store.copies import settle_directory
-from embedding_store.delta import place_of_part
-from embedding_store.errors import BrokerError, CorruptRecord, StoreError, UsageError
+from embedding_store.errors import StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
 from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
 from online_model.checkpoints import describe
-from online_model.ranks import Followers, follow_launched, let_go
+from online_model.guard import is_held, roll_back_if_due
+from online_model.ranks import Followers, begin_again, follow_launched, let_go
 from online_model.trainer import CatalogueItem, Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
-from streams.metrics import TrainMetrics, serve_metrics
+from streams.metrics import TrainMetrics, serve_metrics, train_values
 from streams.outlet import Message, Outlet
+from streams.published import newest_version
 from streams.settings import TrainWorkerSettings
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
+# The processes of further ranks, if it has started them; this one's place among all, if there are several.
+Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
 
 COMMIT_SECONDS = 0.2  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
@@ -62,9 +68,7 @@ TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
-SILENCE_SECONDS = 30.0  # so long the broker may not answer
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
-LOOK_BACK = 20  # offsets of `parameters`, to find its last version
 
 
 def run_train(settings: TrainWorkerSettings) -> None:
@@ -83,8 +87,6 @@ def run_train(settings: TrainWorkerSettings) -> None:
 
 
 async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
-    worker = TrainWorker(settings, launch)
-    await worker.start()
     topics = settings.topics
     intake = batches.Intake(
         bootstrap=settings.bootstrap,
@@ -96,16 +98,32 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Lau
         wait_ms=500,
         max_records=500,
     )
-    await batches.serve_feed(intake, worker, stop)
-    await worker.stop()
+    ranks, again = None, True
+    while again:
+        worker = TrainWorker(settings, launch, ranks)
+        await worker.start()
+        stopping = asyncio.create_task(_pass_on(stop, worker.ending))
+        await batches.serve_feed(intake, worker, worker.ending)
+        stopping.cancel()
+        again = not stop.is_set()  # it ended by itself, to begin anew with a rollback
+        ranks = await worker.stop(again)
+
+
+async def _pass_on(event: asyncio.Event, other: asyncio.Event) -> None:
+    await event.wait()
+    other.set()
 
 
 class TrainWorker:
     """The feed of `examples`, and the tasks round the trainer."""
 
-    def __init__(self, settings: TrainWorkerSettings, launch: Launch | None = None) -> None:
-        """launch: of the first rank, where something else starts the others."""
-        self.settings, self._launch = settings, launch
+    def __init__(
+        self, settings: TrainWorkerSettings, launch: Launch | None = None, ranks: Ranked | None = None
+    ) -> None:
+        """launch: of the first rank, where something else starts the others. ranks: as of a worker before it in this
+        process."""
+        self.settings, self._launch, self._ranked = settings, launch, ranks
+        self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
         self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
@@ -121,9 +139,10 @@ class TrainWorker:
         self._turned = 0.0  # when the last turn began
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
         self._snapshot_folder = settings.data_dir / "snapshots"
+        self._snapshot_lock = Lock()  # one at a time, of the trainer's thread too
+        self._epoch_begun = asyncio.Event()  # while it runs: versions were held back before it
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
-        self._followers: Followers | None = None
         self._metrics = TrainMetrics(self._values)
 
     # --- start and stop -----------------------------------------------------------------------------------------
@@ -133,6 +152,7 @@ class TrainWorker:
 
         Raises StoreLocked, StoreError, BrokerError, FencedError, UsageError.
         """
+        self._loop = asyncio.get_running_loop()
         self._trainer = await self._in_thread(self._open)
         await self._outlet.start()  # nobody else publishes from now on
         await self._supersede()
@@ -149,10 +169,13 @@ class TrainWorker:
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
-        serve_metrics(self._metrics.registry, self.settings.metrics_port)
+        self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
 
-    async def stop(self) -> None:
-        """Learn what is here already, commit, publish, close the store."""
+    async def stop(self, again: bool = False) -> Ranked | None:
+        """Learn what is here already (not before a rollback), commit, publish, close the store.
+
+        `again`: another worker is about to begin in this process; returns the ranks for it.
+        """
         training, publishing, *others = self._tasks
         for task in others:
             task.cancel()
@@ -163,9 +186,12 @@ class TrainWorker:
         await publishing
         await asyncio.gather(*others, return_exceptions=True)
         await self._snapshot()
-        await self._in_thread(self._close)
+        await self._in_thread(self._close, again)
         await self._catalogue.stop()
         await self._outlet.stop()
+        self._end_metrics()
+        self._thread.shutdown()
+        return self._ranked
 
     async def _supersede(self) -> None:
         """Where replicas may have seen versions that the store has forgotten: a new epoch."""
@@ -183,42 +209,46 @@ class TrainWorker:
         torch.use_deterministic_algorithms(settings.deterministic)
         self._kept = KeptCheckpoints(settings.checkpoints_url)
         _refuse_to_begin_anew(settings.store, self._kept)
-        ranks = None
-        if self._launch is not None:
-            log.info("rank 0 of %s", self._launch.size)
-            ranks = Ranks(0, self._launch.size, self._launch, device)
-        elif settings.ranks > 1:
-            folder = settings.data_dir / "ranks"
-            self._followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
-            self._followers.watch(app.die)
-            log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, self._followers.pids)))
-            ranks = Ranks(0, settings.ranks, self._followers.meeting, device)
+        went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, self._kept)
+        if self._ranked is None:
+            self._ranked = self._meet(device, partitions, threads)
+        followers, ranks = self._ranked
         trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)
-        if self._followers is not None:
-            self._followers.tidy()
+        if followers is not None:
+            followers.tidy()
+        if not went_back:
+            trainer.give_up_rollback()
+        trainer.on_hold = self._snapshot_of_the_last_good
         trainer.store.remember_gone(self._oldest_kept())
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
-    def _close(self) -> None:
-        if self._followers is not None:
-            self._followers.end(self._trainer.ranks)
-        elif self._launch is not None:
-            let_go(self._trainer.ranks)
+    def _meet(self, device: str, partitions: int, threads: int) -> Ranked:
+        settings = self.settings
+        if self._launch is not None:
+            log.info("rank 0 of %s", self._launch.size)
+            return None, Ranks(0, self._launch.size, self._launch, device)
+        if settings.ranks == 1:
+            return None, None
+        folder = settings.data_dir / "ranks"
+        followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
+        followers.watch(app.die)
+        log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, followers.pids)))
+        return followers, Ranks(0, settings.ranks, followers.meeting, device)
+
+    def _close(self, again: bool) -> None:
+        followers, ranks = self._ranked or (None, None)
+        if again and ranks is not None:
+            begin_again(ranks)
+        elif followers is not None:
+            followers.end(self._trainer.ranks)
+        elif ranks is not None:
+            let_go(ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 
     def _values(self) -> dict[str, float]:
-        positions, owed = list(self._trainer.positions.values()), self._trainer.owed
-        return {
-            "rows_total": sum(position.rows for position in positions),
-            "pending_rows": self._trainer.pending,
-            "waiting_bytes": self._waiting_bytes,
-            "sequence": self._trainer.sequence,
-            "published_sequence": self._published,
-            "owed_rows": owed["rows"],
-            "owed_oldest_seconds": owed["oldest_ms"] / 1000,
-        }
+        return train_values(self._trainer, self._waiting_bytes, self._published)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Whatever touches the trainer or its store runs in the trainer's thread."""
@@ -241,7 +271,7 @@ class TrainWorker:
             return
         self._expected[partition] = fresh[-1].offset + 1
         async with self._changed:
-            await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES)
+            await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES or self.ending.is_set())
             self._waiting.extend(fresh)
             self._waiting_bytes += sum(len(record.value) for record in fresh)
             self._changed.notify_all()
@@ -256,9 +286,12 @@ class TrainWorker:
             records, items, last = await self._next_work()
             for version in await self._in_thread(self._turn, records, items, last):
                 await self._versions.put(version)
-            if last:
+            if last or self._trainer.rollback_due:
                 await self._versions.put(None)
-                return
+                break
+        async with self._changed:
+            self.ending.set()
+            self._changed.notify_all()
 
     async def _next_work(self) -> tuple[list[ConsumerRecord], list[CatalogueItem], bool]:
         """What has come, as soon as there is something to do; the flag: it is the last turn."""
@@ -310,13 +343,15 @@ class TrainWorker:
 
     def _commit(self, everything: bool = False) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""
-        trainer, start = self._trainer, time.monotonic()
+        trainer, start, held = self._trainer, time.monotonic(), self._trainer.guard.held
         with self._metrics.commit.time():
             parts = trainer.commit(everything)
+        if held and not trainer.guard.held:
+            self._loop.call_soon_threadsafe(self._epoch_begun.set)
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
         self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes
-        return [] if parts is None else [(trainer.sequence, parts)]
+        return [(trainer.sequence, parts)] if parts else []
 
     async def _publisher(self) -> None:
         """Versions go out one after the other, in their order."""
@@ -341,11 +376,14 @@ class TrainWorker:
             await self._begun()
             await self._snapshot()
         while True:
-            await asyncio.sleep(self.settings.snapshot_interval_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.snapshot_interval_s):
+                    await self._epoch_begun.wait()
+            self._epoch_begun.clear()
             await self._snapshot()
 
     async def _snapshot(self) -> None:
-        """In a thread of its own: the training goes on meanwhile. A failure costs replicas time, nothing else."""
+        """In a thread of its own: the training goes on meanwhile."""
         trainer = self._trainer
         if not trainer.sequence:
             return
@@ -354,12 +392,29 @@ class TrainWorker:
             if erasures > trainer.purged:
                 await asyncio.to_thread(trainer.store.purge)
                 trainer.purged = erasures
-            path = await asyncio.to_thread(
-                snapshot_of, self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept
-            )
-            log.info("snapshot %s", path.name)
         except StoreError as error:
             log.error("no snapshot: %s", error)
+            return
+        await asyncio.to_thread(self._write_snapshot)
+
+    def _write_snapshot(self) -> None:
+        """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""
+        try:
+            with self._snapshot_lock:
+                path = snapshot_of(
+                    self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept,
+                    lambda version: not is_held(version.info),
+                )  # fmt: skip
+            if path is not None:
+                log.info("snapshot %s", path.name)
+        except StoreError as error:
+            log.error("no snapshot: %s", error)
+
+    def _snapshot_of_the_last_good(self) -> None:
+        """The trainer's `on_hold`: replicas that start while versions are held back start from the last good one, also
+        when `parameters` has forgotten the versions that lead to it."""
+        if self._trainer.sequence:
+            self._write_snapshot()
 
     async def _begun(self) -> None:
         """Until the store has a version of this epoch."""
@@ -368,12 +423,15 @@ class TrainWorker:
 
     async def _checkpoints(self) -> None:
         """A kept checkpoint every interval, counted from the newest that is there; the first as soon as there is
-        something to keep. A failure costs a way back, nothing else."""
+        something to keep. None while the guard would go back from it. A failure costs a way back, nothing else."""
         interval = self.settings.checkpoint_interval_s
         wait = await asyncio.to_thread(self._seconds_to_keep)
         while True:
             await asyncio.sleep(wait)
             await self._begun()
+            if not self._trainer.guard.trusted:
+                wait = min(RETRY_SECONDS, interval)
+                continue
             try:
                 await self._keep()
                 wait = interval
@@ -436,38 +494,6 @@ def _refuse_to_begin_anew(store: Path, kept: KeptCheckpoints) -> None:
             f"the store {store} is missing, but {kept.url} has checkpoints of it: `headrace checkpoint rollback` "
             "brings it back; to begin anew remove them"
         )
-
-
-async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
-    """(epoch, sequence) of the last version in `parameters`; None: there is none. Raises BrokerError."""
-    partition = TopicPartition(topic, 0)
-    consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
-        max_partition_fetch_bytes=16 << 20,
-    )  # fmt: skip
-    try:
-        await consumer.start()
-        consumer.assign([partition])
-        first = (await consumer.beginning_offsets([partition]))[partition]
-        end = (await consumer.end_offsets([partition]))[partition]
-        start, newest, moved = end, None, time.monotonic()
-        while newest is None and start > first:
-            start = max(first, end - max(LOOK_BACK, 2 * (end - start)))  # markers of transactions are offsets too
-            consumer.seek(partition, start)
-            while await consumer.position(partition) < end:
-                records = (await consumer.getmany(timeout_ms=1_000)).get(partition, ())
-                if records:
-                    moved = time.monotonic()
-                elif time.monotonic() - moved > SILENCE_SECONDS:
-                    raise BrokerError(f"cannot read {topic}, no answer: is the broker up? `headrace broker status`")
-                for record in records:
-                    with contextlib.suppress(CorruptRecord):
-                        newest = place_of_part(record.value)
-        return newest
-    except KafkaError as error:
-        raise BrokerError(f"cannot read {topic} ({error}): is the broker up? `headrace broker status`") from error
-    finally:
-        await consumer.stop()
 
 
 def now_ms() -> int:

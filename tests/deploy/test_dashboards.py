@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -72,8 +73,13 @@ def stand_in() -> Iterator[StandIn]:
         thread.join()
 
 
-def test_every_query_names_a_metric_that_a_replica_exports() -> None:
+def test_every_query_names_a_metric_that_a_worker_exports(tmp_path: Path) -> None:
+    from prometheus_client import generate_latest
+
     from online_model.serving.metrics import Metrics
+    from online_model.trainer import open_trainer
+    from streams.metrics import TrainMetrics, train_values
+    from tests.online_model.test_trainer import SMALL
 
     class Replica:
         epoch, sequence, created_ms = 1, 2, 3
@@ -84,7 +90,10 @@ def test_every_query_names_a_metric_that_a_replica_exports() -> None:
     metrics = Metrics()
     metrics.watch(Replica)  # type: ignore[arg-type]
     metrics.request("/v1/rank", 200, 0.01)
-    exported = set(re.findall(r"^(headrace_\w+)", metrics.text().decode(), re.MULTILINE))
+    trainer = open_trainer(SMALL, tmp_path / "store", lambda: 1)
+    text = metrics.text() + generate_latest(TrainMetrics(lambda: train_values(trainer, 0, 0)).registry)
+    trainer.store.close()
+    exported = set(re.findall(r"^(headrace_\w+)", text.decode(), re.MULTILINE))
     asked = {
         name
         for d in dashboards()

@@ -76,8 +76,8 @@ def _figures(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict:
 def test_stopped_by_ctrl_c_it_is_resumed_and_ends_the_same(capfd: pytest.CaptureFixture[str], log: str) -> None:
     whole = _figures(capfd, "--data-dir", "whole")
     program = (
-        "import os, signal, sys; from replay import direct; from deploy.cli import run\n"
-        "direct.SLICE, direct.COMMIT_SECONDS, slices = 100, 0.0, []\n"
+        "import os, signal, sys; from replay import direct, joining; from deploy.cli import run\n"
+        "joining.SLICE, direct.COMMIT_SECONDS, slices = 100, 0.0, []\n"
         "def commit(self, before=direct.DirectReplay._commit):\n"
         "    before(self); slices.append(self)\n"
         "    if len(slices) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
@@ -96,7 +96,7 @@ def test_stopped_by_ctrl_c_it_is_resumed_and_ends_the_same(capfd: pytest.Capture
     )
     Path("headrace.toml").write_text(MODEL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("replay.direct.SLICE", 100)
+        patch.setattr("replay.joining.SLICE", 100)
         resumed = _figures(capfd, "--resume", "--data-dir", "stopped")
     assert resumed["resumed_at"] > 3
     for name in ("examples_digest", "prequential", "balance", "lost", "duplicated"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from embedding_store.ids import feature_id
-from online_model.examples import Examples, Part, Source, example_id, request_name, row_id
+from online_model.examples import QUERY_WORDS, Examples, Part, Source, example_id, request_name, row_id
 from online_model.history import EMPTY, as_array
 
 START = 1_700_000_000_000  # ms UTC
@@ -81,5 +81,6 @@ def _part(clicks: Clicks, which: np.ndarray, part: Part, click: int = -1, purcha
         propensity=np.full(n, np.nan, np.float32), rate=np.ones(n, np.float32),
         click=np.full(n, click, np.int8), purchase=np.full(n, purchase, np.int8),
         play_ms=np.full(n, -1, np.int64), duration_ms=np.full(n, -1, np.int64), delay_ms=np.full(n, -1, np.int64),
+        query=np.zeros((n, QUERY_WORDS), np.int64),
         history=as_array([EMPTY] * n), item_raw=np.array([str(k) for k in clicks.kind[which]], object),
     )  # fmt: skip

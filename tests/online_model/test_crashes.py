@@ -18,6 +18,7 @@ from embedding_store.delta import Assembler
 from embedding_store.faults import POINTS, arm, fault
 from embedding_store.kept import KeptCheckpoints
 from embedding_store.snapshot import latest_snapshot, read_snapshot
+from online_model.features import EXTRAS
 from tests.end_to_end.test_fault_points import WORKER_POINTS
 from tests.online_model import crashing
 from tests.online_model.expected import Expected
@@ -98,7 +99,7 @@ def _by_id(rows: object) -> list:
 
 def _replayed(topic: Path) -> dict:
     """The rows of a replica, which is a dict, after all versions: each goes on from the one before, or is it again."""
-    assembler, tables, at = Assembler(), {"category": {}, "item": {}, "user": {}}, None
+    assembler, tables, at = Assembler(), {table: {} for table in EXTRAS}, None
     for part in crashing.read_topic(topic):
         version = assembler.add(part)
         if version is None or (at is not None and (version.epoch, version.sequence) <= at):

@@ -51,7 +51,7 @@ def test_the_expected_gradient_is_zero_where_the_truth_is_served(name, wait):
         truth = [np.log(q / (1 - q)), np.log(in_time / (1 - in_time)), np.log(delayed)]
     else:
         truth = [np.log(q) if name == "calibrated" else np.log(q / (1 - q))]
-    head = torch.tensor([0.0, 0.0, *truth], dtype=torch.float64, requires_grad=True)
+    head = torch.tensor([0.0, 0.0, 0.0, *truth], dtype=torch.float64, requires_grad=True)
     logits = head.expand(len(rows), len(head))
     p = probabilities(logits.detach(), how)
     weight = torch.ones_like(p)

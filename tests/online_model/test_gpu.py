@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from online_model.learner import candidates_of
+from online_model.batch import candidates_of
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import START, make_blocks, make_rows

@@ -114,7 +114,7 @@ def test_attention_is_a_softmax_over_the_entries_and_nothing(ranker):
 def test_tasks_mix_the_experts_each_for_itself(ranker):
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     logits = ranker._tasks(x)
-    experts = torch.relu(ranker.experts(x)).view(5, SMALL.experts, 8)
+    experts = torch.nn.functional.leaky_relu(ranker.experts(x), 0.1).view(5, SMALL.experts, 8)
     for head in range(len(HEADS)):
         weights = torch.softmax(ranker.mixture(x).view(5, SMALL.experts, len(HEADS))[:, :, head], 1)
         mixed = (weights.unsqueeze(2) * experts).sum(1)

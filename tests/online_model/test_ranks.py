@@ -95,12 +95,12 @@ def test_two_ranks_learn_what_one_does_and_hand_the_store_to_and_fro(tmp_path: P
         assert sequence > 0 or start == 0, "it goes on from the commit of another number of ranks"
         digests.append(digest)
     assert abs(_loss(two) - _loss(one)) < 1e-5
-    np.testing.assert_allclose(two["p"], one["p"], atol=1e-3)  # of single ones: what is rounded otherwise adds up
+    np.testing.assert_allclose(two["p"], one["p"], atol=3e-3)  # of single ones: what is rounded otherwise adds up
     assert (two["key"] == one["key"]).all()
     assert told[1] == accounted
     for name, column in columns.items():
         if column.dtype.kind == "f":
-            np.testing.assert_allclose(told[0][name], column, atol=1e-3, err_msg=name)
+            np.testing.assert_allclose(told[0][name], column, atol=3e-3, err_msg=name)
         else:
             assert (told[0][name] == column).all(), name
     *_, digest, _, _ = alone(_session, 2, tmp_path / "again", rows, [0], SMALL, 40)
@@ -131,7 +131,7 @@ def _not_finite(store: Path) -> None:
         (block,) = make_blocks(rows, 64, 0, 100)
         trainer.offer(block, 10)
         trainer.step(drain=True)
-        assert trainer.info()["not_finite"] == 64
+        assert trainer.info()["left_out"] == 64
         for name, weights in trainer._ranker.weights().items():
             assert (weights == before[name]).all(), name
         trainer.commit()

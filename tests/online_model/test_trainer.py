@@ -1,14 +1,18 @@
 """Test-then-train: what a step learns, measures and counts."""
 
+import math
+
+import msgspec
 import numpy as np
 import orjson
 import pytest
 import torch
 
 from embedding_store.ids import feature_id
+from online_model.batch import candidates_of, unique_contexts
 from online_model.examples import Examples, Part, Source
 from online_model.features import TITLE_WORDS, words_of
-from online_model.learner import candidates_of, unique_contexts
+from online_model.learner import UsualLoss
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import open_trainer
 from tests.online_model.logs import START, later, make_blocks, make_rows
@@ -158,7 +162,7 @@ def test_contexts_of_one_impression_are_shared():
 
 
 def test_hostile_histories_are_not_mixed_up(monkeypatch):
-    monkeypatch.setattr("online_model.learner.mix", lambda x: np.zeros(x.shape, np.uint64))  # all hashes collide
+    monkeypatch.setattr("online_model.batch.mix", lambda x: np.zeros(x.shape, np.uint64))  # all hashes collide
     rows = make_rows(40)
     first, ctx = unique_contexts(rows.history, rows.user, rows.ts)
     assert (rows.history[first][ctx] == rows.history).all()
@@ -184,7 +188,7 @@ def test_a_batch_that_is_not_finite_leaves_the_model_alone(trainer, caplog):
     trainer._ranker.forward = lambda *inputs: forward(*inputs) * torch.tensor(float("nan"))
     learn(trainer, make_rows(64, from_row=128), first=1000 - 980)
     trainer._ranker.forward = forward
-    assert trainer.info()["not_finite"] == 64
+    assert trainer.info()["left_out"] == 64
     assert trainer.positions[0].rows == 192, "its rows are handled: they are not lost, and not trained again"
     assert "not finite" in caplog.text
     assert all((trainer._ranker.weights()[n] == w).all() for n, w in before.items())
@@ -202,7 +206,7 @@ def test_gradients_that_are_not_finite_leave_the_model_alone(trainer):
     handle = trainer._ranker.from_item.weight.register_hook(lambda g: g * float("inf"))
     learn(trainer, make_rows(64).take(np.arange(64)), first=10)
     handle.remove()
-    assert trainer.info()["not_finite"] == 64
+    assert trainer.info()["left_out"] == 64
     assert [rows.columns["weights"].tobytes() for _, rows in trainer.tables.digest_rows()] == before
     assert all((trainer._ranker.weights()[n] == w).all() for n, w in ranker.items())
 
@@ -300,3 +304,69 @@ def test_scoring_is_what_the_step_says_and_changes_nothing(trainer):
     assert told
     assert known.any()
     np.testing.assert_allclose(told[0].p[known], p[known], rtol=1e-6)  # a new item starts with weights of its own
+
+
+def test_a_batch_whose_loss_explodes_is_left_out_with_its_place_also_after_a_restart(trainer, tmp_path, caplog):
+    learn(trainer, make_rows(64 * 101))
+    trainer.commit()
+    trainer.store.close()
+    again = open_trainer(SMALL, tmp_path / "store", lambda: NOW)
+    before, usual = again._ranker.weights(), again._usual.mean
+    rows = make_rows(64, from_row=64 * 101)
+    forward = again._ranker.forward
+    again._ranker.forward = lambda *x: forward(*x) + 1_000 * (1 - 2 * torch.tensor(rows.click[:, None] == 1))
+    again.offer(make_blocks(rows, 64, first=1010)[0], 101)
+    assert again.step() == 64
+    assert all((weights == before[name]).all() for name, weights in again._ranker.weights().items())
+    assert again._usual.mean == usual
+    told = again.info()
+    assert told["left_out"] == 64
+    assert told["left_out_batches"][0]["rows"] == 64
+    assert "far above" in caplog.text
+    again._ranker.forward = forward
+    learn(again, make_rows(64, from_row=64 * 102), first=1020)
+    assert again.info()["left_out"] == 64, "and it goes on"
+    again.store.close()
+
+
+def test_a_few_unlucky_rows_are_no_explosion():
+    usual = UsualLoss()
+    for _ in range(200):
+        usual.add(0.5)
+    assert usual.limit(20, 64) == pytest.approx(10)
+    assert usual.limit(20, 1) == pytest.approx(640)
+    assert usual.limit(20, 4096) == pytest.approx(10)
+    assert usual.limit(0, 64) == math.inf
+    assert UsualLoss(0.5, 99).limit(20, 64) == math.inf, "there is no usual loss yet"
+
+
+def test_gradients_are_clipped_row_by_row_and_as_a_whole(tmp_path):
+    """What moves with a tiny clip is the direction of what moves without; its length is the clip's."""
+    moved: dict[float, list] = {0.0: [], 1e-3: []}
+    for clip, given in moved.items():
+        s = msgspec.structs.replace(SMALL, clip=clip, features=msgspec.structs.replace(SMALL.features, optimizer="sgd"))
+        trainer = open_trainer(s, tmp_path / str(clip), lambda: NOW)
+        own = trainer._learner._clipped
+        trainer._learner._clipped = lambda g, own=own, given=given: given.append(own(g)) or given[-1]
+        learn(trainer, make_rows(64))
+        trainer.store.close()
+    for whole, clipped in zip(moved[0.0], moved[1e-3], strict=True):
+        lengths = whole.norm(dim=1)
+        expected = whole * (1e-3 / lengths.clamp(min=1e-3)).unsqueeze(1)
+        assert torch.allclose(clipped, expected, atol=1e-9)
+    assert max(float(g.norm(dim=1).max()) for g in moved[0.0]) > 1e-3
+
+
+def test_dense_layers_in_bfloat16_score_nearly_the_same_and_keep_float32(tmp_path):
+    scores = []
+    for bf16 in (False, True):
+        trainer = open_trainer(msgspec.structs.replace(SMALL, bf16=bf16), tmp_path / str(bf16), lambda: NOW)
+        trainer.observer = lambda scored: scores[-1].append(scored.p)
+        scores.append([])
+        learn(trainer, make_rows(640))
+        assert {w.dtype for w in trainer._ranker.weights().values()} == {np.dtype(np.float32)}
+        assert trainer.info()["left_out"] == 0
+        trainer.store.close()
+    plain, rough = (np.concatenate(s) for s in scores)
+    assert np.abs(plain - rough).max() < 0.02
+    assert (plain != rough).any()

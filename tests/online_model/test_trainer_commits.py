@@ -13,6 +13,7 @@ from embedding_store.expiry import GRAIN_MS
 from embedding_store.snapshot import read_snapshot, snapshot_of
 from embedding_store.specs import RowRules
 from online_model.examples import Examples, Part, Source
+from online_model.features import EXTRAS
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.killing import learn_and_be_killed
@@ -163,7 +164,7 @@ def test_a_version_holds_what_was_touched_and_where_it_is(tmp_path):
     assert set(version.dense) == set(trainer._ranker.weights())
     rows = version.tables["item"]
     assert set(rows.columns) == {
-        "weights", "impressions", "clicks", "interactions", "category", "seller", "created", "card"
+        "weights", "impressions", "clicks", "interactions", "category", "seller", "words", "created", "duration", "card"
     }  # fmt: skip
     at = trainer.tables.rows("item", rows.ids, admit=False)
     assert (trainer.tables.read_rows("item", at)["weights"] == rows.columns["weights"]).all()
@@ -283,7 +284,7 @@ def test_a_model_larger_than_memory_is_the_same_model(tmp_path, optimizer):
                 if trainer.commit_due:
                     trainer.commit()
         trainer.commit()
-        assert trainer.info()["no_room"] == {"user": 0, "item": 0, "category": 0}
+        assert trainer.info()["no_room"] == dict.fromkeys(EXTRAS, 0)
         digests.append(trainer.digest())
         trainer.store.close()
     assert digests[0] == digests[1]

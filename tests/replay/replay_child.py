@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
-from replay import direct
+from replay import direct, joining
 from replay.readers import Record
 from replay.simulator import Simulation, SimulatorSettings
 from streams.joiner import JoinSettings
@@ -29,6 +29,6 @@ def log() -> Iterator[Record]:
 
 def main(store: Path, says: Connection) -> None:
     """Replays, and sends each slice that it has learned, and at the end the figures."""
-    direct.SLICE, direct.COMMIT_SECONDS, direct.COMMIT_SHARE = 60, 0.0, 1.0
+    joining.SLICE, direct.COMMIT_SECONDS, direct.COMMIT_SHARE = 60, 0.0, 1.0
     run = direct.DirectReplay(settings(store), lambda so_far: says.send(so_far.slices))
     says.send(run.run(log()))

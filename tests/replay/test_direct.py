@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from online_model.settings import FeatureSettings, TrainerSettings
-from replay import direct
-from replay.direct import DirectReplay, DirectSettings, partition_of
+from replay import direct, joining
+from replay.direct import DirectReplay, DirectSettings
+from replay.joining import partition_of
 from replay.readers import in_time_order, open_log
 from replay.sinks import KafkaSink
 from streams.events import Item
@@ -35,7 +36,7 @@ def test_one_log_and_one_seed_give_one_checkpoint(tmp_path: Path, monkeypatch: p
     one = _run(tmp_path / "1")
     monkeypatch.setattr(direct, "COMMIT_SECONDS", 0.0)  # other commits …
     monkeypatch.setattr(direct, "COMMIT_SHARE", 1.0)
-    monkeypatch.setattr(direct, "SLICE", 777)  # … and other blocks
+    monkeypatch.setattr(joining, "SLICE", 777)  # … and other blocks
     again, other = _run(tmp_path / "2"), _run(tmp_path / "3", seed=1)
     assert one["lost"] == one["duplicated"] == 0
     assert one["trained_examples"] == one["examples"] > 10_000

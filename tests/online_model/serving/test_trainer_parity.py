@@ -9,10 +9,10 @@ import pytest
 
 from embedding_store.delta import Assembler
 from embedding_store.ids import feature_id
+from online_model.batch import Candidates
 from online_model.examples import QUERY_WORDS, Block, Examples, Part, Source, example_id, request_name, row_id
 from online_model.features import CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, words_of
 from online_model.history import HISTORY
-from online_model.learner import Candidates
 from online_model.ranker import CLICK, PURCHASE, WATCH
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from online_model.evaluation import Evaluation, TaskScores
+from online_model.evaluation import TaskScores
+from online_model.evaluation.scores import ECE_BINS, SCENARIOS
 
 
 def plain(p, y):
@@ -76,7 +77,6 @@ def test_a_label_that_comes_when_its_score_is_forgotten_is_counted_and_calibrati
     assert total.unmatched == len(bought) - found
     assert total.positives == len(bought)
     assert total.calibration == pytest.approx(p.sum() / y.sum(), rel=1e-5)
-    assert Evaluation(4).metrics()["purchase"]["unmatched"] == 0
 
 
 def test_a_score_weighs_as_many_rows_as_it_stands_for():
@@ -114,23 +114,6 @@ def test_undefined_figures_are_none():
     assert task.total().calibration == pytest.approx(0.3)
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 1), st.booleans()), max_size=60), st.integers(0, 60))
-def test_restored_it_goes_on_bit_for_bit(scores, cut):
-    def feed(evaluation, part):
-        for key, p, flip in part:
-            evaluation.tasks["purchase"].add(np.array([key]), np.array([p]), np.array([0]))
-            if flip:
-                evaluation.tasks["purchase"].flip(np.array([key // 2]))
-
-    whole, first, second = Evaluation(16), Evaluation(16), Evaluation(16)
-    feed(whole, scores)
-    feed(first, scores[:cut])
-    second.load(first.state())
-    feed(second, scores[cut:])
-    assert second.metrics() == whole.metrics()
-    assert {n: a.tobytes() for n, a in second.state().items()} == {n: a.tobytes() for n, a in whole.state().items()}
-
-
 def test_another_window_keeps_the_totals():
     key, p, y = data(100)
     task, other = TaskScores(50), TaskScores(20)
@@ -142,12 +125,77 @@ def test_another_window_keeps_the_totals():
     assert other.recent().count == 20
 
 
-def test_sampled_negatives_claim_no_rate():
-    key, p, y = data(500)
-    evaluation = Evaluation(100)
-    evaluation.tasks["click_sampled"].add(key, p, y)
-    sampled = evaluation.metrics()["click_sampled"]
-    assert sampled["sampled"] is True
-    assert sampled["auc"] > 0.5
-    assert (sampled["ne"], sampled["calibration"], sampled["recent"]["calibration"]) == (None, None, None)
-    assert evaluation.metrics()["click"]["count"] == 0
+def plain_ece(p, y):
+    """Guo et al. 2017, equation 3, over bins that hold equally many of the sorted predictions."""
+    order = np.argsort(p, kind="stable")
+    parts = zip(np.array_split(p[order], ECE_BINS), np.array_split(y[order], ECE_BINS), strict=True)
+    return sum(abs(a.sum() - b.sum()) for a, b in parts) / len(p)
+
+
+@pytest.mark.parametrize("odds", [1.0, 2.0, 0.3])
+def test_the_calibration_error_is_that_of_bins_of_equal_mass(odds):
+    key, p, y = data(20_000)
+    told = odds * p / (1 - p + odds * p)
+    task = TaskScores(window=5_000)
+    for at in range(0, 20_000, 900):
+        task.add(key[at : at + 900], told[at : at + 900], y[at : at + 900])
+    assert task.total().ece == pytest.approx(plain_ece(told, y), abs=2e-3)
+    assert task.recent().ece == pytest.approx(plain_ece(told[-5_000:], y[-5_000:]), abs=4e-3)
+
+
+def test_the_calibration_error_sees_what_cancels_in_the_mean():
+    p, y = np.repeat([0.2, 0.4], 5_000), np.zeros(10_000, int)
+    y[:2_000], y[5_000:6_000] = 1, 1  # of the first 40 %, of the second 20 %
+    task = TaskScores(window=10)
+    task.add(np.arange(1, 10_001), p, y)
+    assert task.total().calibration == pytest.approx(1, rel=1e-6)
+    assert task.total().ece == pytest.approx(0.2, rel=1e-6)
+
+
+def test_each_scenario_has_the_figures_of_its_own_scores():
+    key, p, y = data(6_000)
+    scenario = np.random.default_rng(2).integers(3, size=6_000).astype(np.uint8)  # nothing in the fourth
+    weight = np.where(y == 1, 1, 2)
+    task = TaskScores(window=1_000)
+    for at in range(0, 6_000, 170):
+        part = slice(at, at + 170)
+        task.add(key[part], p[part], np.zeros(len(key[part]), int), weight[part], scenario[part])
+        late = part if at % 340 else slice(0, 0)
+        bought = np.flatnonzero(y[late] == 1) + at
+        assert task.flip(key[bought], scenario[bought]) == len(bought)
+    told = y * (np.arange(6_000) // 170 % 2)
+    figures = task.metrics()
+    assert list(figures["scenarios"]) == list(SCENARIOS[:3])
+    for index, name in enumerate(SCENARIOS[:3]):
+        for got, since in ((figures["scenarios"][name], 0), (figures["scenarios"][name]["recent"], 5_000)):
+            own = np.flatnonzero(scenario[since:] == index) + since
+            times = np.where(told[own] == 1, 1, weight[own])
+            auc, ne, calibration = plain(np.repeat(p[own], times), np.repeat(told[own], times))
+            assert got["auc"] == pytest.approx(auc, abs=5e-3)
+            assert got["ne"] == pytest.approx(ne, abs=2e-3)
+            assert got["calibration"] == pytest.approx(calibration, rel=1e-5)
+            assert got["positives"] == told[own].sum()
+
+
+def test_a_label_without_its_score_is_counted_in_its_scenario():
+    task = TaskScores(window=2)
+    for key in range(1, 6):
+        task.add(np.array([key]), np.array([0.1]), np.array([0]), None, np.array([key % 2]))
+    task.flip(np.array([1, 2, 5]), np.array([1, 0, 1]))
+    figures = task.metrics()
+    assert (figures["positives"], figures["unmatched"]) == (3, 2)
+    assert [(f["positives"], f["unmatched"]) for f in figures["scenarios"].values()] == [(1, 1), (2, 1)]
+    assert figures["scenarios"]["video"]["calibration"] == pytest.approx(0.3 / 2)
+
+
+@given(st.integers(1, 40), st.lists(st.integers(0, 9), max_size=12), st.integers(1, 30))
+def test_the_last_scores_are_the_last_ones_wherever_the_ring_has_turned(window, batches, last):
+    task, p = TaskScores(window), np.empty(0)
+    for number, size in enumerate(batches):
+        new = (np.arange(size) + 1 + 10 * number) / 200
+        task.add(np.zeros(size, int), new, np.ones(size, int))
+        p = np.append(p, new)
+    kept = p[-min(window, last) :]
+    figures = task.recent(last)
+    assert figures.count == len(kept)
+    assert figures.calibration == (pytest.approx(kept.mean(), rel=1e-5) if len(kept) else None)

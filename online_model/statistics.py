@@ -1,0 +1,65 @@
+"""What is counted of items, categories and sellers, and what else their rows take from examples.
+
+The trainer sees all examples in one order, so the counts are its own; they are parts of the rows and reach replicas in
+the versions. They are added after a batch was learned: a score is made of what came before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from embedding_store.ids import hash_text
+from embedding_store.tables import EmbeddingTables
+from online_model.examples import Examples, Part, Source
+from online_model.features import CATEGORY, ITEM, SELLER
+from online_model.ranker import WATCH_TIME
+from online_model.watching import learned, plays_at
+
+
+def count(tables: EmbeddingTables, rows: Examples, at: np.ndarray) -> None:
+    """Counts n examples. at: int64 [n] rows of their items, 0 where the table is full."""
+    shown, impression = rows.part == Part.SHOWN, rows.source == Source.IMPRESSION
+    said = impression & (shown | (rows.part == Part.LATE_CLICK))
+    stands_for = np.rint(1 / rows.rate).astype(np.int64)
+    counted = {
+        "impressions": shown & impression, "clicks": said & (rows.click == 1), "interactions": shown & ~impression,
+    }  # fmt: skip
+    owners = {ITEM: at}
+    for table in (CATEGORY, SELLER):
+        owners[table] = tables.rows(table, tables.values(ITEM, table, at), admit=False)
+    for table, own in owners.items():
+        for column, which in counted.items():
+            there = which & (own > 0)
+            tables.add(table, column, own[there], stands_for[there])
+
+
+def new_cards(tables: EmbeddingTables, rows: Examples, at: np.ndarray) -> dict[int, bytes]:
+    """Cards of items that the catalogue knows nothing of: item id → JSON. Each is made once."""
+    without = np.flatnonzero((at > 0) & (tables.values(ITEM, "card", at) == 0))
+    first = without[np.unique(at[without], return_index=True)[1]]
+    raws = [b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass") for i in first]
+    tables.set(ITEM, "card", at[first], np.array([card_hash(raw) for raw in raws], np.int64))
+    return dict(zip(rows.item[first].tolist(), raws, strict=True))
+
+
+def watched(tables: EmbeddingTables, rows: Examples, at: np.ndarray, plays: np.ndarray) -> np.ndarray:
+    """`plays` with the examples' own, and the items' durations as they were last."""
+    played = np.flatnonzero(rows.play_ms >= 0)
+    known = played[(rows.duration_ms[played] > 0) & (at[played] > 0)]
+    last = known[len(known) - 1 - np.unique(at[known][::-1], return_index=True)[1]]
+    tables.set(ITEM, "duration", at[last], rows.duration_ms[last])
+    return learned(plays, rows.play_ms[played], rows.duration_ms[played])
+
+
+def predicted_plays(rows: Examples, p: np.ndarray, plays: np.ndarray | None) -> np.ndarray:
+    """Predicted watch time in ms, float32 [n], of the rows that say how long the play was; nan elsewhere."""
+    out = np.full(len(rows), np.nan, np.float32)
+    played = np.flatnonzero(rows.play_ms >= 0)
+    if plays is not None and len(played):
+        out[played] = plays_at(plays, p[played, WATCH_TIME], rows.duration_ms[played])
+    return out
+
+
+def card_hash(raw: bytes, category: int = 0, seller: int = 0, created: int = 0) -> int:
+    """What tells one card, with what its record says, from another."""
+    return hash_text(f"{category} {seller} {created} {raw.decode('latin-1')}")  # latin-1: any bytes, one to one
