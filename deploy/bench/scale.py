@@ -1,8 +1,9 @@
 """`headrace bench scale`: the trainer on one rank and on two, on the same global batches.
 
 A log of the standard mix goes through the real joiner; its blocks go to a trainer with the settings that everybody
-starts from but for retrieval, whose loss tells a positive from the items of its own rank alone: whole batches of 1,024
-rows of one partition, float32. Each number of ranks is a process of its own, with
+starts from, whole batches of 1,024 rows of one partition, float32, but without retrieval: with it two ranks compute the
+same loss too (the first 20 steps to 1e-6), but what they round otherwise grows to 1e-4 in a step within 60: that is of
+its dynamics and not of ranks. Each number of ranks is a process of its own, with
 its further ranks as children (online_model/ranks.py) and as many cores as it has ranks, as far as there are. Timed are
 the steps, after a warm-up: there is no store and no commit.
 
