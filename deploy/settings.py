@@ -40,7 +40,7 @@ ABOUT = {
     "demo": "headrace demo",
 }
 # Of the command itself, of the embedded Kafka, of tests.
-NOT_SETTINGS = {"HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT"}
+NOT_SETTINGS = {"HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT", "HEADRACE_DATA"}
 
 
 class General(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -60,7 +60,8 @@ def test_a_sync_copies_what_has_changed_and_nothing_else_changes_a_copy() -> Non
 
 
 def test_the_frozen_one_serves_what_it_knew_after_the_warm_up() -> None:
-    batches, system = stream(impressions=True).batches, frozen(Leader(MODEL, False), len(stream(impressions=True).batches))
+    batches = stream(impressions=True).batches
+    system = frozen(Leader(MODEL, False), len(batches))
     online = Leader(MODEL, False)
     last, equal = batches[-1].scored.candidates, []
     for batch in batches:

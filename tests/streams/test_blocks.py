@@ -86,7 +86,7 @@ def test_another_format_is_refused(monkeypatch):
     monkeypatch.setattr(blocks, "FORMAT", 1)
     raw = encode_block(Block(1, 2, 3, 3, 77))
     monkeypatch.undo()
-    with pytest.raises(CorruptRecord, match="a block of format 1 where 2 is read: run join and train workers"):
+    with pytest.raises(CorruptRecord, match="a block of format 1 where 3 is read: run join and train workers"):
         decode_block(raw)
 
 
