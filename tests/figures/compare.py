@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from tests.figures.common import Bench, Line, Row, at_least, headrace, public, say
@@ -21,7 +23,7 @@ taste_turn_s = 300000.0
 time_scale = 1.0
 restock_s = 20000.0
 """
-SEEDS = 3
+SEEDS = int(os.environ.get("SEEDS", "3"))
 WANTED = {"auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10"}
 CALIBRATED, ENOUGH = (0.97, 1.03), 5_000  # of the last half, from so many positives on
 
@@ -31,14 +33,20 @@ def _compared(bench: Bench, name: str) -> dict[str, Any]:
     return bench.once(("compare", name), lambda: _compare(bench, name))
 
 
+def log_of(bench: Bench, name: str) -> Path:
+    """The path of a log."""
+    return bench.once(("log", name), lambda: _simulated(bench) if name == SIMULATED else public(LOGS[name]))
+
+
+def _simulated(bench: Bench) -> Path:
+    folder = bench.empty("compare-world")
+    (folder / "headrace.toml").write_text(WORLD, "utf-8")
+    headrace(folder, "simulate", "--events", EVENTS, "--seed", WORLD_SEED, "--out", "log.jsonl.gz")
+    return folder / "log.jsonl.gz"
+
+
 def _compare(bench: Bench, name: str) -> dict[str, Any]:
-    folder = bench.empty(f"compare-{name}")
-    if name == SIMULATED:
-        (folder / "headrace.toml").write_text(WORLD, "utf-8")
-        headrace(folder, "simulate", "--events", EVENTS, "--seed", WORLD_SEED, "--out", "log.jsonl.gz")
-        path: Any = "log.jsonl.gz"
-    else:
-        path = public(LOGS[name])
+    folder, path = bench.empty(f"compare-{name}"), log_of(bench, name)
     say(f"{name}: {SEEDS} seeds")
     found = headrace(folder, "compare", name, path, "--seeds", SEEDS, "--intervals")
     for line in _table(found):

@@ -1,0 +1,78 @@
+"""Figures of the ranker's parts: each against the ranker without it, on the logs of the comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tests.figures import compare
+from tests.figures.common import Bench, Line, Row, headrace, say
+
+# What [model] and [model.ranker] say where a part is left out.
+PARTS = {
+    "attention": {"ranker.attention": "false"},
+    "gates": {"ranker.gates": "false"},
+    "experts": {"ranker.experts": "1"},
+    "matches": {"ranker.matches": "false"},
+    "entire_space": {"ranker.entire_space": "false"},
+    "watch_quantiles": {"ranker.watch_quantiles": "false"},
+    "retrieval": {"retrieval": "0.0"},
+}
+TASKS = {"kuairand": ("watch",), "taobao": ("purchase",), compare.SIMULATED: ("watch", "purchase")}
+LOGS = (*compare.LOGS, compare.SIMULATED)
+
+
+def _settings(changed: dict[str, str]) -> str:
+    sections: dict[str, list[str]] = {}
+    for name, value in changed.items():
+        section, _, key = f"model.{name}".rpartition(".")
+        sections.setdefault(section, []).append(f"{key} = {value}")
+    return "".join(f"[{section}]\n" + "\n".join(lines) + "\n" for section, lines in sections.items())
+
+
+def _figures(bench: Bench, log: str, changed: dict[str, str]) -> dict[str, Any]:
+    """The means over the seeds of the ranker with these settings."""
+    return bench.once((log, *changed.items()), lambda: _run(bench, log, changed))
+
+
+def _run(bench: Bench, log: str, changed: dict[str, str]) -> dict[str, Any]:
+    folder = bench.empty(f"ablation-{log}")
+    path = compare.log_of(bench, log)
+    (folder / "headrace.toml").write_text(_settings(changed), "utf-8")
+    say(f"{log}: {', '.join(f'{name} = {value}' for name, value in changed.items()) or 'as it is'}")
+    found = headrace(folder, "compare", log, path, "--systems", "headrace", "--seeds", compare.SEEDS)
+    clicks = found["systems"]["headrace"]
+    figures = {"AUC": clicks["auc"], "NE": clicks["ne"], "NDCG@10": clicks["ndcg_at_10"]}
+    for task in TASKS.get(log, ()):  # the comparison is of clicks
+        runs = [_prequential(folder, log, path, seed)[task] for seed in range(compare.SEEDS)]
+        figures |= {f"{task} {name.upper()}": fmean(run[name] for run in runs) for name in ("auc", "ne")}
+    return figures
+
+
+def _prequential(folder: Path, log: str, path: Path, seed: int) -> dict[str, Any]:
+    name = "events" if log == compare.SIMULATED else log
+    return headrace(folder, "replay", name, path, "--direct", "--deterministic", "--seed", seed)["prequential"]
+
+
+def _pays(bench: Bench, log: str) -> list[Row]:
+    """A row for each part: what it gains (a smaller NE is a gain)."""
+    whole, rows = _figures(bench, log, {}), []
+    for part, changed in PARTS.items():
+        without = _figures(bench, log, changed)
+        signs = {name: -1 if name.endswith("NE") else 1 for name in whole}
+        gained = {name: sign * (whole[name] - without[name]) for name, sign in signs.items()}
+        seen = ", ".join(f"{name} {value:+.4f}" for name, value in gained.items())
+        rows.append(Row(f"{log}, gained by {part}", seen, "one of them above 0", max(gained.values()) > 0))
+    return rows
+
+
+def _line(log: str) -> Line:
+    def line(bench: Bench) -> list[Row]:
+        return _pays(bench, log)
+
+    line.__doc__ = f"The parts of the ranker, {log}: with each less without it, means of {compare.SEEDS} seeds"
+    return line
+
+
+LINES: dict[str, Line] = {log: _line(log) for log in LOGS}
