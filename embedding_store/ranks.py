@@ -137,13 +137,6 @@ class Ranks:
             with self.together():
                 dist.all_reduce(tensor)
 
-    def rows_of_all(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows [n, D] of all ranks, one rank's after the other's; n may differ. Collective, `backward` too.
-
-        `backward` gives each rank's rows the sum of what they are given on all ranks: they all have to come to it.
-        """
-        return tensor if self.size == 1 else _RowsOfAll.apply(tensor, self)
-
     def every(self, value: T) -> list[T]:
         """The value of every rank, in their order. Collective."""
         if self.size == 1:
@@ -182,24 +175,6 @@ class Ranks:
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
             raise lost(self.size, reason) from error
 
-
-class _RowsOfAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-        ctx.ranks, ctx.counts = ranks, ranks.every(len(own))
-        most = max(ctx.counts)
-        padded = torch.nn.functional.pad(own, (0, 0, 0, most - len(own))).contiguous()
-        every = [torch.empty_like(padded) for _ in ctx.counts]
-        with ranks.together():
-            dist.all_gather(every, padded)
-        return torch.cat([rows[:count] for rows, count in zip(every, ctx.counts, strict=True)])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        summed = gradient.contiguous().clone()  # it may be another's
-        ctx.ranks.add_up(summed)
-        return summed.split(ctx.counts)[ctx.ranks.rank], None
 
 
 def exact(device: str) -> torch.device:

@@ -330,7 +330,8 @@ class Learner:
         entries = (item + content).index_select(0, self._tensor(share.entries).view(-1))
         at = self._tensor(share.at)
         return Contexts(
-            user, entries.view(*past.items.shape, -1) * there, self._tensor(past.kinds), self._tensor(past.recency),
+            user, entries.view(*past.items.shape, item.shape[1]) * there, self._tensor(past.kinds),
+            self._tensor(past.recency),
             self._mean_of_words(share.query, share.word, word), self._tensor(past.context),
             self._tensor(share.scenario),
         ), Items(

@@ -84,6 +84,10 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     negatives: Annotated[int, Meta(ge=1, le=100)] = 4  # for each positive of a log without impressions
     recent_items: Annotated[int, Meta(ge=2, le=1 << 22)] = 1 << 14  # that negatives are drawn from
     window: Annotated[int, Meta(ge=1, le=1 << 20)] = 20_000  # scores in the recent figures, and whose label may change
+    ranked_of: Annotated[
+        int, Meta(ge=0, description="one of so many positives is ranked among others before it is learned; 0: none")
+    ] = 0
+    ranked_among: Annotated[int, Meta(ge=1, le=1000, description="active items, drawn, that it is ranked among")] = 100
     seed: Annotated[int, Meta(ge=0, lt=1 << 32)] = 0
     feedback: Feedback = "calibrated"  # how purchases that come late are learned
     purchase_wait_ms: Annotated[int, Meta(ge=0)] = 0  # that of [join]: set it there

@@ -36,9 +36,9 @@ from embedding_store.faults import fault
 from embedding_store.owed import Owed
 from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
-from online_model.batch import Candidates, batch_of
+from online_model.batch import Candidates, batch_of, candidates_of
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
-from online_model.evaluation import Evaluation
+from online_model.evaluation import Evaluation, mid_ranks, ranked
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, TITLE_WORDS, USER, table_specs
 from online_model.feedback import Strategy, strategy
@@ -131,7 +131,7 @@ class Trainer:
         )  # fmt: skip
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)
-        self._evaluation = Evaluation(settings.window)
+        self._evaluation = Evaluation(settings.window, 1 + settings.ranked_among if settings.ranked_of else 0)
         self._guard = GuardState()
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
         self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
@@ -444,6 +444,8 @@ class Trainer:
         batch = batch_of(
             rows, target, sampling, implicit, drawn, self._totals["event_time_ms"], chance, self._totals["shown"]
         )
+        if self.settings.ranked_of:
+            self._rank(rows)
         outcome = self._learner.learn(batch, self._usual.limit(self.settings.exploding, len(batch.target)))
         self.last_loss = outcome.loss
         if self.observer is not None:
@@ -459,6 +461,22 @@ class Trainer:
         self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
+
+    def _rank(self, rows: Examples) -> None:
+        """Next-item figures: some of the positives among recently active items, in the order that a next item has:
+        by the click where it is learned against such items, by the affinity where against what else was shown."""
+        positive = np.flatnonzero((rows.part == Part.SHOWN) & (rows.click == 1))
+        chosen = rows.take(positive[ranked(rows.row_id[positive], self.settings.ranked_of, self.settings.seed)])
+        n, among = len(chosen), self.settings.ranked_among
+        others = self._recent.draw(chosen.row_id, chosen.item, among, self.settings.seed + 1)
+        if not others.size:
+            return
+        candidates, every, _ = candidates_of(chosen, np.arange(n), others)
+        candidates.position[:] = -1
+        p, affinity = self._learner.score(candidates)
+        order = np.where(chosen.source[every] == Source.IMPLICIT, p[:, CLICK], affinity)
+        assert self._evaluation.ranking is not None
+        self._evaluation.ranking.add(mid_ranks(order[:n], order[n:].reshape(n, among)))
 
     def _count(self, rows: Examples, at: np.ndarray, plays: np.ndarray | None) -> None:
         """Step 4: what was learned counts."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import TOUCHED
@@ -207,19 +206,3 @@ def test_a_process_is_in_one_group() -> None:
     Ranks()
     with pytest.raises(UsageError, match="is rank 0 of 1 already"):
         Ranks(1, 2)
-
-
-def _rows_of_all(ranks: Ranks) -> None:
-    every = torch.arange(12.0).view(4, 3)
-    counts = [4] if ranks.size == 1 else [1, 3]
-    own = every.split(counts)[ranks.rank].clone().requires_grad_()
-    found = ranks.rows_of_all(own)
-    assert torch.equal(found, every)
-    (found * every * (ranks.rank + 1)).sum().backward()
-    assert own.grad is not None
-    assert torch.equal(own.grad, every.split(counts)[ranks.rank] * sum(range(1, ranks.size + 1)))
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_rows_of_all_ranks_bring_the_gradients_of_all_back(size: int, tmp_path: Path) -> None:
-    assert on_ranks(size, tmp_path / "meeting", _rows_of_all) == [0] * size
