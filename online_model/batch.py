@@ -38,6 +38,7 @@ class Batch:
     candidates: Candidates
     sighting: np.ndarray  # int64 [B] the example that the user was seen in
     example: np.ndarray  # int64 [N] the example that the item was seen in, 0: it was drawn as a negative
+    as_of: np.ndarray  # int64 [N] ms UTC that the candidate's numbers are of
     target: np.ndarray  # float32 [N, heads], nan where nothing is learned
     weight: np.ndarray  # float32 [N] of all of the row's losses
     offset: np.ndarray  # float32 [N] added to the click's logit for learning alone
@@ -58,13 +59,19 @@ def batch_of(
     chance: float,
     shown_before: int,
 ) -> Batch:
-    """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts."""
+    """The rows as candidates, then the negatives drawn for those at `implicit`, in the same contexts.
+
+    Numbers are those of the moment that the row was shown; in rows that come later (a purchase days after its click) of
+    when they were complete. Else ages and counts, which only grow, would tell positives from the negatives that are
+    learned meanwhile, and the model would take what is new for what nobody buys.
+    """
     candidates, every, first = candidates_of(rows, implicit, drawn)
     negative = np.full((drawn.size, target.shape[1]), np.nan, np.float32)
     negative[:, CLICK] = 0
     weight, offset = sampling
     return Batch(
         now_ms=now_ms, candidates=candidates, sighting=rows.row_id[first],
+        as_of=np.where(rows.part == Part.SHOWN, rows.ts, rows.closed)[every],
         example=np.append(rows.row_id, np.zeros(drawn.size, np.int64)),
         target=np.concatenate((target, negative)), weight=weight[every], offset=offset[every],
         impression=(rows.source == Source.IMPRESSION)[every], rows_for=(1 / rows.rate)[every], chance=chance,

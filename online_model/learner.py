@@ -156,7 +156,7 @@ class Learner:
         rows = tables.rows(ITEM, c.item, admit=True, examples=batch.example)
         self._first_seen(rows, c.ts)
         told_from = np.flatnonzero(batch.shown | (batch.example == 0)) if self._retrieval else _NONE
-        looked = self._look_up(c, user_rows, rows, told_from, admit=True)
+        looked = self._look_up(c, user_rows, rows, batch.as_of, told_from, admit=True)
         share, sampled = self._share(looked, learning=True), self._sampled(batch, rows)
         leaves, outputs = self._embed(share)
         vectors = self._vectors(share, leaves)
@@ -192,7 +192,7 @@ class Learner:
         tables, n = self.tables, len(candidates.item)
         user_rows = tables.rows(USER, candidates.user, admit=False)
         rows = tables.rows(ITEM, candidates.item, admit=False)
-        looked = self._look_up(candidates, user_rows, rows, _NONE, admit=False)
+        looked = self._look_up(candidates, user_rows, rows, candidates.ts, _NONE, admit=False)
         share = self._share(looked, learning=False)
         leaves, _ = self._embed(share)
         contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
@@ -348,12 +348,13 @@ class Learner:
         return embedding_bag(self._tensor(places), words, per_sample_weights=self._tensor(weights), mode="sum")
 
     def _look_up(
-        self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, told_from: np.ndarray, admit: bool
-    ) -> _Rows:
+        self, c: Candidates, user_rows: np.ndarray, rows: np.ndarray, as_of: np.ndarray, told_from: np.ndarray,
+        admit: bool,
+    ) -> _Rows:  # fmt: skip
         """Everything of the candidates that is in the tables, but the embeddings. The same on all ranks.
 
-        user_rows [B] and rows [N] are those of users and items; told_from: the candidates that retrieval tells
-        positives from; `admit`: what belongs to them gets a row.
+        user_rows [B] and rows [N] are those of users and items; as_of [N]: the time of their numbers; told_from: the
+        candidates that retrieval tells positives from; `admit`: what belongs to them gets a row.
         """
         tables, n = self.tables, len(rows)
         past = user_features(c.history, c.moment)
@@ -381,9 +382,8 @@ class Learner:
         )  # fmt: skip
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
         of_items = [c.item] + [own[at] for own in groups.values()]
-        ts = c.ts
-        left = heat(tables.values(ITEM, "heat", rows), tables.values(ITEM, "heat_ms", rows), ts)
-        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), ts), np.log1p(left)]
+        left = heat(tables.values(ITEM, "heat", rows), tables.values(ITEM, "heat_ms", rows), as_of)
+        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), as_of), np.log1p(left)]
         for name in groups:
             parts.append(stored_rates(tables, name, group_rows[name])[places[name][at]])
         parts.append(matches(past, of_entries, of_items, c.ctx))

@@ -39,6 +39,7 @@ HEADS = ("click", "watch", "watch_time", "purchase")
 SCENARIO_COUNT = 4  # streams.events.SCENARIOS
 POSITIONS = 64  # places told apart; those further down are as the last
 PURCHASE_PRIOR = 0.05
+_DEEP_SHARE = 0.5  # of the numbers, in the deep part, for the same reason
 SCENARIO_DIM, GATE_WIDTH = 8, 32  # of the gates
 
 
@@ -87,7 +88,9 @@ class Ranker(nn.Module):
         # The wide part. It starts as the item's click rate and the match, so that the first scores are sensible.
         purchase = [_logit(PURCHASE_PRIOR)] * (1 + extra)
         self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, 0.0, *purchase]))
-        self.wide = nn.Parameter(torch.zeros(NUMBERS, heads))
+        # Not of purchases: counts and ages only grow, so they are larger whenever the positives come, days after the
+        # negatives, and at a high rate it would be learned from that who buys (`python -m tests.figures.feedback`).
+        self.wide = nn.Parameter(torch.zeros(NUMBERS, PURCHASE))
         self.match = nn.Parameter(torch.zeros(heads))
         with torch.no_grad():
             self.wide[0, CLICK] = 1.0
@@ -178,7 +181,7 @@ class Ranker(nn.Module):
         x = self.from_context(torch.cat((contexts.user, mean, contexts.query), 1))
         x = x + self.from_moment(contexts.moment) + self.from_scenario(contexts.scenario)
         x = x.index_select(0, ctx) + self.from_item(torch.cat((items.item, items.content), 1))
-        x = x + self.from_numbers(numbers) + self.from_match(match)
+        x = x + self.from_numbers(numbers * _DEEP_SHARE) + self.from_match(match)
         if self.settings.attention:
             attended = self._attended(contexts, vector, ctx)
             x = x + self.from_attended(torch.cat((attended, attended * vector), 1))
@@ -186,7 +189,8 @@ class Ranker(nn.Module):
         if self.settings.gates:
             x = x * self._gates(contexts).index_select(0, ctx)
         x = _bent(self.second(x))
-        logits = self._tasks(x) + self.bias + numbers @ self.wide + match.sum(1, keepdim=True) * self.match
+        logits = self._tasks(x) + self.bias + match.sum(1, keepdim=True) * self.match
+        logits = logits + nn.functional.pad(numbers @ self.wide, (0, logits.shape[1] - PURCHASE))
         if items.position is None:
             return logits
         place = self.place(items.position.clamp(0, POSITIONS - 1))  # [N, 1]

@@ -56,7 +56,6 @@ _AXES: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "heads": ((_HEADS,), (_THIRD,)),
     "tower.weight": ((_DIM, _DIM), (_DIM, _DIM, _DIM, CONTEXT)),
     "bias": ((_HEADS,),),
-    "wide": ((NUMBERS,), (_HEADS,)),
     "match": ((_HEADS,),),
 }
 _EXPERTS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # the first axis is so for each of the experts

@@ -18,10 +18,14 @@ class PlainModel:
     def __init__(self, rows: Rows, dim: int) -> None:
         self.rows, self.zero = rows, torch.zeros(dim)
 
-    def inputs(self, asked: Sequence[tuple], position: torch.Tensor | None = None) -> tuple[Contexts, Items]:
-        """asked: (user id, history, ts, scenario, ids of the query's words, item id) each; every one a context."""
+    def inputs(
+        self, asked: Sequence[tuple], position: torch.Tensor | None = None, as_of: Sequence[int] | None = None
+    ) -> tuple[Contexts, Items]:
+        """asked: (user id, history, ts, scenario, ids of the query's words, item id) each; every one a context.
+        as_of: the time of an item's numbers, where it is not ts."""
+        as_of = [one[2] for one in asked] if as_of is None else as_of
         contexts = [self._context(*one[:5]) for one in asked]
-        items = [self._item(one[5], one[1], one[2]) for one in asked]
+        items = [self._item(one[5], one[1], one[2], at) for one, at in zip(asked, as_of, strict=True)]
         return (
             Contexts(*(torch.stack(column) for column in zip(*contexts, strict=True))),
             Items(*(torch.stack(column) for column in zip(*items, strict=True)), position, torch.arange(len(asked))),
@@ -36,8 +40,8 @@ class PlainModel:
             torch.tensor(int(scenario)),
         ]  # fmt: skip
 
-    def _item(self, item, history, ts) -> list[torch.Tensor]:
-        numbers = torch.tensor(self.numbers(item, history, ts), dtype=torch.float32)
+    def _item(self, item, history, ts, as_of) -> list[torch.Tensor]:
+        numbers = torch.tensor(self.numbers(item, history, ts, as_of), dtype=torch.float32)
         return [self.weights(ITEM, item), self.content(item), numbers]
 
     def weights(self, table: str, i: int) -> torch.Tensor:
@@ -59,9 +63,10 @@ class PlainModel:
         known = [self.weights(WORD, w) for w in words if int(w) in self.rows[WORD]]
         return sum(known, self.zero) / max(len(known), 1)
 
-    def numbers(self, item: int, history: np.ndarray, ts: int) -> list[float]:
+    def numbers(self, item: int, history: np.ndarray, ts: int, as_of: int | None = None) -> list[float]:
+        as_of = ts if as_of is None else as_of
         created = int(self.column(item, "created"))
-        age = np.log1p(max(int(ts) - created, 0) / 3_600_000) / 3 if created > 0 else 0.0
+        age = np.log1p(max(int(as_of) - created, 0) / 3_600_000) / 3 if created > 0 else 0.0
         groups = [(CATEGORY, self.column(item, "category")), (SELLER, self.column(item, "seller"))]
         rates = [self._rates(table, i) for table, i in ((ITEM, item), *groups)]
         past = user_features(history[None], ts)
@@ -71,7 +76,7 @@ class PlainModel:
             others = [self.column(i, name) if name and i else i for i in past.items[0].tolist()]
             same = [r for r, other in zip(recency, others, strict=True) if other == own != 0]
             alike += [max(same, default=0.0), sum(same) / (sum(recency) + 1e-6)]
-        heats, passed = self.column(item, "heat"), max(int(ts) - int(self.column(item, "heat_ms")), 0) / 1000
+        heats, passed = self.column(item, "heat"), max(int(as_of) - int(self.column(item, "heat_ms")), 0) / 1000
         heats = [0.0, 0.0] if isinstance(heats, int) else [float(h) for h in heats]
         left = [np.log1p(h * 0.5 ** (passed / half)) for h, half in zip(heats, (3_600, 259_200), strict=True)]
         return [*rates[0], age, *left, *rates[1], *rates[2], *alike]

@@ -54,7 +54,8 @@ class PlainTrainer:
             for table, own in self.rows.items()
         }
         asked = zip(rows.user, rows.history, rows.ts, rows.scenario, rows.query, rows.item, strict=True)
-        contexts, items = PlainModel(leaves, self.dim).inputs(list(asked), torch.tensor(rows.position.tolist()))
+        as_of = np.where(rows.part == Part.SHOWN, rows.ts, rows.closed).tolist()
+        contexts, items = PlainModel(leaves, self.dim).inputs(list(asked), torch.tensor(rows.position.tolist()), as_of)
         logits = self.ranker(contexts, items)
         self._learn(rows, logits, leaves, self._retrieval(rows, contexts, items))
         self._count(rows)
