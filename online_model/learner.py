@@ -130,8 +130,8 @@ class Learner:
         self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float,
         retrieval: float = 0.0, clip: float = 0.0, bf16: bool = False,
     ) -> None:  # fmt: skip
-        """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient and of each
-        row's; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
+        """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient, those of the
+        tables shrink with it; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
         self._clip, self._bf16 = clip, bf16
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
@@ -175,12 +175,12 @@ class Learner:
         mean = self._mean(loss.detach(), len(c.item))
         learned = self._gathered(bool(torch.isfinite(loss)) and all(finite)) and mean <= most
         if learned:
-            torch.autograd.backward(outputs, [self._clipped(g) for g in grads])
             for w in self._weights():
                 if w.grad is not None:
                     w.grad /= len(c.item)  # tables learn from sums, the ranker from means
-            if self._clip:
-                torch.nn.utils.clip_grad_norm_(self._weights(), self._clip)
+            if (share_of := self._clip_share()) < 1:
+                grads = [g * share_of for g in grads]
+            torch.autograd.backward(outputs, grads)
             self._adam.step()
         every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
         return Outcome(every, rows, mean, learned)
@@ -208,11 +208,13 @@ class Learner:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             return self.ranker(contexts, items).float()
 
-    def _clipped(self, gradients: torch.Tensor) -> torch.Tensor:
-        """Of rows [m, D], each no longer than `clip`. With several ranks a row's parts are clipped each by itself."""
+    def _clip_share(self) -> float:
+        """What is left of all gradients where the ranker's is longer than `clip`; it is clipped. All ranks agree: they
+        have the same gradient of it, and what goes to the tables takes the same share."""
         if not self._clip:
-            return gradients
-        return gradients * (self._clip / gradients.norm(dim=1, keepdim=True).clamp(min=self._clip))
+            return 1.0
+        norm = float(torch.nn.utils.clip_grad_norm_(self._weights(), self._clip))
+        return min(1.0, self._clip / max(norm, 1e-12))
 
     def _mean(self, loss: torch.Tensor, n: int) -> float:
         """The mean loss of a row, where `loss` is the sum of this rank's share."""

@@ -75,7 +75,7 @@ class TrainerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     wide_rate: Annotated[float, Meta(gt=0)] = 2e-2  # of its wide part
     retrieval: Annotated[float, Meta(ge=0, description="weight of the two towers' loss; 0: not learned")] = 1.0
     clip: Annotated[
-        float, Meta(ge=0, description="largest norm of the ranker's gradient, and of each row's; 0: any")
+        float, Meta(ge=0, description="largest norm of the ranker's gradient; the tables' shrink with it; 0: any")
     ] = 10.0
     exploding: Annotated[
         float, Meta(ge=0, description="a batch whose loss is so many times the usual one is left out; 0: none")
