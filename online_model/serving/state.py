@@ -38,6 +38,7 @@ class State:
         self.ranker = Ranker(features.dim, ranker, extra_heads).eval().requires_grad_(False)
         self._shapes = {name: w.shape for name, w in self.ranker.weights().items()}
         self.changes = 0
+        self.linked = 0  # the last of them with which a category, a seller or a word came or went
 
     def check(self, version: Version) -> dict[int, Card]:
         """Raises CorruptRecord unless the whole version can be applied; its decoded cards. Changes nothing."""
@@ -78,6 +79,7 @@ class State:
         touched += [self.items.find(gone), self.items.find(np.fromiter(cards, np.int64, len(cards)))]
         if [self.tables[name].members for name in _LINKED] != known:
             touched.append(self._relink(np.arange(1, self.items.end)))
+            self.linked = self.changes
         self._link(np.concatenate(touched))
 
     def vectors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
