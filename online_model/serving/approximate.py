@@ -143,7 +143,11 @@ class ApproximateIndex:
     def __init__(
         self, state: State, exact: ExactIndex, settings: ReplicaSettings, executor: Executor | None = None
     ) -> None:
-        """executor: runs the rebuilds, one at a time; by default one thread, for whose build the process waits at exit."""
+        """executor: runs the rebuilds, one at a time; by default a thread, for whose build the process waits at exit.
+
+        To be made on the thread that serves.
+        """
+        faiss.omp_set_num_threads(1)  # of this thread, as for torch: a request is too small to be shared out
         self._state, self._exact, self._settings = state, exact, settings
         self._executor = executor or ThreadPoolExecutor(1, "index")
         self._cells: Cells | None = None  # those that serve
