@@ -143,11 +143,7 @@ class ApproximateIndex:
     def __init__(
         self, state: State, exact: ExactIndex, settings: ReplicaSettings, executor: Executor | None = None
     ) -> None:
-        """executor: runs the rebuilds, one at a time; by default a thread, for whose build the process waits at exit.
-
-        To be made on the thread that serves.
-        """
-        faiss.omp_set_num_threads(1)  # of this thread, as for torch: a request is too small to be shared out
+        # executor: a thread of its own by default, for whose build the process waits at exit
         self._state, self._exact, self._settings = state, exact, settings
         self._executor = executor or ThreadPoolExecutor(1, "index")
         self._cells: Cells | None = None  # those that serve
@@ -171,6 +167,7 @@ class ApproximateIndex:
         return self._cells is not None and not self._distrusted
 
     def candidates(self, query: Query) -> np.ndarray:
+        faiss.omp_set_num_threads(1)  # of this thread, as for torch: a request is too small to be shared out
         wanted = np.concatenate((query.item, query.content, _ONE))
         self._queries.append(wanted)
         self._rebuild(query.now_ms)
@@ -181,6 +178,19 @@ class ApproximateIndex:
         if self._asked % self._settings.probe_every == 0:
             self._probe(query, ids)
         return ids
+
+    def prepare(self, now_ms: int) -> None:
+        """Make the first cells here and now, before anything is asked; takes seconds for a million items. What users
+        ask for is not known yet, so that is taken to be what is like some item."""
+        copy, dim = _Copy(self._state), self._state.ranker.dim
+        while not copy.go_on(self._state, now_ms, hurry=True):
+            pass
+        if len(copy.rows):
+            some = copy.points[np.random.default_rng(0).integers(len(copy.rows), size=QUERIES)]
+            like = some[:, :dim] + some[:, dim:-1]
+            queries = np.concatenate((like, like, np.ones((QUERIES, 1), np.float32)), axis=1)
+            self._cells = _built(copy, queries, self._settings.nearest, self._settings.least_recall)
+            self._begun_ms, self._of = now_ms, copy.changes
 
     def _nearest(self, cells: Cells, wanted: np.ndarray, now_ms: int) -> np.ndarray:
         """The best of what the cells name, by its vectors of now."""
@@ -264,9 +274,16 @@ class Index:
         """Whether answers come from cells."""
         return self._approximate is not None and self._approximate.serves
 
+    def prepare(self, now_ms: int) -> None:
+        """`ApproximateIndex.prepare` where it is needed: else many requests would wait for the scan of all items."""
+        chosen = self._chosen()
+        if isinstance(chosen, ApproximateIndex):
+            chosen.prepare(now_ms)
+
     def candidates(self, query: Query) -> np.ndarray:
-        if self._approximate is None:
-            if self._state.items.end - 1 <= self._settings.exact_up_to:
-                return self._exact.candidates(query)
+        return self._chosen().candidates(query)
+
+    def _chosen(self) -> ExactIndex | ApproximateIndex:
+        if self._approximate is None and self._state.items.end - 1 > self._settings.exact_up_to:
             self._approximate = ApproximateIndex(self._state, self._exact, self._settings, self._executor)
-        return self._approximate.candidates(query)
+        return self._approximate or self._exact

@@ -114,6 +114,10 @@ class Replica:
         fault("apply.done")
         return True
 
+    def prepare(self) -> None:
+        """What the first requests would wait for is made now. Not for a thread that serves others meanwhile."""
+        self.index.prepare(self._clock())
+
     @torch.inference_mode()
     def rank(self, user: Id, scenario: str, items: Sequence[Id], query: str = "") -> Ranking:
         """Scores of `items` (as they are given, known or not) for `user`, the best first. Raises NotReady."""

@@ -268,9 +268,19 @@ def test_a_catalogue_that_grows_is_indexed_in_the_background():
     assert len(index.candidates(query())) == 10
 
 
+def test_what_was_prepared_serves_from_the_first_request_on():
+    made, later = replica(catalogue()), Later()
+    index = Index(made.state, ReplicaSettings(exact_up_to=0, nearest=LIMIT), later)
+    index.prepare(THEN)
+    assert index.approximate
+    assert recall(index, made) > 0.8
+    assert not later.waiting
+
+
 def test_a_small_catalogue_is_scanned():
     made, later = replica(world(100)), Later()
     index = Index(made.state, ReplicaSettings(exact_up_to=100), later)
+    index.prepare(NOW)
     for seed in range(10):
         index.candidates(query(seed))
     assert not index.approximate
@@ -282,6 +292,7 @@ def test_a_catalogue_of_which_nothing_can_be_had_names_nothing():
     first.blobs = {}
     made = replica(first)
     index = Index(made.state, ReplicaSettings(exact_up_to=0), later)
+    index.prepare(NOW)
     assert [index.candidates(query(seed)).size for seed in range(3)] == [0, 0, 0]
     assert not later.waiting
     made.apply(delta(2, blobs={CARD: cards([3, 4])}))
