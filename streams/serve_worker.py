@@ -169,6 +169,7 @@ class Follower:
         try:
             version = await asyncio.to_thread(read_snapshot, path)
             replica = await asyncio.to_thread(_replica_of, version, self._settings)
+            await asyncio.to_thread(replica.prepare)
         except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
             log.error("%s", error)
             self._useless = path

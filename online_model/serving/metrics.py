@@ -80,6 +80,10 @@ class _Gauges(Collector):
         if replica.sequence >= 0:
             age = max(0.0, time.time() - replica.created_ms / 1000)
             yield GaugeMetricFamily("headrace_replica_age_seconds", "Since the version served was made", age)
+        recall = replica.recall()
+        if recall is not None:
+            what = "Share of the best items that the approximate index found, over its last probes"
+            yield GaugeMetricFamily("headrace_serve_index_recall", what, recall)
 
     def describe(self) -> Iterable[Metric]:
         return ()

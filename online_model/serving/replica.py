@@ -24,7 +24,8 @@ from online_model.feedback import probabilities, strategy
 from online_model.history import history_hash
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
-from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, Source, union
+from online_model.serving.approximate import Index
+from online_model.serving.candidates import Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
 from online_model.serving.settings import ReplicaSettings
@@ -68,8 +69,9 @@ class Replica:
         self.settings = settings
         self._feedback = strategy(feedback, entire=ranker.entire_space)
         self.state = State(features, ranker, len(self._feedback.extra))
+        self.index = Index(self.state, settings)
         self.sources: list[Source] = [
-            ExactIndex(self.state, settings.nearest),
+            self.index,
             Newest(self.state, settings.newest),
             Popular(self.state, settings.popular),
         ]
@@ -112,6 +114,10 @@ class Replica:
         fault("apply.done")
         return True
 
+    def prepare(self) -> None:
+        """What the first requests would wait for is made now. Not for a thread that serves others meanwhile."""
+        self.index.prepare(self._clock())
+
     @torch.inference_mode()
     def rank(self, user: Id, scenario: str, items: Sequence[Id], query: str = "") -> Ranking:
         """Scores of `items` (as they are given, known or not) for `user`, the best first. Raises NotReady."""
@@ -151,6 +157,10 @@ class Replica:
             self.version, self.epoch, self.sequence, self.created_ms, self._applied_ms, self._positions, self.rows(),
             self._info,
         )  # fmt: skip
+
+    def recall(self) -> float | None:
+        """Of the index of items, as measured of late (`ApproximateIndex`); None while all items are scanned."""
+        return self.index.recall
 
     def rows(self) -> dict[str, int]:
         """Rows held, by table; cards under "card"."""

@@ -38,6 +38,7 @@ class State:
         self.ranker = Ranker(features.dim, ranker, extra_heads).eval().requires_grad_(False)
         self._shapes = {name: w.shape for name, w in self.ranker.weights().items()}
         self.changes = 0
+        self.linked = 0  # the last of them with which a category, a seller or a word came or went
 
     def check(self, version: Version) -> dict[int, Card]:
         """Raises CorruptRecord unless the whole version can be applied; its decoded cards. Changes nothing."""
@@ -77,7 +78,8 @@ class State:
         self.cards.put(cards)
         touched += [self.items.find(gone), self.items.find(np.fromiter(cards, np.int64, len(cards)))]
         if [self.tables[name].members for name in _LINKED] != known:
-            touched.append(np.arange(self.items.end))
+            touched.append(self._relink(np.arange(1, self.items.end)))
+            self.linked = self.changes
         self._link(np.concatenate(touched))
 
     def vectors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +93,8 @@ class State:
 
     def mean_of_words(self, rows: np.ndarray) -> torch.Tensor:
         """The mean of the words that have a row, float32 [n, D], of rows int64 [n, words]; zero where none has."""
-        words = self.tables[WORD].gather(rows.reshape(-1)).view(*rows.shape, -1)
+        words = self.tables[WORD].gather(rows.reshape(-1))
+        words = words.view(*rows.shape, words.shape[1])
         count = torch.from_numpy((rows != 0).sum(1, keepdims=True).astype(np.float32))
         return words.sum(1) / count.clamp(min=1)
 
@@ -115,12 +118,20 @@ class State:
     def _link(self, rows: np.ndarray) -> None:
         """Bring the replica's own columns of these item rows up to date."""
         rows = rows[rows > 0]
+        self._relink(rows)
         columns = self.items.columns
-        for table, column in _LINKED.items():
-            ids = columns[_IDS[table]][rows]
-            columns[column][rows] = self.tables[table].find(ids.reshape(-1)).reshape(ids.shape)
         columns[AVAILABLE][rows] = self.cards.are_available(self.items.ids_of(rows))
         columns[STAMP][rows] = self.changes
+
+    def _relink(self, rows: np.ndarray) -> np.ndarray:
+        """Find the rows that item rows int64 [n] refer to; those of them that refer to others than before."""
+        columns, moved = self.items.columns, np.zeros(len(rows), bool)
+        for table, column in _LINKED.items():
+            ids = columns[_IDS[table]][rows]
+            found = self.tables[table].find(ids.reshape(-1)).reshape(ids.shape)
+            moved |= np.any(found != columns[column][rows], axis=tuple(range(1, found.ndim)))
+            columns[column][rows] = found
+        return rows[moved]
 
     def _dense(self, version: Version) -> dict[str, np.ndarray]:
         """The ranker's weights in a version: a snapshot also holds what only the trainer needs."""
