@@ -17,23 +17,29 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test test-with-broker test-without nightly check figures setup pins clean
+.PHONY: demo test test-with-broker test-models test-others nightly check figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
 
-# Half of it waits for Kafka, the other half computes: side by side, unless something is asked for.
+# A part of it waits for Kafka, the others compute: side by side, unless something is asked for.
+MODELS := tests/online_model tests/embedding_store
 test: setup
 ifeq ($(strip $(ARGS)),)
-	@$(MAKE) --no-print-directory --jobs 2 test-with-broker test-without
+	@$(MAKE) --no-print-directory --jobs 3 test-with-broker test-models test-others
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
-test-with-broker test-without: SHELL := bash -o pipefail
-test-with-broker test-without: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and $(if $(findstring without,$@),not broker,broker)' 2>&1 | \
-	  sed -u 's/^/$(if $(findstring without,$@),others,broker) | /'
+test-with-broker test-models test-others: SHELL := bash -o pipefail
+test-with-broker: setup
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and broker' 2>&1 | sed -u 's/^/broker | /'
+
+test-models: setup
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS) 2>&1 | sed -u 's/^/models | /'
+
+test-others: setup
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS:%=--ignore=%) 2>&1 | sed -u 's/^/others | /'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)

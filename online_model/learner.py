@@ -30,7 +30,7 @@ from online_model.losses import loss_sum, retrieval_loss
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
 USUAL_BATCHES, USUAL_ROWS = 100, 64
-ADAM_EPS = 1e-6  # gradients are means: below this they are what rounding leaves of zero, and must not be scaled up
+ADAM_EPS = 1e-5  # gradients are means: below this they are what rounding leaves of zero, and must not be scaled up
 _NONE = np.empty(0, np.int64)
 
 

@@ -29,7 +29,7 @@ class PlainTrainer:
         deep = [p for p in self.ranker.parameters() if all(p is not w for w in wide)]
         self.adam = torch.optim.Adam([
             {"params": deep, "lr": settings.learning_rate}, {"params": wide, "lr": settings.wide_rate},
-        ], eps=1e-6)  # fmt: skip
+        ], eps=1e-5)  # fmt: skip
         self.rows: dict[str, dict[int, dict]] = {table: {} for table in TABLES}
         self.shown = self.now = 0
 

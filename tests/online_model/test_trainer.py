@@ -348,7 +348,12 @@ def test_where_the_ranker_s_gradient_is_clipped_the_tables_shrink_with_it(tmp_pa
     clip_ = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *x: norms.append(clip_(*x)) or norms[-1])
     for clip, own in given.items():
-        monkeypatch.setattr(torch.autograd, "backward", lambda out, g, own=own: own.extend(g) or backward(out, g))
+
+        def noted(out, *rest, own=own, **named):
+            own.extend(rest[0] if isinstance(rest[0], list) else ())
+            backward(out, *rest, **named)
+
+        monkeypatch.setattr(torch.autograd, "backward", noted)
         trainer = open_trainer(msgspec.structs.replace(SMALL, clip=clip), tmp_path / str(clip), lambda: NOW)
         learn(trainer, make_rows(64))
         trainer.store.close()

@@ -70,7 +70,8 @@ def test_it_learns_and_its_scores_are_what_it_claims(name: str, impressions: boo
     if system.probabilistic:
         assert ((scores.score >= 0) & (scores.score <= 1)).all()
     half = len(truth.label) // 2
-    if name != "river_biased_mf":  # it has nothing but ids to go by, and these logs are short
+    # The one has nothing but ids to go by, and these logs are short; to the other all that came since is new.
+    if name != "river_biased_mf" and not (name == "frozen" and some.implicit):
         assert metrics.auc(scores.score[half:], truth.label[half:]) > 0.52
 
 

@@ -143,7 +143,7 @@ def test_tiny_and_huge_logs_stay_inside_the_bounds() -> None:
     assert many.users.different == 3_000
     many.users.level, many.kinds["click"] = 14, 10**9  # as if 49 million users had been counted
     huge = entries(log, many)
-    assert (huge["model.features.users"], huge["model.batch_size"]) == (1 << 22, 1024)
+    assert (huge["model.features.users"], huge["model.batch_size"]) == (1 << 22, 128)
     shown = entries(log, found_in(
         Impression(event_id=1, ts=1, user=1, request_id=1, items=[1]), Purchase(event_id=2, ts=2, user=1, item=1)
     ))  # fmt: skip
