@@ -1,11 +1,9 @@
 """`headrace bench scale`: the trainer on one rank and on two, on the same global batches.
 
 A log of the standard mix goes through the real joiner; its blocks go to a trainer with the settings that everybody
-starts from, whole batches of 1,024 rows of one partition, float32, but without retrieval: with it two ranks compute the
-same loss too (the first 20 steps to 1e-6), but what they round otherwise grows to 1e-4 in a step within 60: that is of
-its dynamics and not of ranks. Each number of ranks is a process of its own, with
-its further ranks as children (online_model/ranks.py) and as many cores as it has ranks, as far as there are. Timed are
-the steps, after a warm-up: there is no store and no commit.
+starts from but for whole batches of 1,024 rows of one partition, in float32. Each number of ranks is a process of its
+own, with its further ranks as children (online_model/ranks.py) and as many cores as it has ranks, as far as there are.
+Timed are the steps, after a warm-up: there is no store and no commit.
 
 `loss_difference` is of the mean loss over all steps, `largest_difference` of that of a single step. They differ at all
 because sums of floats over two ranks have another order.
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
 
 RANKS = (1, 2)
 CLOSE = 1e-5  # losses that differ by more are not those of one model
+BATCH = 1_024  # rows of a step
 WARM_UP = 10  # steps
 PAGE, EVENTS_PER_S = 10, 1_000  # items of an impression; events of a second of event time
 SLICE = 2_000  # records that become a block
@@ -58,7 +57,7 @@ def bench_scale(steps: int, runs: int, step: Callable[[], None] = lambda: None) 
 def _settings() -> TrainerSettings:
     from online_model.settings import TrainerSettings
 
-    return TrainerSettings(retrieval=0.0)
+    return TrainerSettings(batch_size=BATCH, retrieval=0.0)
 
 
 def _blocks(rows: int) -> Iterator[Block]:
