@@ -228,8 +228,7 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
     flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
     if settings.bootstrap:  # somebody's cluster: topics of our own there
         flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
-    ranker = settings.model.ranker
-    if (ranker.hidden, ranker.second, ranker.third, ranker.size) == (0, 0, 0, "small"):
+    if (ranker := settings.model.ranker) == type(ranker)(seed=ranker.seed):  # nothing of it was chosen
         flags |= NARROW
     if options.log is None:
         default = Settings([]).join.join

@@ -20,15 +20,10 @@ from embedding_store.cpu_kernel import HostKernel
 from embedding_store.ranks import Ranks
 from embedding_store.specs import Optimizer, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
+from tests.devices import ON
 from tests.embedding_store.test_optimizers import OPTIMIZERS
 from tests.embedding_store.test_ranks import TOGETHER
 
-ON = [
-    "cpu",
-    pytest.param("cuda", marks=[
-        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ]),
-]  # fmt: skip
 DIM, IDS, STEPS = 8, 200, 30
 
 

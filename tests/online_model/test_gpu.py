@@ -14,15 +14,10 @@ import torch
 from online_model.batch import candidates_of
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.devices import ON
 from tests.online_model.logs import START, make_blocks, make_rows
 from tests.online_model.test_ranks import alone
 
-ON = [
-    "cpu",
-    pytest.param("cuda", marks=[
-        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    ]),
-]  # fmt: skip
 SMALL = TrainerSettings(
     features=FeatureSettings(dim=8, users=3_000, items=3_000, categories=100), batch_size=64, window=20_000
 )
