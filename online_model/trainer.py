@@ -38,7 +38,7 @@ from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates, batch_of, candidates_of
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
-from online_model.evaluation import Evaluation, mid_ranks, ranked
+from online_model.evaluation import Evaluation, mid_ranks, next_order, ranked
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, TITLE_WORDS, USER, table_specs
 from online_model.feedback import Strategy, strategy
@@ -463,8 +463,7 @@ class Trainer:
         self._changed = True
 
     def _rank(self, rows: Examples) -> None:
-        """Next-item figures: some of the positives among recently active items, in the order that a next item has:
-        by the click where it is learned against such items, by the affinity where against what else was shown."""
+        """Next-item figures: some of the positives among recently active items."""
         positive = np.flatnonzero((rows.part == Part.SHOWN) & (rows.click == 1))
         chosen = rows.take(positive[ranked(rows.row_id[positive], self.settings.ranked_of, self.settings.seed)])
         n, among = len(chosen), self.settings.ranked_among
@@ -474,7 +473,7 @@ class Trainer:
         candidates, every, _ = candidates_of(chosen, np.arange(n), others)
         candidates.position[:] = -1
         p, affinity = self._learner.score(candidates)
-        order = np.where(chosen.source[every] == Source.IMPLICIT, p[:, CLICK], affinity)
+        order = next_order(p[:, CLICK], affinity, chosen.source[every] == Source.IMPLICIT)
         assert self._evaluation.ranking is not None
         self._evaluation.ranking.add(mid_ranks(order[:n], order[n:].reshape(n, among)))
 

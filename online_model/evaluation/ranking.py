@@ -71,6 +71,13 @@ def ranked(row_ids: np.ndarray, one_in: int, seed: int) -> np.ndarray:
     return finalised(row_ids.astype(np.uint64) ^ salt) % np.uint64(one_in) == 0
 
 
+def next_order(click: np.ndarray, affinity: np.ndarray, implicit: np.ndarray | bool) -> np.ndarray:
+    """What items are put in order by where the next one is asked for, [N]: the click where it is learned against items
+    drawn from all (`implicit`), the affinity where it is learned against what else was shown: there a click says
+    nothing of what comes to be shown."""
+    return np.where(implicit, click, affinity)
+
+
 def mid_ranks(positive: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The rank of each positive's score [n] among those of its others [n, m], without the positive: float32 [n]."""
     above, alike = (others > positive[:, None]).sum(1), (others == positive[:, None]).sum(1)

@@ -15,6 +15,7 @@ import numpy as np
 from embedding_store.errors import UsageError
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates
+from online_model.evaluation import next_order
 from online_model.examples import Block, Examples
 from online_model.features import table_specs
 from online_model.ranker import CLICK, Ranker
@@ -55,10 +56,9 @@ class Model:
         return p[:, CLICK].astype(np.float64)
 
     def order(self, candidates: Candidates) -> np.ndarray:
-        """What is next: float64 [N]. Where clicks are learned against items drawn from all, by the click; where they
-        are learned against what else was shown, a click says nothing of what comes to be shown: by the affinity."""
+        """What is next: float64 [N] of `next_order`."""
         p, affinity = self.trainer.score(candidates)
-        return (p[:, CLICK] if self._implicit else affinity).astype(np.float64)
+        return next_order(p[:, CLICK], affinity, self._implicit).astype(np.float64)
 
 
 class Leader:
