@@ -142,6 +142,7 @@ class Trainer:
         self._unclicked_rate = 1.0  # share of unclicked impressions that is kept, as last seen
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
+        self._owes_dense = False  # as of the last commit: replicas wait for its dense weights
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.last_loss = 0.0  # of a row, the mean of the last step
@@ -179,6 +180,11 @@ class Trainer:
     def owes(self) -> bool:
         """Whether replicas wait for rows that a commit held back: commit also while nothing new comes."""
         return self._owed is not None and self._owed.rows > 0 and not self._guard.held
+
+    @property
+    def owes_dense(self) -> bool:
+        """Whether replicas wait for dense weights: commit with them, also while nothing new comes."""
+        return self._owes_dense and not self._guard.held
 
     @property
     def owed(self) -> dict[str, int]:
@@ -292,29 +298,35 @@ class Trainer:
             self._changed = True
 
     @on_all_ranks
-    def commit(self, everything: bool = False) -> list[bytes] | None:
+    def commit(self, everything: bool = False, dense: bool = True) -> list[bytes] | None:
         """Makes what was learned durable, as version (epoch, sequence + 1), and returns its parts to publish, none of
         them where the guard holds it back (guard.py).
 
-        None where nothing has changed and no row that is owed to replicas may go yet. `everything`: all that is owed
-        goes, whatever `row_bytes_per_s` says. 1. Touched rows, dense weights and state are read, the version is
-        encoded. 2. One atomic write to the store. 3. Only then the touched rows count as clean, and the sequence
-        moves. If 1 or 2 raise (DiskFull, StoreError) nothing is forgotten: commit again.
+        None where nothing has changed and nothing that is owed to replicas may go yet. `everything`: all rows that are
+        owed go, whatever `row_bytes_per_s` says. `dense`: so do the dense weights; without it replicas keep those that
+        they have until a later commit (`owes_dense`), the store has them in any case.
+
+        1. Touched rows, dense weights and state are read, the version is encoded. 2. One atomic write to the store.
+        3. Only then the touched rows count as clean, and the sequence moves. If 1 or 2 raise (DiskFull, StoreError)
+        nothing is forgotten: commit again.
         """
         self._need_sound()
-        if not self.ranks.from_first(lambda: self._changed or self.owes):
+        if not self.ranks.from_first(lambda: self._changed or self.owes or (dense and self.owes_dense)):
             return None
         fault("commit.begun")
         touched, notes = self.tables.touched(), self.tables.notes()
-        parts, before = None, (self._guard, self.epoch)
+        parts, before = None, (self._guard, self.epoch, self._owes_dense)
         self._judge()
+        moved = self._changed or self._owes_dense
+        dense = moved and (dense or not self.begun)
+        self._owes_dense = moved and not dense
         try:
             if self.ranks.rank == 0:
-                parts = self._write(touched, notes, everything, before[0])
+                parts = self._write(touched, notes, everything, dense, before[0])
         finally:
             written = self.ranks.from_first(lambda: parts is not None)
             if not written:
-                self._guard, self.epoch = before
+                self._guard, self.epoch, self._owes_dense = before
         if not written:
             return None
         self.tables.clear_touched()
@@ -332,7 +344,7 @@ class Trainer:
         self.epoch += held and not self._guard.held
 
     def _write(
-        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool, before: GuardState
+        self, touched: dict[str, TableRows], notes: dict[str, Notes], everything: bool, dense: bool, before: GuardState
     ) -> list[bytes] | None:
         """Steps 1 and 2 of a commit. None: there is nothing to write. `before`: the guard as of the last one."""
         assert self._owed is not None
@@ -341,10 +353,10 @@ class Trainer:
         version = Version(
             epoch=self.epoch, sequence=sequence, base=self._base, created_ms=now_ms,
             positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(),
-            dense=weights if self._changed else {}, gone=gone, blobs={CARD: self._cards} if self._cards else {},
+            dense=weights if dense else {}, gone=gone, blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
         plan = self._owed.plan(touched, gone, now_ms, everything or self._base is None)
-        if not (self._changed or plan.tables):
+        if not (self._changed or dense or plan.tables):
             return None
         version.tables, version.info["owed"] = plan.tables, plan.info(now_ms)
         if self._guard.held and not before.held:
@@ -386,6 +398,7 @@ class Trainer:
         fault("recover.rows")
         self._intake.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
+        self._owes_dense = state["owes_dense"]
         self._unclicked_rate, self._left_out = state["unclicked_rate"], state["left_out"]
         self._usual = UsualLoss(**state["usual_loss"])
         self._guard = state_from(state["guard"], self._evaluation.tasks)
@@ -416,6 +429,7 @@ class Trainer:
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},
             "recent_items": len(self._recent),
             "owed": {} if self._owed is None else self.owed,
+            "owes_dense": self._owes_dense,
             "guard": self._guard.info(),
             "left_out_batches": self._left_out,
             "settings": self._settings(),
@@ -530,7 +544,7 @@ class Trainer:
 
     def _state(self) -> bytes:
         state = {"format": STATE_FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
-                 "erased": int(self.erasures > self.purged)}
+                 "erased": int(self.erasures > self.purged), "owes_dense": self._owes_dense}
         state |= {"unclicked_rate": self._unclicked_rate, "left_out": self._left_out, "usual_loss": asdict(self._usual)}
         state["guard"] = msgspec.to_builtins(self._guard)
         return orjson.dumps({**state, "settings": self._settings()}, option=orjson.OPT_SORT_KEYS)

@@ -63,6 +63,9 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     deterministic: Annotated[
         bool, Meta(description="batches depend on the log alone: whole ones, below the smallest watermark; one thread")
     ] = False
+    dense_interval_s: Annotated[
+        float, Meta(ge=0, description="dense weights go to replicas once in so long; rows with every version")
+    ] = 1.0
     snapshot_interval_s: Annotated[float, Meta(gt=0, description="replicas start from the newest snapshot")] = 900.0
     snapshots_kept: Annotated[int, Meta(ge=1)] = 3
     checkpoints: Annotated[

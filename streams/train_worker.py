@@ -135,7 +135,7 @@ class TrainWorker:
         self._draining = False
         self._dirty = False  # something was offered since the last commit, or replicas wait for rows
         self._stalled = False  # deterministic: there is no whole batch below the smallest watermark
-        self._commit_due = 0.0
+        self._commit_due = self._dense_due = 0.0
         self._turned = 0.0  # when the last turn began
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
         self._snapshot_folder = settings.data_dir / "snapshots"
@@ -164,7 +164,7 @@ class TrainWorker:
         while (items := await self._catalogue.read_to_end()) is not None:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
-        self._dirty = self._dirty or self._trainer.owes
+        self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
         tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(), self._checkpoints())
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
@@ -345,12 +345,14 @@ class TrainWorker:
         """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""
         trainer, start, held = self._trainer, time.monotonic(), self._trainer.guard.held
         with self._metrics.commit.time():
-            parts = trainer.commit(everything)
+            parts = trainer.commit(everything, dense=everything or start >= self._dense_due)
+        if parts and not trainer.owes_dense:
+            self._dense_due = start + self.settings.dense_interval_s
         if held and not trainer.guard.held:
             self._loop.call_soon_threadsafe(self._epoch_begun.set)
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
-        self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes
+        self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes or trainer.owes_dense
         return [(trainer.sequence, parts)] if parts else []
 
     async def _publisher(self) -> None:

@@ -39,9 +39,6 @@ from streams.topics import create_topics, delete_topics, end_offsets, wait_for_b
 
 FOREVER_S = 10 * 365 * 86_400.0
 EVENTS_PER_REQUEST = 9.0  # of the simulator: items shown and what users do with them
-# Broker, workers, users and their twin share a machine: with the ranker as it comes two cores, and the disk that each
-# commit of its weights goes to, have no second to spare.
-NARROW = {"model.ranker.hidden": 64, "model.ranker.second": 64, "model.ranker.third": 32, "model.ranker.experts": 1}
 PATIENT = {"join.wait_ms": 3_000, "join.watch_wait_ms": 5_000}  # the simulator's users click within 2 s
 
 
@@ -228,8 +225,6 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
     flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
     if settings.bootstrap:  # somebody's cluster: topics of our own there
         flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
-    if (ranker := settings.model.ranker) == type(ranker)(seed=ranker.seed):  # nothing of it was chosen
-        flags |= NARROW
     if options.log is None:
         default = Settings([]).join.join
         flags |= {f: v for f, v in PATIENT.items() if getattr(settings.join.join, f[5:]) == getattr(default, f[5:])}

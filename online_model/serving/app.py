@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -47,18 +48,22 @@ def create_app(holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], flo
     )
     app.router.redirect_slashes = False
     app.state.holder, app.state.max_age_ms, app.state.clock = holder, max_age_ms, clock
+    app.state.turn = asyncio.Lock()
     return _Measured(app, holder.metrics, frozenset(routes))
 
 
 async def _rank(request: Request) -> Response:
     asked, holder = await _body(request, RankRequest), _holder(request)
     holder.metrics.candidates("rank", len(asked.items))
-    return _json(holder.replica.rank(asked.user, asked.scenario, asked.items, asked.query))
+    async with _turn(request):
+        answer = holder.replica.rank(asked.user, asked.scenario, asked.items, asked.query)
+    return _json(answer)
 
 
 async def _recommend(request: Request) -> Response:
     asked, holder = await _body(request, RecommendRequest), _holder(request)
-    answer = holder.replica.recommend(asked.user, asked.scenario, asked.k, asked.query)
+    async with _turn(request):
+        answer = holder.replica.recommend(asked.user, asked.scenario, asked.k, asked.query)
     holder.metrics.candidates("recommend", answer.candidates)
     return _json(answer)
 
@@ -119,6 +124,15 @@ async def _read(request: Request) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
     return bytes(body)
+
+
+@asynccontextmanager
+async def _turn(request: Request) -> AsyncIterator[None]:
+    """One request is scored at a time, and between two the loop looks at its sockets: where more come than can be
+    answered they wait for each other, and versions for one of them."""
+    async with request.app.state.turn:
+        await asyncio.sleep(0)
+        yield
 
 
 def _holder(request: Request) -> Holder:

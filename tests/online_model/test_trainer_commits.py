@@ -349,3 +349,36 @@ def test_which_rows_there_are_hangs_on_the_log_alone(tmp_path):
 def test_items_do_not_expire():
     with pytest.raises(ValueError, match="catalogue"):
         FeatureSettings(item_rules=RowRules(expire_after_ms=1))
+
+
+def test_dense_weights_that_wait_go_later_and_a_restart_knows_that_they_do(tmp_path):
+    blocks, trainer, versions = log(), opened(tmp_path), []
+
+    def commit(dense):
+        assembler, parts = Assembler(), trainer.commit(dense=dense)
+        if parts is not None:
+            versions.extend(filter(None, map(assembler.add, parts)))
+        return parts
+
+    learn(trainer, blocks[:2])
+    commit(False)
+    assert versions[0].dense.keys() == trainer._ranker.weights().keys(), "a first version holds everything"
+    assert not trainer.owes_dense
+    learn(trainer, blocks[2:4], 2)
+    commit(False)
+    assert versions[1].tables, "rows go at once"
+    assert not versions[1].dense
+    assert trainer.owes_dense
+    assert commit(False) is None, "nothing new, and they may not go yet"
+    stored, live = trainer.store.head().dense, trainer._ranker.weights()
+    assert all(np.array_equal(stored[name], w) for name, w in live.items()), "the store has them all the same"
+    trainer.store.close()
+
+    trainer = opened(tmp_path)
+    assert trainer.owes_dense
+    commit(True)
+    assert all(np.array_equal(versions[2].dense[name], w) for name, w in live.items())
+    assert not versions[2].tables
+    assert not trainer.owes_dense
+    assert commit(True) is None
+    trainer.store.close()

@@ -22,6 +22,7 @@ from aiokafka import AIOKafkaProducer
 from kafka import KafkaProducer
 
 from deploy.processes import free_port
+from embedding_store.checkpoint import CheckpointStore
 from embedding_store.delta import Assembler, Version
 from embedding_store.errors import UsageError
 from embedding_store.ids import feature_id
@@ -293,6 +294,31 @@ def test_the_catalogue_is_learned_before_the_examples(
         _wait_for_all(broker, topics, {0: _made_blocks(0, 60)}, child)
         assert child.stop() == 0, child.said
     assert "refused the record at offset 0" in child.said
+
+
+def test_rows_go_at_once_and_dense_weights_once_an_interval_also_when_nothing_more_comes(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    blocks = _made_blocks(0, 1_200)
+    with running("train", tmp_path / "log", **settings, dense_interval_s=1.5) as child:
+        _send(broker, topics, blocks, pause=0.1)
+
+        def all_sent() -> Version | None:
+            last = _versions(broker, topics)[-1]
+            return last if _learned(last) == {0: _sum(blocks)} and not last.info["owes_dense"] else None
+
+        last = wait_for(all_sent, 60, child)
+        versions = _versions(broker, topics)
+        without = [version for version in versions if version.tables and not version.dense]
+        assert len(without) > 2, "most versions hold rows alone"
+        assert all(version.info["owes_dense"] for version in without)
+        newest = [version for version in versions if version.dense][-1]
+        assert newest.sequence == last.sequence
+        assert child.stop() == 0, child.said
+    with CheckpointStore(tmp_path / "data" / "train", None) as store:
+        head = store.head()
+        assert head is not None
+        assert {n: w.tobytes() for n, w in newest.dense.items()} == {n: head.dense[n].tobytes() for n in newest.dense}
 
 
 def test_what_an_aborted_transaction_wrote_is_not_learned(

@@ -327,3 +327,33 @@ def test_a_broken_replica_is_an_error_without_a_traceback():
             return response
 
     assert_refused(asyncio.run(run()), 500, "internal error")
+
+
+def test_where_many_ask_at_once_versions_come_in_between():
+    """However many requests wait, what else the loop has to do waits for one of them."""
+    done: list[str] = []
+
+    class Noting(Replica):
+        def rank(self, *args):
+            done.append("scored")
+            return super().rank(*args)
+
+    made = replica(world())
+    made.__class__ = Noting
+
+    async def others() -> None:
+        while True:
+            done.append("other")
+            await asyncio.sleep(0)
+
+    async def run() -> None:
+        async with client(made) as (http, _):
+            other = asyncio.create_task(others())
+            ask = {"user": 1, "scenario": "video", "items": [1, 2]}
+            answers = await asyncio.gather(*(http.post("/v1/rank", json=ask) for _ in range(30)))
+            other.cancel()
+            assert {answer.status_code for answer in answers} == {200}
+
+    asyncio.run(run())
+    assert done.count("scored") == 30
+    assert "scored scored" not in " ".join(done)
