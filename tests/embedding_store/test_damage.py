@@ -16,8 +16,8 @@ from tests.embedding_store.committing import commit_of
 from tests.embedding_store.killed import killed
 from tests.embedding_store.made import LAYOUTS
 
-PLACES = 12  # in each file, evenly, in the list of files ten times as many …
-ENDS = 48  # … and its last bytes, each third of them
+PLACES = 4  # in each file, evenly, in the list of files ten times as many …
+ENDS = 12  # … and its last bytes, each third of them
 COMMITS = 5
 FLUSHED = 3  # what is in tables; the commits after it are in the log of a store that was not closed
 

@@ -27,7 +27,7 @@ from tests.online_model.test_trainer import SMALL
 
 PARTITIONS = 2
 STEPS = 2  # between two commits
-ROWS = 600  # of a partition
+ROWS = 400  # of a partition
 PART_BYTES = 8  # of the length before a part in the file that stands for the topic
 
 
