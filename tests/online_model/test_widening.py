@@ -26,6 +26,7 @@ from online_model.checkpoints import describe, roll_back
 from online_model.features import CATEGORY, CONTEXT, EXTRAS, ITEM, NUMBERS, USER
 from online_model.feedback import strategy
 from online_model.history import HISTORY
+from online_model.neighbours import NEIGHBOURS
 from online_model.ranker import HEADS, SCENARIO_COUNT, Contexts, Items, Ranker
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
@@ -210,12 +211,14 @@ def test_any_wider_network_is_the_same_function(before: tuple, more: tuple, expe
     kinds = torch.randint(1, 6, (contexts, HISTORY), generator=torch_seed)
     rest = torch.rand(contexts, HISTORY), torch.randn(contexts, CONTEXT), torch.arange(contexts) % SCENARIO_COUNT
     numbers, ctx = torch.randn(n, NUMBERS, generator=torch_seed), torch.arange(n) % contexts
+    near = torch.randn(n, NEIGHBOURS, generator=torch_seed)
 
     def answers(ranker: Ranker) -> tuple[torch.Tensor, torch.Tensor]:
         pad = (0, ranker.dim - narrow.dim)
         u, e, q, i, c = (torch.nn.functional.pad(v, pad) for v in (user, entries, query, item, content))
         recency, moment, scenario = rest
-        about, items = Contexts(u, e, kinds, recency, q, moment, scenario), Items(i, c, numbers, torch.arange(n), ctx)
+        about = Contexts(u, e, kinds, recency, q, moment, scenario)
+        items = Items(i, c, numbers, near, torch.arange(n), ctx)
         with torch.inference_mode():
             a, b = ranker.towers(about)
             return ranker(about, items)[:, : len(HEADS)], (a[ctx] * i + b[ctx] * c).sum(1)
