@@ -18,7 +18,7 @@ from embedding_store.ids import GOLDEN, feature_id, finalised
 from embedding_store.specs import TableSettings, TableSpec
 from online_model.examples import QUERY_WORDS
 from online_model.history import COUNTED, HISTORY, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
-from online_model.neighbours import KEPT
+from online_model.neighbours import KEPT, NEIGHBOURS
 from online_model.settings import FeatureSettings
 
 USER, ITEM, CATEGORY, SELLER, WORD = "user", "item", "category", "seller", "word"  # the tables
@@ -53,6 +53,7 @@ FEATURES = (
     Feature("seller", "candidate", "id", SELLER, pooling="sum"),
     Feature("title", "candidate", "text", WORD, TITLE_WORDS, "mean"),
     Feature("attended", "candidate", "sequence", ITEM, HISTORY, "attention"),  # of the candidate over the history
+    Feature("near", "candidate", "dense", length=NEIGHBOURS),
     Feature("numbers", "candidate", "dense", length=NUMBERS),
 )
 

@@ -82,13 +82,11 @@ def added(
     return out
 
 
-def similar(
-    past: np.ndarray, item: np.ndarray, lists: Callable[[np.ndarray], Lists]
-) -> tuple[np.ndarray, np.ndarray]:
+def similar(past: np.ndarray, item: np.ndarray, lists: Callable[[np.ndarray], Lists]) -> tuple[np.ndarray, np.ndarray]:
     """What histories say of candidates: (float32 [B, c], the sum of the entries' similarities by their places, of each
     history and each distinct item; which of these each candidate is, int64 [N]).
 
-    past: int64 [B, HISTORY] ids, 0 none; item: int64 [N] ids; lists: of ids int64 [m], distinct, ascending, known or not.
+    past: int64 [B, HISTORY] ids, 0 none; item: int64 [N] ids; lists: of ids int64 [m], distinct and ascending.
     """
     ids, column = np.unique(item, return_inverse=True)
     histories, candidates = lists(np.unique(past[past != 0])), lists(ids)

@@ -26,7 +26,7 @@ from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
 from online_model.serving.approximate import Index
-from online_model.serving.candidates import Newest, Popular, Query, Source, union
+from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
 from online_model.serving.settings import ReplicaSettings
@@ -74,6 +74,7 @@ class Replica:
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
             self.index,
+            Neighbours(self.state, settings.neighbours),
             Newest(self.state, settings.newest),
             Popular(self.state, settings.popular),
         ]
@@ -140,7 +141,7 @@ class Replica:
         self._need_model()
         state, context = self.state, self._context(user, scenario, query)
         item, content = state.ranker.towers(context.inputs, context.mean)
-        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.now_ms))
+        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.past.items, context.now_ms))
         slots = state.cards.find(ids)
         ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
         if len(ids) == 0:

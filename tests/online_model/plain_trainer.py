@@ -86,9 +86,7 @@ class PlainTrainer:
             new = learned(plays, rows.play_ms[played], rows.duration_ms[played])
             self.ranker.plays.copy_(torch.from_numpy(new))
 
-    def _retrieval(
-        self, rows: Examples, contexts: Contexts, items: Items, model: PlainModel, now: int
-    ) -> torch.Tensor:
+    def _retrieval(self, rows: Examples, contexts: Contexts, items: Items, model: PlainModel, now: int) -> torch.Tensor:
         """Each clicked one among the shown ones of the batch, less those of the same item."""
         a, b = self.ranker.towers(contexts)
         shown = [j for j in range(len(rows)) if rows.part[j] == Part.SHOWN]

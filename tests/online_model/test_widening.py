@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -43,6 +44,7 @@ from tests.streams.children import processes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BEFORE = msgspec.structs.replace(SMALL, feedback="weighted")
+NEAR_WEIGHTS = ("wide_near", "tower_near")
 RESHAPE = [point for point in faults.POINTS if point.partition(".")[0] in ("reshape", "replace")]
 LAST_BITS = 1e-6  # the products with zeros add nothing, but a longer sum is added up in another order
 
@@ -177,6 +179,36 @@ def test_all_that_was_known_is_there_and_what_is_new_is_as_said(tmp_path: Path) 
     experts = dense["experts.weight"].reshape(3, 10, 12)
     np.testing.assert_array_equal(experts[:, :8, :8], old["experts.weight"].reshape(3, 8, 8))
     assert not experts[:, :8, 8:].any()
+    trainer.store.close()
+
+
+def test_a_store_from_before_items_had_neighbours_goes_on_with_the_same_scores(tmp_path: Path) -> None:
+    learned(tmp_path / "s")
+    new = {"neighbours", "nearness", "taken"}
+    with CheckpointStore(tmp_path / "s", None) as store:
+        layouts, head, version = store.layouts, store.head(), store.version()
+        plain = read_snapshot(snapshot_of(store, tmp_path / "plain"))
+    for array in (*(plain.tables[ITEM].columns[name] for name in new), *(plain.dense[n] for n in NEAR_WEIGHTS)):
+        assert array.any()
+        array[:] = 0
+    without = Replica(ReplicaSettings(), BEFORE.features, BEFORE.ranker, lambda: START + 10**7, BEFORE.feedback)
+    without.apply(plain)
+    kept = [name for name in layouts[ITEM].names if name not in new]
+    older = layouts | {ITEM: np.dtype([(name, layouts[ITEM][name]) for name in kept])}
+    dense = {n: w for n, w in head.dense.items() if not any(name in n for name in NEAR_WEIGHTS)}
+
+    def commit(store: CheckpointStore) -> None:
+        told = replace(version, sequence=head.sequence + 1, dense={n: w for n, w in dense.items() if n in version.dense})
+        store.commit(Commit(head.epoch, head.sequence + 1, head.state, dense, version=told))
+
+    reshape(tmp_path / "s", older, commit)
+    trainer = opened(tmp_path / "s", BEFORE)
+    assert trainer.store.head().place == (2, head.sequence + 2)
+    assert not trainer._ranker.weights()["tower_near"].any()
+    np.testing.assert_allclose(scores(replica_of(trainer, tmp_path / "snapshots")), scores(without), atol=LAST_BITS)
+    learn(trainer, log()[6:8])
+    assert trainer.commit()
+    assert any(rows.columns["taken"].any() for rows in trainer.store.iter_rows(ITEM)), "it counts from then on"
     trainer.store.close()
 
 
