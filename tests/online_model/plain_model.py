@@ -92,7 +92,7 @@ class PlainModel:
                 seen.add(entry)
                 pair = self._listed(item, entry, now) + (self._listed(entry, item, now) if entry != item else 0.0)
                 often = self._left(item, "taken", now) * self._left(entry, "taken", now)
-                similarity += 0.8 ** (place if place < RECENT else place - RECENT) * pair / (often**0.5 + 10)
+                similarity += 0.8 ** (place if place < RECENT else place - RECENT) * pair / (often**0.5 + 5)
         return [similarity, np.log1p(100 * similarity) / 3]
 
     def _listed(self, owner: int, other: int, now: int) -> float:

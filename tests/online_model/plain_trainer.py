@@ -129,7 +129,7 @@ class PlainTrainer:
                         row["clicks"] = row.get("clicks", 0) + int(rows.click[i] == 1)
 
     def _befriend(self, rows: Examples) -> None:
-        """What is clicked after what, the heaviest sixteen of it."""
+        """What is clicked after what, the heaviest 24 of it."""
         clicked: dict[int, list[int]] = {}
         for i in np.flatnonzero(rows.click == 1).tolist():
             clicked.setdefault(int(rows.item[i]), []).append(i)
@@ -143,7 +143,7 @@ class PlainTrainer:
                     if entry and entry not in entries[:place]:
                         near = 0.8 ** (place if place < RECENT else place - RECENT)
                         weights[entry] = weights.get(entry, 0.0) + near
-            kept = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))[:16]
+            kept = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))[:24]
             row["neighbours"], row["nearness"] = [i for i, _ in kept], [w for _, w in kept]
             row["taken"] = row.get("taken", 0.0) * left + len(clicks)
 

@@ -198,7 +198,8 @@ def test_a_store_from_before_items_had_neighbours_goes_on_with_the_same_scores(t
     dense = {n: w for n, w in head.dense.items() if not any(name in n for name in NEAR_WEIGHTS)}
 
     def commit(store: CheckpointStore) -> None:
-        told = replace(version, sequence=head.sequence + 1, dense={n: w for n, w in dense.items() if n in version.dense})
+        weights = {name: w for name, w in dense.items() if name in version.dense}
+        told = replace(version, sequence=head.sequence + 1, dense=weights)
         store.commit(Commit(head.epoch, head.sequence + 1, head.state, dense, version=told))
 
     reshape(tmp_path / "s", older, commit)

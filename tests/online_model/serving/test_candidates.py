@@ -121,7 +121,7 @@ def test_what_is_clicked_after_the_last_items_is_found_the_most_similar_first():
     history = make_states(asked.past, np.array([NOW]))[0]
     ordered = sorted(named, key=lambda i: -plain.near(i, history, asked.now_ms)[0])
     assert set(Neighbours(made.state, 5).candidates(asked).tolist()) == set(ordered[:5])
-    assert set(Neighbours(made.state, 40).candidates(asked).tolist()) == named
+    assert set(Neighbours(made.state, 48).candidates(asked).tolist()) == named
     made.apply(delta(2, blobs={CARD: cards([items[ordered[0]]], stock=[0])}))
     assert set(Neighbours(made.state, 4).candidates(asked).tolist()) == set(ordered[1:5]), "what can be had"
     assert not len(Neighbours(made.state, 5).candidates(query())), "nothing was done yet"
