@@ -8,7 +8,7 @@ actions. What is unknown or missing reads the default row, zeros: it says nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +18,7 @@ from embedding_store.ids import GOLDEN, feature_id, finalised
 from embedding_store.specs import TableSettings, TableSpec
 from online_model.examples import QUERY_WORDS
 from online_model.history import COUNTED, HISTORY, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
+from online_model.neighbours import KEPT, NEIGHBOURS
 from online_model.settings import FeatureSettings
 
 USER, ITEM, CATEGORY, SELLER, WORD = "user", "item", "category", "seller", "word"  # the tables
@@ -52,6 +53,7 @@ FEATURES = (
     Feature("seller", "candidate", "id", SELLER, pooling="sum"),
     Feature("title", "candidate", "text", WORD, TITLE_WORDS, "mean"),
     Feature("attended", "candidate", "sequence", ITEM, HISTORY, "attention"),  # of the candidate over the history
+    Feature("near", "candidate", "dense", length=NEIGHBOURS),
     Feature("numbers", "candidate", "dense", length=NUMBERS),
 )
 
@@ -74,6 +76,9 @@ COUNTS: dict[str, tuple[str, tuple[int, ...]]] = {
 ITEM_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = COUNTS | {
     "heat": ("<f4", (len(HEAT_S),)),  # clicks and other positives, each counting half after a half-life …
     "heat_ms": ("<i8", ()),  # … as of then, ms UTC
+    "neighbours": ("<i8", (KEPT,)),  # items that it is clicked after (neighbours.py), heaviest first, 0 none …
+    "nearness": ("<f4", (KEPT,)),  # … how much each weighs …
+    "taken": ("<f4", ()),  # … and how often it was clicked itself: all as of `heat_ms`
     "category": ("<i8", ()),  # feature_id("category", …), 0 none
     "seller": ("<i8", ()),  # feature_id("seller", …), 0 none
     "words": ("<i8", (TITLE_WORDS,)),  # word ids of the title, 0 none
@@ -155,6 +160,20 @@ def heat(heats: np.ndarray, since: np.ndarray, ts: np.ndarray | int) -> np.ndarr
     """What is left at `ts` (ms UTC) of heats float32 [n, len(HEAT_S)] as of `since` (ms UTC, [n]): the same shape."""
     passed = np.maximum(np.asarray(ts, np.int64) - since, 0)[:, None] / 1000
     return (heats * 0.5 ** (passed / np.array(HEAT_S))).astype(np.float32)
+
+
+def item_numbers(column: Callable[[str, str], np.ndarray], ts: np.ndarray | int) -> np.ndarray:
+    """Numbers float32 [n, NUMBERS - MATCHES] of n items at `ts` (ms UTC) that hang on no user.
+
+    column(table, name): [n, …] that column of the rows of the items, of their categories, of their sellers.
+    """
+    parts = [_rates(column, ITEM), age(column(ITEM, "created"), ts)]
+    parts.append(np.log1p(heat(column(ITEM, "heat"), column(ITEM, "heat_ms"), ts)))
+    return np.concatenate([*parts, _rates(column, CATEGORY), _rates(column, SELLER)], axis=1)
+
+
+def _rates(column: Callable[[str, str], np.ndarray], table: str) -> np.ndarray:
+    return rates(*(column(table, name) for name in ("impressions", "clicks", "interactions")))
 
 
 def matches(

@@ -74,6 +74,13 @@ def unpack(states: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(states).view(HISTORY_DTYPE)[:, 0]
 
 
+def entry_items(states: np.ndarray) -> np.ndarray:
+    """Ids of the entries of states uint8 [n, HISTORY_BYTES]: int64 [n, HISTORY], the recent ones and then those of
+    intent, newest first, 0 none."""
+    state = unpack(states)
+    return np.concatenate((state["recent"]["item"], state["intent"]["item"]), axis=1, dtype=np.int64)
+
+
 class UserHistory:
     """The actions of one user in the order they came, late ones included.
 

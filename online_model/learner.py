@@ -19,14 +19,13 @@ from online_model.features import (
     USER,
     WORD,
     UserFeatures,
-    age,
-    heat,
+    item_numbers,
     matches,
-    rates,
     user_features,
 )
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
+from online_model.neighbours import Lists, lists_of, neighbour_numbers, similar
 from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
 
 USUAL_BATCHES, USUAL_ROWS = 100, 64
@@ -112,6 +111,12 @@ class _Rows:
 
     numbers: np.ndarray  # float32 [N, NUMBERS]
     every: _Share  # all of it
+    similarity: np.ndarray  # float32 [B, c] of `neighbours.similar`: all contexts, all distinct items of candidates
+    column: np.ndarray  # int64 [N] which of the c items the candidate is
+
+    def near(self) -> np.ndarray:
+        """The candidates' numbers of `similarity`, float32 [N, NEIGHBOURS]."""
+        return neighbour_numbers(self.similarity[self.every.ctx, self.column])
 
 
 @dataclass
@@ -161,13 +166,16 @@ class Learner:
         leaves, outputs = self._embed(share)
         vectors = self._vectors(share, leaves)
         contexts, items = self._inputs(c, looked, share, leaves, vectors)
-        logits = self._logits(contexts, items)
+        mean_of_past = self.ranker.history_mean(contexts)
+        logits = self._logits(contexts, items, mean_of_past)
         p = probabilities(logits.detach(), self._feedback)
         loss = self._loss(logits, batch, share.part, p)
         if self._retrieval:
             item, content = (v.index_select(0, self._tensor(share.told_from)) for v in vectors)
             others = _Others(item, content, told_from)
-            loss = loss + self._retrieval * self._retrieval_loss(contexts, others, batch, looked, share, sampled)
+            loss = loss + self._retrieval * self._retrieval_loss(
+                self.ranker.towers(contexts, mean_of_past), others, batch, looked, share, sampled
+            )
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -196,17 +204,19 @@ class Learner:
         share = self._share(looked, learning=False)
         leaves, _ = self._embed(share)
         contexts, items = self._inputs(candidates, looked, share, leaves, self._vectors(share, leaves))
-        p = probabilities(self._logits(contexts, items), self._feedback)
-        a, b = self.ranker.towers(contexts)
+        mean = self.ranker.history_mean(contexts)
+        p = probabilities(self._logits(contexts, items, mean), self._feedback)
+        a, b = self.ranker.towers(contexts, mean)
         affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
         affinity = affinity + items.numbers[:, :-MATCHES] @ self.ranker.tower_numbers
+        affinity = affinity + items.near @ self.ranker.tower_near
         both = torch.cat((p, affinity.unsqueeze(1)), 1).cpu().numpy()
         every = self._of_all(both, share.part, n)
         return every[:, :-1], every[:, -1]
 
-    def _logits(self, contexts: Contexts, items: Items) -> torch.Tensor:
+    def _logits(self, contexts: Contexts, items: Items, mean: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self.ranker(contexts, items).float()
+            return self.ranker(contexts, items, mean).float()
 
     def _clip_share(self) -> float:
         """What is left of all gradients where the ranker's is longer than `clip`; it is clipped. All ranks agree: they
@@ -276,21 +286,26 @@ class Learner:
                 self._adam.state[p] = {k: torch.from_numpy(v.copy()).to(self._device) for k, v in own.items()}
 
     def _retrieval_loss(
-        self, contexts: Contexts, told_from: _Others, batch: Batch, looked: _Rows, share: _Share, sampled: np.ndarray
-    ) -> torch.Tensor:
+        self, towers: tuple[torch.Tensor, torch.Tensor], told_from: _Others, batch: Batch, looked: _Rows, share: _Share,
+        sampled: np.ndarray,
+    ) -> torch.Tensor:  # fmt: skip
         """Of the positives of this rank's share.
 
-        sampled: float32 [N], log of the probability that a draw gives the candidate's item.
+        towers: [b, D] each, of the share's contexts; sampled: float32 [N], log of the probability that a draw gives the
+        candidate's item.
         """
         clicked = (batch.target[:, CLICK] == 1) & batch.shown
         positive = np.arange(len(clicked))[share.part]
         positive, whose = positive[clicked[positive]], share.ctx[clicked[share.part]]
         if not len(positive):
-            return contexts.user.new_zeros(())
+            return towers[0].new_zeros(())
         columns = told_from.which
-        a, b = (side.index_select(0, self._tensor(whose)) for side in self.ranker.towers(contexts))
+        a, b = (side.index_select(0, self._tensor(whose)) for side in towers)
         numbers = self._tensor(looked.numbers[columns, :-MATCHES])
         logits = a @ told_from.item.T + b @ told_from.content.T + numbers @ self.ranker.tower_numbers
+        if self.ranker.settings.neighbours:
+            similarity = looked.similarity[np.ix_(looked.every.ctx[positive], looked.column[columns])]
+            logits = logits + self._tensor(neighbour_numbers(similarity)) @ self.ranker.tower_near
         return retrieval_loss(
             logits, self._tensor(np.searchsorted(columns, positive)), self._tensor(sampled[columns]),
             self._tensor(batch.candidates.item[columns]), self._tensor(batch.weight[positive]),
@@ -338,6 +353,7 @@ class Learner:
             self._tensor(share.scenario),
         ), Items(
             item.index_select(0, at), content.index_select(0, at), self._tensor(looked.numbers[share.part]),
+            self._tensor(looked.near()[share.part]),
             self._tensor(c.position[share.part]), self._tensor(share.ctx),
         )  # fmt: skip
 
@@ -384,12 +400,24 @@ class Learner:
         )  # fmt: skip
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
         of_items = [c.item] + [own[at] for own in groups.values()]
-        left = heat(tables.values(ITEM, "heat", rows), tables.values(ITEM, "heat_ms", rows), as_of)
-        parts = [stored_rates(tables, ITEM, rows), age(tables.values(ITEM, "created", rows), as_of), np.log1p(left)]
-        for name in groups:
-            parts.append(stored_rates(tables, name, group_rows[name])[places[name][at]])
-        parts.append(matches(past, of_entries, of_items, c.ctx))
-        return _Rows(np.concatenate(parts, axis=1), every)
+        rows_of = {name: own[places[name][at]] for name, own in group_rows.items()} | {ITEM: rows}
+        own_numbers = item_numbers(lambda table, name: tables.values(table, name, rows_of[table]), as_of)
+        numbers = np.concatenate((own_numbers, matches(past, of_entries, of_items, c.ctx)), axis=1)
+        similarity, column = self._similar(past.items, c.item, items, item_rows, int(as_of.max(initial=0)))
+        return _Rows(numbers, every, similarity, column)
+
+    def _similar(
+        self, past: np.ndarray, item: np.ndarray, items: np.ndarray, rows: np.ndarray, now_ms: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `similar` says. items, rows int64 [m]: all ids, ascending, and their rows."""
+        if not self.ranker.settings.neighbours:
+            return np.zeros((len(past), 1), np.float32), np.zeros(len(item), np.int64)
+
+        def lists(ids: np.ndarray) -> Lists:
+            own = rows[np.searchsorted(items, ids)]
+            return lists_of(ids, lambda name: self.tables.values(ITEM, name, own), now_ms)
+
+        return similar(past, item, lists)
 
     def _share(self, looked: _Rows, learning: bool) -> _Share:
         """This rank's share of the batch: that of some of its contexts."""
@@ -415,8 +443,3 @@ class Learner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
-
-
-def stored_rates(tables: EmbeddingTables, table: str, rows: np.ndarray) -> np.ndarray:
-    """`rates` of rows int64 [n] as they are in the table now."""
-    return rates(*(tables.values(table, name, rows) for name in ("impressions", "clicks", "interactions")))

@@ -31,6 +31,7 @@ from torch.nn.functional import leaky_relu
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, CONTEXT, MATCHES, NUMBERS
 from online_model.history import Kind
+from online_model.neighbours import NEIGHBOURS
 from online_model.settings import RankerSettings
 from online_model.watching import BINS, GROUPS
 
@@ -63,6 +64,7 @@ class Items:
     item: torch.Tensor  # [N, D]
     content: torch.Tensor  # [N, D] category + seller + mean of the title's words
     numbers: torch.Tensor  # [N, NUMBERS]
+    near: torch.Tensor  # [N, NEIGHBOURS] what the history's items say of it (neighbours.py)
     position: torch.Tensor | None  # int64 [N] place on the page, -1 unknown; None where nothing was shown yet
     ctx: torch.Tensor  # int64 [N] the candidate's context
 
@@ -96,6 +98,9 @@ class Ranker(nn.Module):
             self.wide[0, CLICK] = 1.0
             self.match[CLICK] = 1.0
         self.tower_numbers = nn.Parameter(torch.zeros(NUMBERS - MATCHES))
+        # Nor of purchases: by the time they are learned their own click is among what is counted.
+        self.wide_near = nn.Parameter(torch.zeros(NEIGHBOURS, PURCHASE))
+        self.tower_near = nn.Parameter(torch.zeros(NEIGHBOURS))
         self.past_kind = nn.Parameter(torch.zeros(len(Kind) + 1))  # how much an entry of the history weighs:
         self.past_recency = nn.Parameter(torch.zeros(1))  # at first all the same
         self.register_buffer("plays", torch.zeros(GROUPS, BINS))
@@ -153,26 +158,27 @@ class Ranker(nn.Module):
         """[B, D] whose dot product with an item's vector (item + content) is the match."""
         return contexts.user + self.from_history(mean) + self.from_query(contexts.query)
 
-    def towers(self, contexts: Contexts) -> tuple[torch.Tensor, torch.Tensor]:
+    def towers(self, contexts: Contexts, mean: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """What items are retrieved by: a, b [B, D]; the affinity to an item is a · item + b · content + its numbers
-        (less the matches) · `tower_numbers`.
+        (less the matches) · `tower_numbers` + `near` · `tower_near`. mean: of `history_mean`, where it was
+        made already.
 
         Two towers (Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations", RecSys
         2019). The item's is linear, so that it can be taken over to the user's side: when it changes no item has to be
         touched.
         """
-        mean = self.history_mean(contexts)
+        mean = self.history_mean(contexts) if mean is None else mean
         query = self.query(contexts, mean)
         known = torch.cat((contexts.user, mean, contexts.query, contexts.moment), 1)
         a, b = self.tower(known).split(self.dim, 1)
         return query + a, query + b
 
-    def forward(self, contexts: Contexts, items: Items) -> torch.Tensor:
-        """Logits float32 [N, heads + extra].
+    def forward(self, contexts: Contexts, items: Items, mean: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits float32 [N, heads + extra]. mean: of `history_mean`, where it was made already.
 
         The bias of a place is relative to the first, so what is served is the probability in the first place.
         """
-        mean, ctx = self.history_mean(contexts), items.ctx
+        mean, ctx = self.history_mean(contexts) if mean is None else mean, items.ctx
         vector, numbers = items.item + items.content, items.numbers
         if not self.settings.matches:
             numbers = numbers.clone()
@@ -191,6 +197,8 @@ class Ranker(nn.Module):
         x = _bent(self.second(x))
         logits = self._tasks(x) + self.bias + match.sum(1, keepdim=True) * self.match
         logits = logits + nn.functional.pad(numbers @ self.wide, (0, logits.shape[1] - PURCHASE))
+        if self.settings.neighbours:
+            logits = logits + nn.functional.pad(items.near @ self.wide_near, (0, logits.shape[1] - PURCHASE))
         if items.position is None:
             return logits
         place = self.place(items.position.clamp(0, POSITIONS - 1))  # [N, 1]
@@ -226,7 +234,7 @@ class Ranker(nn.Module):
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
-        return [self.bias, self.wide, self.place.weight, self.tower_numbers]
+        return [self.bias, self.wide, self.place.weight, self.tower_numbers, self.wide_near, self.tower_near]
 
     def weights(self) -> dict[str, np.ndarray]:
         """Copies of all weights and of `plays` by name, float32."""

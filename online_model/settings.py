@@ -55,6 +55,7 @@ class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     entire_space: bool = True  # purchases are learned from all impressions (ESMM), not from clicks alone
     watch_quantiles: bool = True  # watch time is learned as its quantile among plays of a like duration (D2Q)
     matches: bool = True  # what candidate and history have in common, counted
+    neighbours: bool = True  # what is clicked after the history's items
     seed: Annotated[int, Meta(ge=0)] = 0
 
     @property

@@ -12,6 +12,8 @@ from embedding_store.ids import hash_text
 from embedding_store.tables import EmbeddingTables
 from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, SELLER, heat
+from online_model.history import entry_items
+from online_model.neighbours import added, left, near
 from online_model.ranker import WATCH_TIME
 from online_model.watching import learned, plays_at
 
@@ -36,10 +38,31 @@ def count(tables: EmbeddingTables, rows: Examples, at: np.ndarray) -> None:
 def warm(tables: EmbeddingTables, rows: Examples, at: np.ndarray, now_ms: int) -> None:
     """What is clicked, or done otherwise, at `now_ms`. at: int64 [n] rows of the items."""
     said = (rows.part == Part.SHOWN) | (rows.part == Part.LATE_CLICK)
-    distinct, times = np.unique(at[said & (rows.click == 1) & (at > 0)], return_counts=True)
-    left = heat(tables.values(ITEM, "heat", distinct), tables.values(ITEM, "heat_ms", distinct), now_ms)
-    tables.set(ITEM, "heat", distinct, left + times[:, None].astype(np.float32))
+    clicked = np.flatnonzero(said & (rows.click == 1) & (at > 0))
+    distinct, which, times = np.unique(at[clicked], return_inverse=True, return_counts=True)
+    _befriend(tables, distinct, which, times, rows.history[clicked], now_ms)
+    warmth = heat(tables.values(ITEM, "heat", distinct), tables.values(ITEM, "heat_ms", distinct), now_ms)
+    tables.set(ITEM, "heat", distinct, warmth + times[:, None].astype(np.float32))
     tables.set(ITEM, "heat_ms", distinct, np.full(len(distinct), now_ms))
+
+
+def _befriend(
+    tables: EmbeddingTables, at: np.ndarray, which: np.ndarray, times: np.ndarray, history: np.ndarray, now_ms: int
+) -> None:
+    """Co-clicks of the items at rows `at` int64 [m], clicked so many `times`; which: int64 [n] whose each click is;
+    history: uint8 [n, HISTORY_BYTES] as of then. To be called before `heat_ms` moves."""
+    items, weights, taken, since = (
+        tables.values(ITEM, name, at) for name in ("neighbours", "nearness", "taken", "heat_ms")
+    )
+    past = entry_items(history)
+    by_place = near(past)
+    click, place = np.nonzero(by_place)
+    items, weights = added(
+        items, left(weights, since, now_ms), which[click], past[click, place], by_place[click, place]
+    )
+    tables.set(ITEM, "neighbours", at, items)
+    tables.set(ITEM, "nearness", at, weights.astype(np.float32))
+    tables.set(ITEM, "taken", at, (left(taken, since, now_ms) + times).astype(np.float32))
 
 
 def new_cards(tables: EmbeddingTables, rows: Examples, at: np.ndarray) -> dict[int, bytes]:

@@ -64,6 +64,7 @@ _EXPERTS: dict[str, tuple[tuple[str | int, ...], ...]] = {  # the first axis is 
     "mixture.weight": ((_HEADS,), (_SECOND,)),
     "mixture.bias": ((_HEADS,),),
 }
+_ADDED = ("wide_near", "tower_near")  # that an older release does not have: as in a fresh model they change nothing
 _OUTGOING = ("second.weight", "experts.weight", "mixture.weight", "heads")  # whose new columns come from new units
 _SIZES = {
     _DIM: "from_history.weight", _HIDDEN: "from_context.bias", _SECOND: "second.bias", _HEADS: "bias",
@@ -127,6 +128,9 @@ def widened(stored: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -
             )
     out = dict(stored)
     for name, weights in fresh.items():
+        if name in _ADDED and name not in stored:
+            out[name] = weights
+            continue
         if name not in axes:
             _expect(name, stored, weights.shape)
             continue

@@ -25,6 +25,7 @@ class Query:
 
     item: np.ndarray  # float32 [D] of `Ranker.towers`: what its dot product with an item's row says
     content: np.ndarray  # float32 [D]: the same of its content
+    past: np.ndarray  # int64 [1, HISTORY] ids of the user's history, 0 none
     now_ms: int
 
 
@@ -93,6 +94,24 @@ class ExactIndex:
             more = np.zeros((end - len(self._numbers), NUMBERS - MATCHES), np.float32)
             self._numbers = np.concatenate((self._numbers, more))
         self._numbers[rows] = self._state.numbers(rows, now_ms)
+
+
+class Neighbours:
+    """The items that are clicked after those of the user's history, the most similar ones (neighbours.py)."""
+
+    def __init__(self, state: State, limit: int) -> None:
+        self._state, self._limit = state, limit
+
+    def candidates(self, query: Query) -> np.ndarray:
+        state = self._state
+        if not self._limit or not state.ranker.settings.neighbours:
+            return np.empty(0, np.int64)
+        ids = np.unique(state.items.columns["neighbours"][state.items.find(query.past[0])])
+        ids = ids[state.cards.are_available(ids)]
+        if len(ids) > self._limit:
+            similarity = state.similar(query.past, ids, query.now_ms)
+            ids = ids[np.argpartition(-similarity, self._limit)[: self._limit]]
+        return ids
 
 
 class Newest:

@@ -22,10 +22,11 @@ from online_model.examples import QUERY_WORDS
 from online_model.features import ITEM, USER, WORD, UserFeatures, matches, user_features, words_of
 from online_model.feedback import probabilities, strategy
 from online_model.history import history_hash
+from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
 from online_model.serving.approximate import Index
-from online_model.serving.candidates import Newest, Popular, Query, Source, union
+from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
 from online_model.serving.settings import ReplicaSettings
@@ -45,6 +46,7 @@ class _Context:
     """A user at this moment, in a scenario: what the network is given, and the hash of the state it was made of."""
 
     inputs: Contexts  # of one
+    mean: torch.Tensor  # [1, D] of the history
     past: UserFeatures  # of one
     entries: list[np.ndarray]  # int64 [1, HISTORY] each: ids of the history's items, categories, sellers
     feature_hash: int
@@ -72,6 +74,7 @@ class Replica:
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
             self.index,
+            Neighbours(self.state, settings.neighbours),
             Newest(self.state, settings.newest),
             Popular(self.state, settings.popular),
         ]
@@ -137,8 +140,8 @@ class Replica:
         """At most k available items for `user`, with exploration. Raises NotReady."""
         self._need_model()
         state, context = self.state, self._context(user, scenario, query)
-        item, content = state.ranker.towers(context.inputs)
-        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.now_ms))
+        item, content = state.ranker.towers(context.inputs, context.mean)
+        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.past.items, context.now_ms))
         slots = state.cards.find(ids)
         ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
         if len(ids) == 0:
@@ -186,7 +189,7 @@ class Replica:
         )  # fmt: skip
         _, *groups = state.ids(rows)
         entries = [past.items, *(ids[None] for ids in groups)]
-        return _Context(inputs, past, entries, history_hash(history[0]), now_ms)
+        return _Context(inputs, state.ranker.history_mean(inputs), past, entries, history_hash(history[0]), now_ms)
 
     def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 [n, heads] and scores float32 [n] of item ids int64 [n]."""
@@ -196,8 +199,11 @@ class Replica:
         ctx = np.zeros(len(ids), np.int64)
         alike = matches(context.past, context.entries, [ids, *state.ids(rows)[1:]], ctx)
         numbers = np.concatenate((state.numbers(rows, context.now_ms), alike), axis=1)
+        near = neighbour_numbers(state.similar(context.past.items, ids, context.now_ms))
         logits = state.ranker(
-            context.inputs, Items(item, content, torch.from_numpy(numbers), None, torch.from_numpy(ctx))
+            context.inputs,
+            Items(item, content, torch.from_numpy(numbers), torch.from_numpy(near), None, torch.from_numpy(ctx)),
+            context.mean,
         )
         p = probabilities(logits, self._feedback).numpy()
         gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]

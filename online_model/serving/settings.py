@@ -21,6 +21,7 @@ class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     probe_every: Annotated[int, Meta(ge=1)] = 1_000  # of so many requests one scans all items too, for the recall
     least_recall: Annotated[float, Meta(ge=0, le=1)] = 0.9  # of the index; below it, it is rebuilt at once …
     exact_below_recall: Annotated[float, Meta(ge=0, le=1)] = 0.7  # … and here all items are scanned until it is
+    neighbours: Annotated[int, Meta(ge=0, le=1000)] = 40  # that are clicked after the user's last items
     newest: Annotated[int, Meta(ge=0, le=1000)] = 20
     popular: Annotated[int, Meta(ge=0, le=1000)] = 20
     watch_weight: Annotated[float, Meta(ge=0)] = 0.5

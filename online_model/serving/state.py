@@ -7,7 +7,8 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord
-from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, age, heat, rates, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, item_numbers, table_specs
+from online_model.neighbours import Lists, lists_of, similar
 from online_model.ranker import Ranker
 from online_model.serving.catalogue import Card, Catalogue, read_cards
 from online_model.serving.table import Table
@@ -101,19 +102,25 @@ class State:
     def numbers(self, rows: np.ndarray, now_ms: int) -> np.ndarray:
         """The numbers of item rows int64 [n] at `now_ms` that hang on no user: float32 [n, NUMBERS - MATCHES]."""
         columns = self.items.columns
-        left = np.log1p(heat(columns["heat"][rows], columns["heat_ms"][rows], now_ms))
-        parts = [self._rates(ITEM, rows), age(columns["created"][rows], now_ms), left]
-        parts += [self._rates(name, columns[_LINKED[name]][rows]) for name in (CATEGORY, SELLER)]
-        return np.concatenate(parts, axis=1)
+        rows_of = {ITEM: rows, CATEGORY: columns[CATEGORY_ROW][rows], SELLER: columns[SELLER_ROW][rows]}
+        return item_numbers(lambda table, name: self.tables[table].columns[name][rows_of[table]], now_ms)
+
+    def similar(self, past: np.ndarray, ids: np.ndarray, now_ms: int) -> np.ndarray:
+        """What a history int64 [1, HISTORY] says at `now_ms` of items `ids` int64 [n]: float32 [n] (neighbours.py)."""
+        if not self.ranker.settings.neighbours:
+            return np.zeros(len(ids), np.float32)
+
+        def lists(distinct: np.ndarray) -> Lists:
+            rows = self.items.find(distinct)
+            return lists_of(distinct, lambda name: self.items.columns[name][rows], now_ms)
+
+        similarity, column = similar(past, ids, lists)
+        return similarity[0, column]
 
     def ids(self, rows: np.ndarray) -> list[np.ndarray]:
         """Ids of item, category and seller, int64 [n] each, of item rows int64 [n]: what `matches` compares."""
         columns = self.items.columns
         return [self.items.ids_of(rows), columns["category"][rows], columns["seller"][rows]]
-
-    def _rates(self, table: str, rows: np.ndarray) -> np.ndarray:
-        columns = self.tables[table].columns
-        return rates(*(columns[name][rows] for name in ("impressions", "clicks", "interactions")))
 
     def _link(self, rows: np.ndarray) -> None:
         """Bring the replica's own columns of these item rows up to date."""

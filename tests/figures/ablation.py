@@ -15,6 +15,7 @@ PARTS = {
     "gates": {"ranker.gates": "false"},
     "experts": {"ranker.experts": "1"},
     "matches": {"ranker.matches": "false"},
+    "neighbours": {"ranker.neighbours": "false"},
     "entire_space": {"ranker.entire_space": "false"},
     "watch_quantiles": {"ranker.watch_quantiles": "false"},
     "retrieval": {"retrieval": "0.0"},

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from embedding_store.columns import TableRows
 from online_model.features import CATEGORY, EXTRAS, ITEM, SELLER, TITLE_WORDS, WORD
+from online_model.history import HISTORY
 from online_model.serving.approximate import Index
 from online_model.serving.candidates import Query
 from online_model.serving.settings import ReplicaSettings
@@ -47,7 +48,8 @@ state.ranker.load_weights(weights)
 
 def queries(n):
     users = 1.5 * topics[dice.integers(64, size=(n, 3))].mean(1)
-    return [Query(*(user + dice.normal(0, 0.2, (2, D))).astype(np.float32), NOW) for user in users]
+    past = np.zeros((1, HISTORY), np.int64)
+    return [Query(*(user + dice.normal(0, 0.2, (2, D))).astype(np.float32), past, NOW) for user in users]
 
 def timed(index, asked):
     took, found = [], []

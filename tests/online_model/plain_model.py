@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from online_model.features import CATEGORY, ITEM, SELLER, USER, WORD, user_features
+from online_model.history import RECENT
 from online_model.ranker import Contexts, Items
 
 Rows: TypeAlias = Mapping[str, Mapping[int, Mapping[str, Any]]]  # table → id → column → its value, `weights` a tensor
@@ -25,7 +26,8 @@ class PlainModel:
         as_of: the time of an item's numbers, where it is not ts."""
         as_of = [one[2] for one in asked] if as_of is None else as_of
         contexts = [self._context(*one[:5]) for one in asked]
-        items = [self._item(one[5], one[1], one[2], at) for one, at in zip(asked, as_of, strict=True)]
+        now = max(as_of)
+        items = [self._item(one[5], one[1], one[2], at, now) for one, at in zip(asked, as_of, strict=True)]
         return (
             Contexts(*(torch.stack(column) for column in zip(*contexts, strict=True))),
             Items(*(torch.stack(column) for column in zip(*items, strict=True)), position, torch.arange(len(asked))),
@@ -40,9 +42,10 @@ class PlainModel:
             torch.tensor(int(scenario)),
         ]  # fmt: skip
 
-    def _item(self, item, history, ts, as_of) -> list[torch.Tensor]:
+    def _item(self, item, history, ts, as_of, now) -> list[torch.Tensor]:
         numbers = torch.tensor(self.numbers(item, history, ts, as_of), dtype=torch.float32)
-        return [self.weights(ITEM, item), self.content(item), numbers]
+        near = torch.tensor(self.near(item, history, now), dtype=torch.float32)
+        return [self.weights(ITEM, item), self.content(item), numbers, near]
 
     def weights(self, table: str, i: int) -> torch.Tensor:
         row = self.rows[table].get(int(i))
@@ -80,6 +83,26 @@ class PlainModel:
         heats = [0.0, 0.0] if isinstance(heats, int) else [float(h) for h in heats]
         left = [np.log1p(h * 0.5 ** (passed / half)) for h, half in zip(heats, (3_600, 259_200), strict=True)]
         return [*rates[0], age, *left, *rates[1], *rates[2], *alike]
+
+    def near(self, item: int, history: np.ndarray, now: int) -> list[float]:
+        """What the history's items say of it, each at its first place in one of the two lists."""
+        similarity, seen = 0.0, {0}
+        for place, entry in enumerate(user_features(history[None], now).items[0].tolist()):
+            if entry not in seen:
+                seen.add(entry)
+                pair = self._listed(item, entry, now) + (self._listed(entry, item, now) if entry != item else 0.0)
+                often = self._left(item, "taken", now) * self._left(entry, "taken", now)
+                similarity += 0.8 ** (place if place < RECENT else place - RECENT) * pair / (often**0.5 + 5)
+        return [similarity, np.log1p(100 * similarity) / 3]
+
+    def _listed(self, owner: int, other: int, now: int) -> float:
+        neighbours = self.column(owner, "neighbours")
+        known = [] if isinstance(neighbours, int) else list(neighbours)
+        return float(self._left(owner, "nearness", now)[known.index(other)]) if other in known else 0.0
+
+    def _left(self, item: int, name: str, now: int) -> Any:
+        passed = max(int(now) - int(self.column(item, "heat_ms")), 0) / 1000
+        return np.asarray(self.column(item, name), np.float64) * 0.5 ** (passed / 2_592_000)
 
     def _rates(self, table: str, i: int) -> list[float]:
         row = self.rows[table].get(int(i), {})

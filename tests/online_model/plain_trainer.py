@@ -9,6 +9,7 @@ from embedding_store.initial import first_weights
 from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, MATCHES, SELLER, USER, WORD, table_specs, user_features
 from online_model.feedback import probabilities, strategy
+from online_model.history import RECENT
 from online_model.ranker import CLICK, PURCHASE, WATCH, WATCH_TIME, Contexts, Items, Ranker
 from online_model.settings import TrainerSettings
 from online_model.watching import learned, quantiles
@@ -55,9 +56,10 @@ class PlainTrainer:
         }
         asked = zip(rows.user, rows.history, rows.ts, rows.scenario, rows.query, rows.item, strict=True)
         as_of = np.where(rows.part == Part.SHOWN, rows.ts, rows.closed).tolist()
-        contexts, items = PlainModel(leaves, self.dim).inputs(list(asked), torch.tensor(rows.position.tolist()), as_of)
+        model = PlainModel(leaves, self.dim)
+        contexts, items = model.inputs(list(asked), torch.tensor(rows.position.tolist()), as_of)
         logits = self.ranker(contexts, items)
-        self._learn(rows, logits, leaves, self._retrieval(rows, contexts, items))
+        self._learn(rows, logits, leaves, self._retrieval(rows, contexts, items, model, max(as_of)))
         self._count(rows)
         return probabilities(logits.detach(), strategy("calibrated", entire=True)).numpy()
 
@@ -84,7 +86,7 @@ class PlainTrainer:
             new = learned(plays, rows.play_ms[played], rows.duration_ms[played])
             self.ranker.plays.copy_(torch.from_numpy(new))
 
-    def _retrieval(self, rows: Examples, contexts: Contexts, items: Items) -> torch.Tensor:
+    def _retrieval(self, rows: Examples, contexts: Contexts, items: Items, model: PlainModel, now: int) -> torch.Tensor:
         """Each clicked one among the shown ones of the batch, less those of the same item."""
         a, b = self.ranker.towers(contexts)
         shown = [j for j in range(len(rows)) if rows.part[j] == Part.SHOWN]
@@ -100,12 +102,15 @@ class PlainTrainer:
                 seen = self.rows[ITEM][int(rows.item[j])].get("impressions", 0)
                 chance = len(shown) * (seen + 1) / (self.shown + len(rows)) / len(rows)
                 numbers = items.numbers[j, :-MATCHES] @ self.ranker.tower_numbers
+                near = torch.tensor(model.near(int(rows.item[j]), rows.history[i], now), dtype=torch.float32)
+                numbers = numbers + near @ self.ranker.tower_near
                 logits.append(a[i] @ items.item[j] + b[i] @ items.content[j] + numbers - np.log(chance))
             total = total - torch.log_softmax(torch.stack(logits), 0)[own]
         return total
 
     def _count(self, rows: Examples) -> None:
         self.now = max(self.now, int(rows.closed.max()))
+        self._befriend(rows)
         for i in range(len(rows)):
             if rows.click[i] == 1:
                 row = self.rows[ITEM][int(rows.item[i])]
@@ -122,6 +127,25 @@ class PlainTrainer:
                         row = self.rows[table][owner]
                         row["impressions"] = row.get("impressions", 0) + int(rows.part[i] == Part.SHOWN)
                         row["clicks"] = row.get("clicks", 0) + int(rows.click[i] == 1)
+
+    def _befriend(self, rows: Examples) -> None:
+        """What is clicked after what, the heaviest 24 of it."""
+        clicked: dict[int, list[int]] = {}
+        for i in np.flatnonzero(rows.click == 1).tolist():
+            clicked.setdefault(int(rows.item[i]), []).append(i)
+        for item, clicks in clicked.items():
+            row = self.rows[ITEM][item]
+            left = 0.5 ** ((self.now - row.get("heat_ms", 0)) / 1000 / 2_592_000)
+            weights = {i: w * left for i, w in zip(row.get("neighbours", ()), row.get("nearness", ()), strict=True)}
+            for i in clicks:
+                entries = user_features(rows.history[i : i + 1], self.now).items[0].tolist()
+                for place, entry in enumerate(entries):
+                    if entry and entry not in entries[:place]:
+                        near = 0.8 ** (place if place < RECENT else place - RECENT)
+                        weights[entry] = weights.get(entry, 0.0) + near
+            kept = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))[:24]
+            row["neighbours"], row["nearness"] = [i for i, _ in kept], [w for _, w in kept]
+            row["taken"] = row.get("taken", 0.0) * left + len(clicks)
 
     def _admit(self, table: str, i: int) -> None:
         if i and i not in self.rows[table]:

@@ -13,6 +13,7 @@ from online_model.features import CLICK_PRIOR, CONTEXT, NUMBERS
 from online_model.feedback import probabilities, strategy
 from online_model.history import HISTORY
 from online_model.losses import labels, loss_sum, retrieval_loss
+from online_model.neighbours import NEIGHBOURS
 from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, WATCH, WATCH_TIME, Contexts, Items, Ranker
 from online_model.settings import WIDTHS, RankerSettings
 from online_model.watching import BINS, GROUPS
@@ -22,7 +23,7 @@ from tests.online_model.logs import make_rows
 D = 8
 SERVED, ENTIRE = strategy("calibrated"), strategy("calibrated", entire=True)
 SMALL = RankerSettings(hidden=16, second=8, third=8)
-PARTS = [{}, {"attention": False}, {"gates": False}, {"experts": 1}, {"matches": False}]
+PARTS = [{}, {"attention": False}, {"gates": False}, {"experts": 1}, {"matches": False}, {"neighbours": False}]
 
 
 def inputs(contexts=3, candidates=7, seed=0, position=None):
@@ -39,7 +40,8 @@ def inputs(contexts=3, candidates=7, seed=0, position=None):
         moment=torch.randn(contexts, CONTEXT, generator=g), scenario=torch.arange(contexts) % 4,
     ), Items(
         item=torch.randn(candidates, D, generator=g), content=torch.randn(candidates, D, generator=g),
-        numbers=torch.randn(candidates, NUMBERS, generator=g), position=position,
+        numbers=torch.randn(candidates, NUMBERS, generator=g), near=torch.randn(candidates, NEIGHBOURS, generator=g),
+        position=position,
         ctx=torch.arange(candidates) % contexts,
     )  # fmt: skip
 
@@ -82,7 +84,7 @@ def test_a_shared_context_scores_as_one_of_its_own(parts):
 @pytest.mark.parametrize("part", [part for part in PARTS if part])
 def test_a_part_that_is_left_out_takes_its_weights_along_and_matters(part):
     whole, without = Ranker(D, SMALL), Ranker(D, msgspec.structs.replace(SMALL, **part))
-    if part != {"matches": False}:
+    if part not in ({"matches": False}, {"neighbours": False}):
         assert without.weights().keys() < whole.weights().keys() or part == {"experts": 1}
         assert sum(w.size for w in without.weights().values()) < sum(w.size for w in whole.weights().values())
     whole, without = randomised(whole), randomised(without)

@@ -94,6 +94,11 @@ def test_a_step_is_what_plain_torch_computes(trainer):
         assert got["weights"] == pytest.approx(expected, abs=5e-4)
         momentum = [rows_of[i]["momentum"] for i in ids.tolist()]
         assert got["momentum"] == pytest.approx(momentum, rel=1e-3, abs=1e-5)
+        for name in {"taken", "nearness"} & got.keys():
+            expected = [np.ravel(rows_of[i].get(name, 0)) for i in ids.tolist()]
+            width = got[name][0].size
+            padded = np.stack([np.pad(values, (0, width - values.size)) for values in expected])
+            assert got[name].reshape(-1, width) == pytest.approx(padded, rel=1e-5), name
         for name in {"impressions", "clicks", "created", "heat_ms"} & got.keys():
             assert got[name].tolist() == [rows_of[i].get(name, 0) for i in ids.tolist()], name
     for name, weights in trainer._ranker.weights().items():

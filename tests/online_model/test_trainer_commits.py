@@ -164,7 +164,7 @@ def test_a_version_holds_what_was_touched_and_where_it_is(tmp_path):
     assert set(version.dense) == set(trainer._ranker.weights())
     rows = version.tables["item"]
     assert set(rows.columns) == {
-        "weights", "impressions", "clicks", "interactions", "heat", "heat_ms",
+        "weights", "impressions", "clicks", "interactions", "heat", "heat_ms", "neighbours", "nearness", "taken",
         "category", "seller", "words", "created", "duration", "card"
     }  # fmt: skip
     at = trainer.tables.rows("item", rows.ids, admit=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,7 @@ from online_model.checkpoints import describe, roll_back
 from online_model.features import CATEGORY, CONTEXT, EXTRAS, ITEM, NUMBERS, USER
 from online_model.feedback import strategy
 from online_model.history import HISTORY
+from online_model.neighbours import NEIGHBOURS
 from online_model.ranker import HEADS, SCENARIO_COUNT, Contexts, Items, Ranker
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
@@ -42,6 +44,7 @@ from tests.streams.children import processes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BEFORE = msgspec.structs.replace(SMALL, feedback="weighted")
+NEAR_WEIGHTS = ("wide_near", "tower_near")
 RESHAPE = [point for point in faults.POINTS if point.partition(".")[0] in ("reshape", "replace")]
 LAST_BITS = 1e-6  # the products with zeros add nothing, but a longer sum is added up in another order
 
@@ -179,6 +182,37 @@ def test_all_that_was_known_is_there_and_what_is_new_is_as_said(tmp_path: Path) 
     trainer.store.close()
 
 
+def test_a_store_from_before_items_had_neighbours_goes_on_with_the_same_scores(tmp_path: Path) -> None:
+    learned(tmp_path / "s")
+    new = {"neighbours", "nearness", "taken"}
+    with CheckpointStore(tmp_path / "s", None) as store:
+        layouts, head, version = store.layouts, store.head(), store.version()
+        plain = read_snapshot(snapshot_of(store, tmp_path / "plain"))
+    for array in (*(plain.tables[ITEM].columns[name] for name in new), *(plain.dense[n] for n in NEAR_WEIGHTS)):
+        assert array.any()
+        array[:] = 0
+    without = Replica(ReplicaSettings(), BEFORE.features, BEFORE.ranker, lambda: START + 10**7, BEFORE.feedback)
+    without.apply(plain)
+    kept = [name for name in layouts[ITEM].names if name not in new]
+    older = layouts | {ITEM: np.dtype([(name, layouts[ITEM][name]) for name in kept])}
+    dense = {n: w for n, w in head.dense.items() if not any(name in n for name in NEAR_WEIGHTS)}
+
+    def commit(store: CheckpointStore) -> None:
+        weights = {name: w for name, w in dense.items() if name in version.dense}
+        told = replace(version, sequence=head.sequence + 1, dense=weights)
+        store.commit(Commit(head.epoch, head.sequence + 1, head.state, dense, version=told))
+
+    reshape(tmp_path / "s", older, commit)
+    trainer = opened(tmp_path / "s", BEFORE)
+    assert trainer.store.head().place == (2, head.sequence + 2)
+    assert not trainer._ranker.weights()["tower_near"].any()
+    np.testing.assert_allclose(scores(replica_of(trainer, tmp_path / "snapshots")), scores(without), atol=LAST_BITS)
+    learn(trainer, log()[6:8])
+    assert trainer.commit()
+    assert any(rows.columns["taken"].any() for rows in trainer.store.iter_rows(ITEM)), "it counts from then on"
+    trainer.store.close()
+
+
 SIZES = st.tuples(
     st.integers(1, 3), st.integers(4, 9), st.integers(4, 9), st.integers(4, 9), st.sampled_from(["none", "elapsed"])
 )
@@ -210,12 +244,14 @@ def test_any_wider_network_is_the_same_function(before: tuple, more: tuple, expe
     kinds = torch.randint(1, 6, (contexts, HISTORY), generator=torch_seed)
     rest = torch.rand(contexts, HISTORY), torch.randn(contexts, CONTEXT), torch.arange(contexts) % SCENARIO_COUNT
     numbers, ctx = torch.randn(n, NUMBERS, generator=torch_seed), torch.arange(n) % contexts
+    near = torch.randn(n, NEIGHBOURS, generator=torch_seed)
 
     def answers(ranker: Ranker) -> tuple[torch.Tensor, torch.Tensor]:
         pad = (0, ranker.dim - narrow.dim)
         u, e, q, i, c = (torch.nn.functional.pad(v, pad) for v in (user, entries, query, item, content))
         recency, moment, scenario = rest
-        about, items = Contexts(u, e, kinds, recency, q, moment, scenario), Items(i, c, numbers, torch.arange(n), ctx)
+        about = Contexts(u, e, kinds, recency, q, moment, scenario)
+        items = Items(i, c, numbers, near, torch.arange(n), ctx)
         with torch.inference_mode():
             a, b = ranker.towers(about)
             return ranker(about, items)[:, : len(HEADS)], (a[ctx] * i + b[ctx] * c).sum(1)

@@ -8,11 +8,12 @@ import torch
 
 from embedding_store.delta import Version
 from online_model.features import CARD, CATEGORY, ITEM, MATCHES
-from online_model.history import EMPTY, as_array
-from online_model.serving.candidates import ExactIndex, Newest, Popular, Query, union
+from online_model.history import EMPTY, HISTORY, as_array
+from online_model.serving.candidates import ExactIndex, Neighbours, Newest, Popular, Query, union
 from online_model.serving.catalogue import Card, read_cards
 from online_model.serving.replica import Replica
 from streams.events import decode_item
+from tests.online_model.logs import make_states
 from tests.online_model.plain_model import PlainModel
 from tests.online_model.serving.world import (
     DIM,
@@ -39,7 +40,7 @@ def inference():
 
 def query(seed: int = 0, now_ms: int = NOW + HOUR) -> Query:
     item, content = np.random.default_rng(seed).normal(size=(2, DIM)).astype(np.float32)
-    return Query(item, content, now_ms)
+    return Query(item, content, np.zeros((1, HISTORY), np.int64), now_ms)
 
 
 def plain_scan(made: Replica, asked: Query, limit: int) -> set[int]:
@@ -108,8 +109,26 @@ def test_the_newest_and_the_popular():
     assert set(source.candidates(query()).tolist()) == set(ids(ITEM, [70, 80]).tolist())
 
 
+def test_what_is_clicked_after_the_last_items_is_found_the_most_similar_first():
+    first = world(100)
+    made = replica(first)
+    items = dict(zip(first.tables[ITEM].ids.tolist(), range(100), strict=True))
+    known = first.tables[ITEM].columns
+    rows = {ITEM: {i: {name: column[n] for name, column in known.items()} for i, n in items.items()}}
+    asked, plain = query(), PlainModel(rows, DIM)
+    asked.past[0, [0, 3, 14]] = ids(ITEM, [7, 8, 7])
+    named = {int(i) for item in (7, 8) for i in known["neighbours"][item]}
+    history = make_states(asked.past, np.array([NOW]))[0]
+    ordered = sorted(named, key=lambda i: -plain.near(i, history, asked.now_ms)[0])
+    assert set(Neighbours(made.state, 5).candidates(asked).tolist()) == set(ordered[:5])
+    assert set(Neighbours(made.state, 48).candidates(asked).tolist()) == named
+    made.apply(delta(2, blobs={CARD: cards([items[ordered[0]]], stock=[0])}))
+    assert set(Neighbours(made.state, 4).candidates(asked).tolist()) == set(ordered[1:5]), "what can be had"
+    assert not len(Neighbours(made.state, 5).candidates(query())), "nothing was done yet"
+
+
 def test_an_item_that_was_never_seen_is_found_among_the_newest():
-    made = replica(world(100), nearest=5, popular=5, newest=5)
+    made = replica(world(100), nearest=5, neighbours=5, popular=5, newest=5)
     made.apply(delta(2, blobs={CARD: cards(["brand new"], created=NOW)}))
     assert any("brand new" in {s.item for s in made.recommend("u1", "live", 100).items} for _ in range(3))
 
@@ -147,7 +166,7 @@ def test_a_source_of_ones_own_joins_the_others():
         def candidates(self, query: Query) -> np.ndarray:
             return ids(ITEM, [9, 9, "no such item"])
 
-    made = replica(world(10), nearest=1, newest=0, popular=0)
+    made = replica(world(10), nearest=1, neighbours=0, newest=0, popular=0)
     made.sources.append(Hand())
     assert 9 in {s.item for s in made.recommend("u1", "live", 10).items}
     assert len(union([Hand(), Hand()], query())) == 2

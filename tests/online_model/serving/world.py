@@ -14,6 +14,7 @@ from embedding_store.delta import Version
 from embedding_store.ids import feature_id
 from online_model.features import CARD, CATEGORY, EXTRAS, ITEM, ITEM_EXTRAS, SELLER, TITLE_WORDS, USER, WORD, words_of
 from online_model.history import HISTORY
+from online_model.neighbours import KEPT
 from online_model.ranker import Ranker
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
@@ -99,6 +100,8 @@ def world(n_items: int = 40, n_users: int = 6, seed: int = 1) -> Version:
         tables={
             ITEM: item_rows(
                 items, rng.normal(0, 0.5, (n_items, DIM)), [i % 4 for i in items],
+                neighbours=[ids(ITEM, rng.permutation(max(n_items, KEPT))[:KEPT]) for _ in items],
+                nearness=np.sort(rng.random((n_items, KEPT)) * 9)[:, ::-1], taken=rng.random(n_items) * 30,
                 heat=rng.random((n_items, 2)) * 9, heat_ms=NOW - rng.integers(0, 90, n_items) * HOUR,
                 impressions=shown, clicks=shown // 5, created=NOW - rng.integers(0, 90, n_items) * HOUR,
                 seller=ids(SELLER, [i % 3 for i in items]), words=[TITLES[i % len(TITLES)] for i in items],
