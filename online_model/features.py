@@ -60,6 +60,9 @@ FEATURES = (
 # New rows start from ±scale by the bits of their id. If items and users all started from zero, their products would
 # have no gradient and all rows would move along a few common directions. Users can start from zero if items do not.
 START_SCALE = {ITEM: 0.05, CATEGORY: 0.2, SELLER: 0.05, WORD: 0.1}
+# Of `[model.features] learning_rate`: what a table's rows learn at. The rows of categories, sellers and words are in
+# thousands of items, and users are each other's noise; items are what is worth remembering (docs/architecture.md).
+RATE_SHARE = {USER: 0.375, ITEM: 1.0, CATEGORY: 0.125, SELLER: 0.125, WORD: 0.125}
 CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
 PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
@@ -105,8 +108,9 @@ def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:
     def table(name: str) -> TableSettings:
         capacity, rules = rows[name]
         return TableSettings(
-            dim=settings.dim, capacity=capacity, learning_rate=settings.learning_rate, eps=settings.eps, rules=rules,
-            optimizer=settings.optimizer, initialiser="signs" if name in START_SCALE else "zero",
+            dim=settings.dim, capacity=capacity, eps=settings.eps, rules=rules,
+            learning_rate=settings.learning_rate * RATE_SHARE[name], optimizer=settings.optimizer,
+            initialiser="signs" if name in START_SCALE else "zero",
             init_scale=START_SCALE.get(name, 1.0),
         )  # fmt: skip
 

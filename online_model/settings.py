@@ -23,7 +23,7 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     categories: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     sellers: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 14
     words: Annotated[int, Meta(ge=1, le=1 << 30)] = 1 << 16  # of titles and queries
-    learning_rate: Annotated[float, Meta(gt=0)] = 0.4
+    learning_rate: Annotated[float, Meta(gt=0)] = 0.4  # of items; the other tables' are parts of it (RATE_SHARE)
     eps: Annotated[float, Meta(gt=0)] = 1.0  # a row's first steps are then as small as their gradients, not full ones
     optimizer: Optimizer = "row_wise_adagrad"  # of the tables; it decides what else a row holds in the store
     user_rules: RowRules = RowRules()

@@ -38,7 +38,7 @@ from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates, batch_of, candidates_of
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
-from online_model.evaluation import Evaluation, mid_ranks, next_order, ranked
+from online_model.evaluation import Evaluation, mid_ranks, ranked
 from online_model.examples import Block, Examples, Part, Source
 from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, TITLE_WORDS, USER, table_specs
 from online_model.feedback import Strategy, strategy
@@ -206,6 +206,11 @@ class Trainer:
     def give_up_rollback(self) -> None:
         """The rollback that is due cannot be done."""
         self._guard = given_up(self._guard)
+
+    @property
+    def next_way(self) -> int:
+        """By which of `Ranking.WAYS` the next item is better foretold, as far as was measured (`ranked_of`)."""
+        return 0 if self._evaluation.ranking is None else self._evaluation.ranking.way
 
     @property
     def drifts(self) -> dict[str, int]:
@@ -484,12 +489,11 @@ class Trainer:
         others = self._recent.draw(chosen.row_id, chosen.item, among, self.settings.seed + 1)
         if not others.size:
             return
-        candidates, every, _ = candidates_of(chosen, np.arange(n), others)
+        candidates, *_ = candidates_of(chosen, np.arange(n), others)
         candidates.position[:] = -1
         p, affinity = self._learner.score(candidates)
-        order = next_order(p[:, CLICK], affinity, chosen.source[every] == Source.IMPLICIT)
         assert self._evaluation.ranking is not None
-        self._evaluation.ranking.add(mid_ranks(order[:n], order[n:].reshape(n, among)))
+        self._evaluation.ranking.add([mid_ranks(by[:n], by[n:].reshape(n, among)) for by in (p[:, CLICK], affinity)])
 
     def _count(self, rows: Examples, at: np.ndarray, plays: np.ndarray | None) -> None:
         """Step 4: what was learned counts."""

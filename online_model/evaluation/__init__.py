@@ -2,8 +2,8 @@
 
 from online_model.evaluation.drift import Drift
 from online_model.evaluation.prequential import Evaluation
-from online_model.evaluation.ranking import Ranking, mid_ranks, next_order, ranked
+from online_model.evaluation.ranking import Ranking, mid_ranks, ranked
 from online_model.evaluation.scores import Figures, TaskScores
 from online_model.evaluation.watch_time import WatchTime
 
-__all__ = ["Drift", "Evaluation", "Figures", "Ranking", "TaskScores", "WatchTime", "mid_ranks", "next_order", "ranked"]
+__all__ = ["Drift", "Evaluation", "Figures", "Ranking", "TaskScores", "WatchTime", "mid_ranks", "ranked"]

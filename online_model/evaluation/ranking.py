@@ -11,6 +11,8 @@ otherwise (Krichene and Rendle, "On sampled metrics for item recommendation", KD
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from embedding_store.ids import GOLDEN, finalised
@@ -19,19 +21,34 @@ K = 10
 
 
 class Ranking:
-    """The ranks since the start, and the last `window` one by one."""
+    """The ranks since the start, and the last `window` one by one.
+
+    There are two ways to put items in order by which is asked for next: by the click, which is learned against what
+    else was shown, and by the affinity of the two towers, learned against what else is clicked. Which of them is the
+    better one hangs on the log; each positive is ranked both ways, and what counts is the rank by the one that has
+    gained more until then.
+    """
+
+    WAYS = ("click", "affinity")
 
     def __init__(self, window: int, among: int, sampled: bool = True) -> None:
         """among: items ranked each time, the positive included; sampled: whether these are not all that there are."""
         self._ranks = np.zeros(window, np.float32)
         self._sums = np.zeros(3)  # since the start: hits, gains, reciprocal ranks
+        self._gained = np.zeros(len(self.WAYS))  # since the start: the gains of each way
         self._count = 0  # remembered or forgotten
         self._total = 0  # that the sums are of
         self._among, self._sampled = among, sampled
 
-    def add(self, ranks: np.ndarray) -> None:
-        """Ranks [n] from 1 on, ties in the middle."""
-        ranks = ranks.astype(np.float32)
+    @property
+    def way(self) -> int:
+        """The one of WAYS to go by."""
+        return int(np.argmax(self._gained))
+
+    def add(self, both: Sequence[np.ndarray]) -> None:
+        """Ranks [n] by each of WAYS, from 1 on, ties in the middle."""
+        ranks = both[self.way].astype(np.float32)
+        self._gained += [_sums(each)[1] for each in both]
         self._sums += _sums(ranks)
         kept = ranks[-len(self._ranks) :]
         self._ranks[(self._count + len(ranks) - len(kept) + np.arange(len(kept))) % len(self._ranks)] = kept
@@ -40,18 +57,18 @@ class Ranking:
 
     def metrics(self) -> dict:
         """JSON-ready: `hr_at_10`, `ndcg_at_10`, `mrr` (None where there are no ranks), `count` since the start; the
-        same of the last ranks in "recent"; `among` and `sampled`."""
+        same of the last ranks in "recent"; `among` and `sampled`; `way`, the one that is gone by now."""
         recent = self._ranks[: self._count]
         return {
             **_figures(self._sums, self._total), "among": self._among, "sampled": self._sampled,
-            "recent": _figures(_sums(recent), len(recent)),
+            "way": self.WAYS[self.way], "recent": _figures(_sums(recent), len(recent)),
         }  # fmt: skip
 
     def state(self) -> dict[str, np.ndarray]:
         """All of it, as arrays (copies)."""
         counts = [self._count, self._total, len(self._ranks), self._among]
         return {"ranks": self._ranks[: self._count].copy(), "sums": self._sums.copy(),
-                "counts": np.array(counts, np.int64)}  # fmt: skip
+                "gained": self._gained.copy(), "counts": np.array(counts, np.int64)}  # fmt: skip
 
     def load(self, state: dict[str, np.ndarray]) -> None:
         """What `state` gave. Ranks among another number of items are other figures: it then begins anew. With another
@@ -59,7 +76,7 @@ class Ranking:
         count, total, window, among = (int(n) for n in state["counts"])
         if among != self._among:
             return
-        self._sums[:], self._total = state["sums"], total
+        self._sums[:], self._gained[:], self._total = state["sums"], state["gained"], total
         if window == len(self._ranks):
             self._count = count
             self._ranks[: len(state["ranks"])] = state["ranks"]
@@ -69,13 +86,6 @@ def ranked(row_ids: np.ndarray, one_in: int, seed: int) -> np.ndarray:
     """Which of the rows int64 [n] are ranked: one in so many, by a hash of the row and the seed. bool [n]."""
     salt = finalised(np.array([seed], np.uint64) + GOLDEN)
     return finalised(row_ids.astype(np.uint64) ^ salt) % np.uint64(one_in) == 0
-
-
-def next_order(click: np.ndarray, affinity: np.ndarray, implicit: np.ndarray | bool) -> np.ndarray:
-    """What items are put in order by where the next one is asked for, [N]: the click where it is learned against items
-    drawn from all (`implicit`), the affinity where it is learned against what else was shown: there a click says
-    nothing of what comes to be shown."""
-    return np.where(implicit, click, affinity)
 
 
 def mid_ranks(positive: np.ndarray, others: np.ndarray) -> np.ndarray:

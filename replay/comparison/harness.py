@@ -85,7 +85,7 @@ def make(names: Sequence[str], stream: Stream, model: TrainerSettings) -> dict[s
     from replay.comparison import counting, ours, peers
 
     torch.set_num_threads(1)  # the last bits hang on it
-    leader, batches, seed = ours.Leader(model, stream.implicit), len(stream.batches), model.seed
+    leader, batches, seed = ours.Leader(model), len(stream.batches), model.seed
     makers: dict[str, Callable[[], System]] = {
         HEADRACE: lambda: ours.Online(leader),
         "popularity": lambda: counting.Popularity(stream),

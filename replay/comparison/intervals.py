@@ -53,7 +53,7 @@ def measure_intervals(
     stream: Stream, model: TrainerSettings, progress: Callable[[float], None] = lambda share: None
 ) -> dict[str, dict[str, Any]]:
     """INTERVALS by name → auc, ne, calibration, count of the scores of the second part; syncs, rows_copied."""
-    leader = Leader(model, stream.implicit)
+    leader = Leader(model)
     served = {name: _Served(leader.copy(), interval) for name, interval in INTERVALS.items()}
     first, labels = max(1, round(len(stream.batches) * FIRST_PART)), []
     for done, batch in enumerate(stream.batches, 1):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 
 from embedding_store.errors import UsageError
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates
-from online_model.evaluation import next_order
 from online_model.examples import Block, Examples
 from online_model.features import table_specs
 from online_model.ranker import CLICK, Ranker
@@ -23,12 +23,14 @@ from online_model.settings import TrainerSettings
 from online_model.trainer import CatalogueItem, Trainer, feedback_of
 from replay.comparison.stream import Batch
 
+# One in so many positives is ranked among so many others by the trainer itself, to know which way to go by.
+RANKED_OF, RANKED_AMONG = 8, 50
+
 
 class Model:
     """A trainer without a store: all rows in memory, no commits."""
 
-    def __init__(self, settings: TrainerSettings, implicit: bool) -> None:
-        self._implicit = implicit
+    def __init__(self, settings: TrainerSettings) -> None:
         self.ranker = Ranker(settings.features.dim, settings.ranker, len(feedback_of(settings).extra))
         self.tables = EmbeddingTables(table_specs(settings.features))
         self.trainer = Trainer(settings, self.tables, self.ranker, None, lambda: 0)
@@ -55,10 +57,10 @@ class Model:
         p, _ = self.trainer.score(candidates)
         return p[:, CLICK].astype(np.float64)
 
-    def order(self, candidates: Candidates) -> np.ndarray:
-        """What is next: float64 [N] of `next_order`."""
+    def order(self, candidates: Candidates, way: int) -> np.ndarray:
+        """What is next, float64 [N], by one of `Ranking.WAYS`."""
         p, affinity = self.trainer.score(candidates)
-        return next_order(p[:, CLICK], affinity, self._implicit).astype(np.float64)
+        return (p[:, CLICK], affinity)[way].astype(np.float64)
 
 
 class Leader:
@@ -67,9 +69,10 @@ class Leader:
     Its users call `learn` with every batch, in order; the first of them makes it learn.
     """
 
-    def __init__(self, settings: TrainerSettings, implicit: bool) -> None:
-        """implicit: the log has no impressions."""
-        self.settings, self.implicit, self.model = settings, implicit, Model(settings, implicit)
+    def __init__(self, settings: TrainerSettings) -> None:
+        if not settings.ranked_of:
+            settings = msgspec.structs.replace(settings, ranked_of=RANKED_OF, ranked_among=RANKED_AMONG)
+        self.settings, self.model = settings, Model(settings)
         self._learned = self._told = -1
         self._followers: list[Copy] = []
 
@@ -108,7 +111,7 @@ class Copy:
     """A serving copy of a leader's model: what is copied at a `sync` is what has changed since the last one."""
 
     def __init__(self, leader: Leader) -> None:
-        self._leader, self._model = leader, Model(leader.settings, leader.implicit)
+        self._leader, self._model, self._way = leader, Model(leader.settings), 0
         self._changed: dict[str, list[np.ndarray]] = {}
         self._gone: dict[str, list[np.ndarray]] = {}
         self.syncs = self.rows = 0
@@ -118,7 +121,7 @@ class Copy:
         return self._model.score(candidates)
 
     def order(self, candidates: Candidates) -> np.ndarray:
-        return self._model.order(candidates)
+        return self._model.order(candidates, self._way)
 
     def note(self, touched: dict[str, np.ndarray], gone: dict[str, np.ndarray]) -> None:
         for kept, new in ((self._changed, touched), (self._gone, gone)):
@@ -138,6 +141,7 @@ class Copy:
             own.tables.write_rows(table, mine, source.tables.read_rows(table, at))
             self.rows += len(ids)
         own.ranker.load_weights(source.ranker.weights())
+        self._way = source.trainer.next_way
         own.tables.clear_touched()
         self._changed, self._gone = {}, {}
         self.syncs += 1
@@ -158,7 +162,8 @@ class Online:
         return self._leader.model.score(candidates)
 
     def order(self, candidates: Candidates) -> np.ndarray:
-        return self._leader.model.order(candidates)
+        model = self._leader.model
+        return model.order(candidates, model.trainer.next_way)
 
     def learn(self, batch: Batch) -> None:
         self._next = batch.number + 1

@@ -7,7 +7,17 @@ import torch
 
 from embedding_store.initial import first_weights
 from online_model.examples import Examples, Part, Source
-from online_model.features import CATEGORY, ITEM, MATCHES, SELLER, USER, WORD, table_specs, user_features
+from online_model.features import (
+    CATEGORY,
+    ITEM,
+    MATCHES,
+    RATE_SHARE,
+    SELLER,
+    USER,
+    WORD,
+    table_specs,
+    user_features,
+)
 from online_model.feedback import probabilities, strategy
 from online_model.history import RECENT
 from online_model.ranker import CLICK, PURCHASE, WATCH, WATCH_TIME, Contexts, Items, Ranker
@@ -80,7 +90,8 @@ class PlainTrainer:
                 gradient, row = leaf["weights"].grad, self.rows[table][i]
                 if gradient is not None:
                     row["momentum"] += float((gradient**2).mean())
-                    row["weights"] = row["weights"] - s.learning_rate * gradient / (row["momentum"] ** 0.5 + s.eps)
+                    rate = s.learning_rate * RATE_SHARE[table]
+                    row["weights"] = row["weights"] - rate * gradient / (row["momentum"] ** 0.5 + s.eps)
         played = rows.play_ms >= 0
         if played.any():
             new = learned(plays, rows.play_ms[played], rows.duration_ms[played])

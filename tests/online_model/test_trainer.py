@@ -391,13 +391,13 @@ def test_positives_are_ranked_among_active_items_before_they_are_learned(tmp_pat
     learn(trainer, make_rows(128, source=source))
     rows = make_rows(64, from_row=128, source=source)
     before = trainer.info()["metrics"]["click"]["next_item"]
-    others = trainer._recent.draw(rows.row_id, rows.item, 7, s.seed + 1)
+    others, way = trainer._recent.draw(rows.row_id, rows.item, 7, s.seed + 1), trainer.next_way
     expected = []
     for i in np.flatnonzero(rows.click == 1).tolist():
         candidates, *_ = candidates_of(rows.take(np.array([i])), np.array([0]), others[i : i + 1])
         candidates.position[:] = -1
         p, affinity = trainer.score(candidates)
-        order = p[:, 0] if source == Source.IMPLICIT else affinity
+        order = (p[:, 0], affinity)[way]
         expected.append(1 + (order[1:] > order[0]).sum() + (order[1:] == order[0]).sum() / 2)
     learn(trainer, rows, first=20)
     after = trainer.info()["metrics"]["click"]["next_item"]

@@ -19,13 +19,13 @@ def test_a_copy_is_bit_for_bit_what_training_from_scratch_gives(impressions: boo
     batches = stream(impressions).batches
     points = 4
     ends = [round(len(batches) * (n + 1) / points) for n in range(points)]
-    system, compared = retrained(Leader(MODEL, False), len(batches), points), 0
+    system, compared = retrained(Leader(MODEL), len(batches), points), 0
     for number, batch in enumerate(batches):
         system.catalogue(batch.catalogue)
         served = system.score(batch.scored.candidates)
         known = max([0, *(end for end in ends if end <= number)])
         if number in (known, known + 1):
-            scratch = Model(MODEL, False)
+            scratch = Model(MODEL)
             for before in batches[:known]:
                 scratch.trainer.catalogue(before.catalogue)
                 scratch.learn(before.rows)
@@ -36,7 +36,7 @@ def test_a_copy_is_bit_for_bit_what_training_from_scratch_gives(impressions: boo
 
 
 def test_a_sync_copies_what_has_changed_and_nothing_else_changes_a_copy() -> None:
-    batches, leader = stream(impressions=True).batches[:20], Leader(MODEL, False)
+    batches, leader = stream(impressions=True).batches[:20], Leader(MODEL)
     copy, other = leader.copy(), leader.copy()
     c = batches[-1].scored.candidates
     for batch in batches[:10]:
@@ -61,8 +61,8 @@ def test_a_sync_copies_what_has_changed_and_nothing_else_changes_a_copy() -> Non
 
 def test_the_frozen_one_serves_what_it_knew_after_the_warm_up() -> None:
     batches = stream(impressions=True).batches
-    system = frozen(Leader(MODEL, False), len(batches))
-    online = Leader(MODEL, False)
+    system = frozen(Leader(MODEL), len(batches))
+    online = Leader(MODEL)
     last, equal = batches[-1].scored.candidates, []
     for batch in batches:
         online.catalogue(batch.number, batch.catalogue)
@@ -88,6 +88,6 @@ def test_a_fresher_copy_is_synced_more_often_and_one_that_always_is_is_the_leade
 
 def test_a_table_that_is_too_small_is_said_in_one_line() -> None:
     small = TrainerSettings(batch_size=128, features=FeatureSettings(dim=8, users=20, items=50, categories=20))
-    leader, batch = Leader(small, False), stream(impressions=True).batches[0]
+    leader, batch = Leader(small), stream(impressions=True).batches[0]
     with pytest.raises(UsageError, match=r"raise model.features.users \(20\), items \(50\)"):
         leader.learn(batch)

@@ -117,7 +117,7 @@ def test_a_ranking_that_is_switched_on_begins_then_and_is_restored():
     before.measure(*batch(0))
     after.load(before.state())
     assert after.metrics()["click"]["next_item"]["count"] == 0
-    after.ranking.add(np.array([1.0, 4.0]))
+    after.ranking.add([np.array([1.0, 4.0])] * 2)
     again.load(after.state())
     assert again.metrics() == after.metrics()
     assert again.metrics()["click"]["next_item"]["mrr"] == 0.625
