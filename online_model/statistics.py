@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from embedding_store.ids import hash_text
 from embedding_store.tables import EmbeddingTables
 from online_model.examples import Examples, Part, Source
 from online_model.features import CATEGORY, ITEM, SELLER, heat
@@ -65,15 +64,6 @@ def _befriend(
     tables.set(ITEM, "taken", at, (left(taken, since, now_ms) + times).astype(np.float32))
 
 
-def new_cards(tables: EmbeddingTables, rows: Examples, at: np.ndarray) -> dict[int, bytes]:
-    """Cards of items that the catalogue knows nothing of: item id → JSON. Each is made once."""
-    without = np.flatnonzero((at > 0) & (tables.values(ITEM, "card", at) == 0))
-    first = without[np.unique(at[without], return_index=True)[1]]
-    raws = [b'{"item":%s}' % str(rows.item_raw[i]).encode("utf-8", "surrogatepass") for i in first]
-    tables.set(ITEM, "card", at[first], np.array([card_hash(raw) for raw in raws], np.int64))
-    return dict(zip(rows.item[first].tolist(), raws, strict=True))
-
-
 def watched(tables: EmbeddingTables, rows: Examples, at: np.ndarray, plays: np.ndarray) -> np.ndarray:
     """`plays` with the examples' own, and the items' durations as they were last."""
     played = np.flatnonzero(rows.play_ms >= 0)
@@ -90,8 +80,3 @@ def predicted_plays(rows: Examples, p: np.ndarray, plays: np.ndarray | None) -> 
     if plays is not None and len(played):
         out[played] = plays_at(plays, p[played, WATCH_TIME], rows.duration_ms[played])
     return out
-
-
-def card_hash(raw: bytes, category: int = 0, seller: int = 0, created: int = 0) -> int:
-    """What tells one card, with what its record says, from another."""
-    return hash_text(f"{category} {seller} {created} {raw.decode('latin-1')}")  # latin-1: any bytes, one to one

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -37,10 +36,11 @@ from embedding_store.owed import Owed
 from embedding_store.ranks import Ranks
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates, batch_of, candidates_of
+from online_model.catalogue import CatalogueItem, new_cards, put_catalogue
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
 from online_model.evaluation import Evaluation, mid_ranks, ranked
 from online_model.examples import Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, TITLE_WORDS, USER, table_specs
+from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
 from online_model.feedback import Strategy, strategy
 from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
@@ -51,16 +51,12 @@ from online_model.positions import Intake, Position
 from online_model.ranker import CLICK, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
-from online_model.statistics import card_hash, count, new_cards, predicted_plays, warm, watched
+from online_model.statistics import count, predicted_plays, warm, watched
 from online_model.widening import open_widened
 
 log = logging.getLogger("headrace")
 
 LEFT_OUT = 20  # batches of which it is told where they were
-
-# (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0, word ids of the title)
-CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int, np.ndarray]
-
 
 def open_trainer(
     settings: TrainerSettings,
@@ -279,28 +275,10 @@ class Trainer:
     @on_all_ranks
     def catalogue(self, items: Sequence[CatalogueItem]) -> None:
         """Items of the catalogue: admits them, keeps their cards. Those that are known as they are change nothing."""
-        # Of several records of an item the last holds.
-        last = {item[0]: item[1:] for item in items}
-        ids = np.fromiter(last, np.int64, len(last))
-        hashes = np.array([card_hash(*values[:4]) for values in last.values()], np.int64)
-        about = np.array([values[1:4] for values in last.values()], np.int64).reshape(-1, 3)
-        words = np.array([values[4] for values in last.values()], np.int64).reshape(-1, TITLE_WORDS)
         with self._whole():
-            self.tables.begin_step(self._totals["event_time_ms"])
-            known = self.tables.rows(ITEM, ids, admit=False)
-            new = np.flatnonzero((known == 0) | (self.tables.values(ITEM, "card", known) != hashes))
-            rows = self.tables.rows(ITEM, ids[new], admit=True, at_once=True)
-            new, rows = new[rows > 0], rows[rows > 0]  # the table may be full
-            if not len(rows):
-                return
-            created = np.where(about[new, 2] > 0, about[new, 2], self.tables.values(ITEM, "created", rows))
-            columns = {"category": about[new, 0], "seller": about[new, 1], "created": created, "card": hashes[new],
-                       "words": words[new]}  # fmt: skip
-            for name, values in columns.items():
-                self.tables.set(ITEM, name, rows, values)
-            raws = [raw for raw, *_ in last.values()]
-            self._cards.update((int(ids[i]), raws[i]) for i in new.tolist())
-            self._changed = True
+            cards = put_catalogue(self.tables, items, self._totals["event_time_ms"])
+            self._cards.update(cards)
+            self._changed = self._changed or bool(cards)
 
     @on_all_ranks
     def commit(self, everything: bool = False, dense: bool = True) -> list[bytes] | None:

@@ -25,9 +25,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
+from online_model.catalogue import CatalogueItem
 from online_model.examples import Block, ExamplesDigest
 from online_model.settings import TrainerSettings
-from online_model.trainer import CatalogueItem, Trainer, open_trainer
+from online_model.trainer import Trainer, open_trainer
 from replay.faults import Garbage
 from replay.joining import JoinedLog
 from replay.oracle import PartitionOracle, Rules, compare

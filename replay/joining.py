@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from aiokafka.partitioner import murmur2
 
+from online_model.catalogue import CatalogueItem
 from online_model.examples import Block, Counts
-from online_model.trainer import CatalogueItem
 from replay.faults import Garbage
 from replay.readers import Record
 from streams.catalogue import catalogue_item

@@ -9,8 +9,8 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from embedding_store.ids import feature_id
+from online_model.catalogue import CatalogueItem
 from online_model.features import TITLE_WORDS, words_of
-from online_model.trainer import CatalogueItem
 from streams.events import Item, Rejected, decode_item
 
 log = logging.getLogger("headrace")

@@ -28,7 +28,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: its threads must not spin on shared cores
@@ -42,11 +41,10 @@ from embedding_store.errors import StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
-from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
-from online_model.checkpoints import describe
-from online_model.guard import is_held, roll_back_if_due
+from online_model.catalogue import CatalogueItem
+from online_model.guard import roll_back_if_due
 from online_model.ranks import Followers, begin_again, follow_launched, let_go
-from online_model.trainer import CatalogueItem, Trainer, open_trainer
+from online_model.trainer import Trainer, open_trainer
 from streams import app, batches
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
@@ -54,6 +52,7 @@ from streams.metrics import TrainMetrics, serve_metrics, train_values
 from streams.outlet import Message, Outlet
 from streams.published import newest_version
 from streams.settings import TrainWorkerSettings
+from streams.train_copies import TrainCopies
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
@@ -68,7 +67,6 @@ TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 VERSIONS_AHEAD = 4  # committed and not yet published
-RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
 
 
 def run_train(settings: TrainWorkerSettings) -> None:
@@ -138,9 +136,6 @@ class TrainWorker:
         self._commit_due = self._dense_due = 0.0
         self._turned = 0.0  # when the last turn began
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
-        self._snapshot_folder = settings.data_dir / "snapshots"
-        self._snapshot_lock = Lock()  # one at a time, of the trainer's thread too
-        self._epoch_begun = asyncio.Event()  # while it runs: versions were held back before it
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
         self._metrics = TrainMetrics(self._values)
@@ -165,7 +160,8 @@ class TrainWorker:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
         self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
-        tasks = (self._train(), self._publisher(), self._follow_catalogue(), self._snapshots(), self._checkpoints())
+        copies = self._copies
+        tasks = (self._train(), self._publisher(), self._follow_catalogue(), copies.snapshots(), copies.checkpoints())
         self._tasks = [asyncio.create_task(task) for task in tasks]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
@@ -185,7 +181,7 @@ class TrainWorker:
         await training
         await publishing
         await asyncio.gather(*others, return_exceptions=True)
-        await self._snapshot()
+        await self._copies.snapshot()
         await self._in_thread(self._close, again)
         await self._catalogue.stop()
         await self._outlet.stop()
@@ -207,9 +203,9 @@ class TrainWorker:
         device, partitions, threads = _ways(settings)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        self._kept = KeptCheckpoints(settings.checkpoints_url)
-        _refuse_to_begin_anew(settings.store, self._kept)
-        went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, self._kept)
+        kept = KeptCheckpoints(settings.checkpoints_url)
+        _refuse_to_begin_anew(settings.store, kept)
+        went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, kept)
         if self._ranked is None:
             self._ranked = self._meet(device, partitions, threads)
         followers, ranks = self._ranked
@@ -218,8 +214,7 @@ class TrainWorker:
             followers.tidy()
         if not went_back:
             trainer.give_up_rollback()
-        trainer.on_hold = self._snapshot_of_the_last_good
-        trainer.store.remember_gone(self._oldest_kept())
+        self._copies = TrainCopies(settings, trainer, kept, self._thread, lambda: self._draining)
         log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
         return trainer
 
@@ -349,7 +344,7 @@ class TrainWorker:
         if parts and not trainer.owes_dense:
             self._dense_due = start + self.settings.dense_interval_s
         if held and not trainer.guard.held:
-            self._loop.call_soon_threadsafe(self._epoch_begun.set)
+            self._loop.call_soon_threadsafe(self._copies.epoch_begun.set)
         seconds = time.monotonic() - start
         self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
         self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes or trainer.owes_dense
@@ -367,106 +362,6 @@ class TrainWorker:
             await self._outlet.send([Message(topic, part, partition=0) for part in parts])
         fault("publish.sent")
         self._published = sequence  # the next turn acknowledges it
-
-    async def _snapshots(self) -> None:
-        """A snapshot as soon as there is something for a replica to start from, then one every interval.
-
-        Also as soon as an epoch begins, of its first version: replicas may be past where it goes on from.
-        """
-        newest = latest_snapshot(self._snapshot_folder)
-        if newest is None or place_of(newest)[0] != self._trainer.epoch:
-            await self._begun()
-            await self._snapshot()
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.snapshot_interval_s):
-                    await self._epoch_begun.wait()
-            self._epoch_begun.clear()
-            await self._snapshot()
-
-    async def _snapshot(self) -> None:
-        """In a thread of its own: the training goes on meanwhile."""
-        trainer = self._trainer
-        if not trainer.sequence:
-            return
-        try:
-            erasures = trainer.erasures
-            if erasures > trainer.purged:
-                await asyncio.to_thread(trainer.store.purge)
-                trainer.purged = erasures
-        except StoreError as error:
-            log.error("no snapshot: %s", error)
-            return
-        await asyncio.to_thread(self._write_snapshot)
-
-    def _write_snapshot(self) -> None:
-        """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""
-        try:
-            with self._snapshot_lock:
-                path = snapshot_of(
-                    self._trainer.store, self._snapshot_folder, self.settings.snapshots_kept,
-                    lambda version: not is_held(version.info),
-                )  # fmt: skip
-            if path is not None:
-                log.info("snapshot %s", path.name)
-        except StoreError as error:
-            log.error("no snapshot: %s", error)
-
-    def _snapshot_of_the_last_good(self) -> None:
-        """The trainer's `on_hold`: replicas that start while versions are held back start from the last good one, also
-        when `parameters` has forgotten the versions that lead to it."""
-        if self._trainer.sequence:
-            self._write_snapshot()
-
-    async def _begun(self) -> None:
-        """Until the store has a version of this epoch."""
-        while not self._trainer.begun:
-            await asyncio.sleep(0.2)
-
-    async def _checkpoints(self) -> None:
-        """A kept checkpoint every interval, counted from the newest that is there; the first as soon as there is
-        something to keep. None while the guard would go back from it. A failure costs a way back, nothing else."""
-        interval = self.settings.checkpoint_interval_s
-        wait = await asyncio.to_thread(self._seconds_to_keep)
-        while True:
-            await asyncio.sleep(wait)
-            await self._begun()
-            if not self._trainer.guard.trusted:
-                wait = min(RETRY_SECONDS, interval)
-                continue
-            try:
-                await self._keep()
-                wait = interval
-            except StoreError as error:
-                log.error("no checkpoint was kept: %s", error)
-                wait = min(RETRY_SECONDS, interval)
-
-    def _seconds_to_keep(self) -> float:
-        try:
-            newest = next(self._kept.newest_first(), None)
-        except StoreError:
-            return 0.0  # keeping one will say so
-        if newest is None:
-            return 0.0
-        return max(0.0, self.settings.checkpoint_interval_s - (now_ms() - newest.made_ms) / 1000)
-
-    def _oldest_kept(self) -> tuple[int, int] | None:
-        """Where that cannot be told it may be any: training does not hang on a folder elsewhere."""
-        try:
-            return self._kept.oldest()
-        except StoreError as error:
-            log.error("the kept checkpoints cannot be read: %s", error)
-            return (0, 0)
-
-    async def _keep(self) -> None:
-        """In a thread of its own: the training goes on meanwhile."""
-        store, kept, count = self._trainer.store, self._kept, self.settings.checkpoints_kept
-        oldest = await asyncio.to_thread(kept.oldest)
-        await self._in_thread(store.remember_gone, oldest or (0, 0))  # before there is a copy: it may be the oldest
-        place = await asyncio.to_thread(kept.keep, store, describe, count, lambda: self._draining)
-        await self._in_thread(store.remember_gone, await asyncio.to_thread(kept.oldest))
-        if place is not None:
-            log.info("kept checkpoint %s.%s", *place)
 
     async def _follow_catalogue(self) -> None:
         while True:

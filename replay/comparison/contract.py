@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from online_model.batch import Candidates
-from online_model.trainer import CatalogueItem
+from online_model.catalogue import CatalogueItem
 from replay.comparison.stream import Batch
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from embedding_store.ids import combine_all
 from online_model.batch import Candidates
+from online_model.catalogue import CatalogueItem
 from online_model.examples import Part
 from online_model.features import CLICK_PRIOR, mix
 from online_model.history import HISTORY, RECENT, unpack
-from online_model.trainer import CatalogueItem
 from replay.comparison.stream import Batch, Stream
 
 DAY_MS = 86_400_000

@@ -16,11 +16,12 @@ import numpy as np
 from embedding_store.errors import UsageError
 from embedding_store.tables import EmbeddingTables
 from online_model.batch import Candidates
+from online_model.catalogue import CatalogueItem
 from online_model.examples import Block, Examples
 from online_model.features import table_specs
 from online_model.ranker import CLICK, Ranker
 from online_model.settings import TrainerSettings
-from online_model.trainer import CatalogueItem, Trainer, feedback_of
+from online_model.trainer import Trainer, feedback_of
 from replay.comparison.stream import Batch
 
 # One in so many positives is ranked among so many others by the trainer itself, to know which way to go by.

@@ -15,7 +15,7 @@ from river import facto, linear_model, optim, reco
 from vowpalwabbit import Workspace
 
 from online_model.batch import Candidates
-from online_model.trainer import CatalogueItem
+from online_model.catalogue import CatalogueItem
 from replay.comparison.sparse import Fields, hashed
 from replay.comparison.stream import Batch
 

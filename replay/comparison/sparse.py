@@ -14,8 +14,8 @@ import numpy as np
 
 from embedding_store.ids import combine_all
 from online_model.batch import Candidates
+from online_model.catalogue import CatalogueItem
 from online_model.history import HISTORY
-from online_model.trainer import CatalogueItem
 from replay.comparison.counting import DAY_MS, DecayedCounts, recent_items
 from replay.comparison.stream import Batch
 

@@ -16,12 +16,12 @@ import numpy as np
 
 from embedding_store.errors import UsageError
 from online_model.batch import Candidates, candidates_of
+from online_model.catalogue import CatalogueItem
 from online_model.examples import Examples, Part, Source
 from online_model.features import mix
 from online_model.negatives import RecentItems
 from online_model.positions import Intake
 from online_model.settings import TrainerSettings
-from online_model.trainer import CatalogueItem
 from replay.joining import JoinedLog
 from replay.readers import Record
 from streams.events import Item

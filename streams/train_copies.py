@@ -1,0 +1,146 @@
+"""What a train worker keeps of its store beside it: snapshots, which replicas start from, and whole checkpoints, which
+a rollback can go back to. Made in threads of their own, while the training goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+from embedding_store.errors import StoreError
+from embedding_store.kept import KeptCheckpoints
+from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
+from online_model.checkpoints import describe
+from online_model.guard import is_held
+from online_model.trainer import Trainer
+from streams.settings import TrainWorkerSettings
+
+log = logging.getLogger("headrace")
+
+RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
+
+
+class TrainCopies:
+    """Of one trainer. `snapshots` and `checkpoints` run until they are cancelled."""
+
+    def __init__(
+        self, settings: TrainWorkerSettings, trainer: Trainer, kept: KeptCheckpoints, thread: ThreadPoolExecutor,
+        is_ending: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        """thread: the trainer's own, in which this is made. is_ending: a checkpoint under way is then given up."""
+        self._settings, self._trainer, self._kept, self._thread = settings, trainer, kept, thread
+        self._is_ending = is_ending
+        self._folder = settings.data_dir / "snapshots"
+        self._lock = Lock()  # one snapshot at a time, of the trainer's thread too
+        self.epoch_begun = asyncio.Event()  # to be set when one has begun before which versions were held back
+        trainer.on_hold = self._snapshot_of_the_last_good
+        trainer.store.remember_gone(self._oldest_kept())
+
+    async def snapshots(self) -> None:
+        """A snapshot as soon as there is something for a replica to start from, then one every interval.
+
+        Also as soon as an epoch begins, of its first version: replicas may be past where it goes on from.
+        """
+        newest = latest_snapshot(self._folder)
+        if newest is None or place_of(newest)[0] != self._trainer.epoch:
+            await self._begun()
+            await self.snapshot()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.snapshot_interval_s):
+                    await self.epoch_begun.wait()
+            self.epoch_begun.clear()
+            await self.snapshot()
+
+    async def snapshot(self) -> None:
+        """In a thread of its own: the training goes on meanwhile."""
+        trainer = self._trainer
+        if not trainer.sequence:
+            return
+        try:
+            erasures = trainer.erasures
+            if erasures > trainer.purged:
+                await asyncio.to_thread(trainer.store.purge)
+                trainer.purged = erasures
+        except StoreError as error:
+            log.error("no snapshot: %s", error)
+            return
+        await asyncio.to_thread(self._write_snapshot)
+
+    def _write_snapshot(self) -> None:
+        """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""
+        try:
+            with self._lock:
+                path = snapshot_of(
+                    self._trainer.store, self._folder, self._settings.snapshots_kept,
+                    lambda version: not is_held(version.info),
+                )  # fmt: skip
+            if path is not None:
+                log.info("snapshot %s", path.name)
+        except StoreError as error:
+            log.error("no snapshot: %s", error)
+
+    def _snapshot_of_the_last_good(self) -> None:
+        """The trainer's `on_hold`: replicas that start while versions are held back start from the last good one, also
+        when `parameters` has forgotten the versions that lead to it."""
+        if self._trainer.sequence:
+            self._write_snapshot()
+
+    async def _begun(self) -> None:
+        """Until the store has a version of this epoch."""
+        while not self._trainer.begun:
+            await asyncio.sleep(0.2)
+
+    async def checkpoints(self) -> None:
+        """A kept checkpoint every interval, counted from the newest that is there; the first as soon as there is
+        something to keep. None while the guard would go back from it. A failure costs a way back, nothing else."""
+        interval = self._settings.checkpoint_interval_s
+        wait = await asyncio.to_thread(self._seconds_to_keep)
+        while True:
+            await asyncio.sleep(wait)
+            await self._begun()
+            if not self._trainer.guard.trusted:
+                wait = min(RETRY_SECONDS, interval)
+                continue
+            try:
+                await self._keep()
+                wait = interval
+            except StoreError as error:
+                log.error("no checkpoint was kept: %s", error)
+                wait = min(RETRY_SECONDS, interval)
+
+    def _seconds_to_keep(self) -> float:
+        try:
+            newest = next(self._kept.newest_first(), None)
+        except StoreError:
+            return 0.0  # keeping one will say so
+        if newest is None:
+            return 0.0
+        return max(0.0, self._settings.checkpoint_interval_s - (time.time() - newest.made_ms / 1000))
+
+    def _oldest_kept(self) -> tuple[int, int] | None:
+        """Where that cannot be told it may be any: training does not hang on a folder elsewhere."""
+        try:
+            return self._kept.oldest()
+        except StoreError as error:
+            log.error("the kept checkpoints cannot be read: %s", error)
+            return (0, 0)
+
+    async def _keep(self) -> None:
+        """In a thread of its own: the training goes on meanwhile."""
+        store, kept, count = self._trainer.store, self._kept, self._settings.checkpoints_kept
+        oldest = await asyncio.to_thread(kept.oldest)
+        await self._remember_gone(oldest or (0, 0))  # before there is a copy: it may be the oldest
+        place = await asyncio.to_thread(kept.keep, store, describe, count, self._is_ending)
+        await self._remember_gone(await asyncio.to_thread(kept.oldest))
+        if place is not None:
+            log.info("kept checkpoint %s.%s", *place)
+
+    async def _remember_gone(self, since: tuple[int, int] | None) -> None:
+        """In the trainer's thread, as all that touches its store."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._trainer.store.remember_gone, since)
