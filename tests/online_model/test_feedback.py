@@ -64,7 +64,8 @@ def test_the_expected_gradient_is_zero_where_the_truth_is_served(name, wait):
 
 @pytest.mark.parametrize("name", ["calibrated", "weighted", "elapsed"])
 def test_purchase_rates_are_right_while_purchases_are_still_to_come(name):
-    assert measure(name, seed=1).ratio == pytest.approx(1, abs=0.05)
+    """Over four streams: of a single one chance alone makes some percent."""
+    assert np.mean([measure(name, seed).ratio for seed in range(1, 5)]) == pytest.approx(1, abs=0.05)
 
 
 def test_without_a_correction_the_purchase_rate_is_too_low():

@@ -26,9 +26,11 @@ from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import START, make_blocks, make_rows
 
+# Half the usual rate: at that, what rounding does to a unit at its bend shows in the fifth digit after some 100 steps.
 SMALL = TrainerSettings(
-    features=FeatureSettings(dim=8, users=3_000, items=3_000, categories=100), batch_size=64, window=20_000
-)
+    features=FeatureSettings(dim=8, users=3_000, items=3_000, categories=100), batch_size=64, window=20_000,
+    learning_rate=1e-3,
+)  # fmt: skip
 TIGHT = TrainerSettings(
     features=FeatureSettings(dim=8, users=600, items=8_000, categories=1_000), batch_size=64, window=1_000
 )

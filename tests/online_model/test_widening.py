@@ -127,7 +127,7 @@ def test_a_wider_model_scores_as_before_and_goes_on_learning(wanted: TrainerSett
         if weights.ndim == 2 and name.removesuffix(".weight") not in sparse:
             assert moved.any(1).mean() >= 0.8, f"units of {name} do not learn"
             # Of products: new weights of rows start from zero, so what multiplies them moves by little at first.
-            least = 0.5 if name in ("from_match.weight", "from_attended.weight") else 0.8
+            least = 0.2 if name in ("from_match.weight", "from_attended.weight") else 0.8
             assert moved.any(0).mean() >= least, f"inputs of {name} do not learn"
     ids = np.array([item for item, *_ in catalogue(20)])
     rows = trainer.tables.read_rows(ITEM, trainer.tables.rows(ITEM, ids, admit=False))
