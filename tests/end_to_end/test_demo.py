@@ -133,7 +133,7 @@ def one_line(stderr: str) -> bool:
     return len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "bytes"])
+@pytest.mark.parametrize("kind", ["missing", "empty", pytest.param("truncated", marks=pytest.mark.nightly), "bytes"])
 def test_a_log_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"{kind}.csv.gz"
     row = b"1,2,3,pv,1511658000\n"

@@ -177,6 +177,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.nightly
 def test_ranks_under_torchrun_learn_what_followers_do(tmp_path: Path) -> None:
     """In a network that has nothing but a loopback interface: torchrun's own meeting listens on all there are."""
     if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:

@@ -86,6 +86,7 @@ def test_a_replay_that_was_killed_and_resumed_gives_the_same_checkpoint(tmp_path
         assert resumed[name] == expected[name], f"after kills at {moments}"
 
 
+@pytest.mark.nightly
 def test_a_full_table_is_full_at_the_same_place_whenever_commits_happen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

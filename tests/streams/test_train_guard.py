@@ -119,7 +119,7 @@ def test_held_killed_and_released_replicas_get_all_of_it(
         assert child.stop() == 0, child.said
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_rollback_by_itself(broker: str, topics: TopicSettings, settings: dict, tmp_path: Path, ranks: int) -> None:
     """In the same process: back to the kept checkpoint, published again, nothing lost and nothing learned twice."""
     blocks = _blocks(3 * N // 4, 2 * N + N // 4)

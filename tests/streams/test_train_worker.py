@@ -124,6 +124,7 @@ def test_each_row_is_learned_once_though_the_worker_is_killed(
     assert snapshot.name == f"{last.epoch}-{last.sequence}"
 
 
+@pytest.mark.nightly
 def test_ranks_learn_each_row_once_though_any_of_them_is_killed(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
