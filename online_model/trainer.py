@@ -58,6 +58,7 @@ log = logging.getLogger("headrace")
 
 LEFT_OUT = 20  # batches of which it is told where they were
 
+
 def open_trainer(
     settings: TrainerSettings,
     path: Path | None,

@@ -15,7 +15,7 @@ from online_model.batch import Candidates
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Part
 from online_model.features import CLICK_PRIOR, mix
-from online_model.history import HISTORY, RECENT, unpack
+from online_model.history import HISTORY, RECENT, entry_items
 from replay.comparison.stream import Batch, Stream
 
 DAY_MS = 86_400_000
@@ -165,8 +165,7 @@ class ItemKnn:
 def recent_items(history: np.ndarray) -> np.ndarray:
     """States uint8 [B, HISTORY_BYTES] → ids int64 [B, HISTORY], the recent ones and then those of intent, newest first,
     each at its first place only; 0: none."""
-    state = unpack(history)
-    items = np.concatenate((state["recent"]["item"], state["intent"]["item"]), axis=1).astype(np.int64)
+    items = entry_items(history)
     order = np.argsort(items, axis=1, kind="stable")
     ordered = np.take_along_axis(items, order, 1)
     again = np.zeros(items.shape, bool)
