@@ -27,7 +27,7 @@ from online_model.positions import Position, position_of, rolled_back
 
 log = logging.getLogger("headrace")
 
-STATE_FORMAT = 6
+STATE_FORMAT = 7
 
 
 def state_of(head: Head, path: Path) -> dict[str, Any]:

@@ -63,12 +63,10 @@ START_SCALE = {ITEM: 0.05, CATEGORY: 0.2, SELLER: 0.05, WORD: 0.1}
 # Of `[model.features] learning_rate`: what a table's rows learn at. The rows of categories, sellers and words are in
 # thousands of items, and users are each other's noise; items are what is worth remembering (docs/architecture.md).
 RATE_SHARE = {USER: 0.375, ITEM: 1.0, CATEGORY: 0.125, SELLER: 0.125, WORD: 0.125}
-CLICK_PRIOR = 0.05  # the click rate of an item that nobody has seen …
-PRIOR_STRENGTH = 20.0  # … which weighs as much as this many impressions
+CLICK_PRIOR = 0.05  # the click rate before anything was seen
 _LONG_AGO = float(np.log1p(30 * 86_400))  # what is so many seconds old is as if it had never been
 _DAY_MS, _WEEK_MS = 86_400_000, 604_800_000
 _LOGS = 3.0  # what logarithms are divided by: most are between 0 and 3 then
-_PRIOR_LOGIT = float(np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))
 
 USER_EXTRAS: dict[str, tuple[str, tuple[int, ...]]] = {"history": ("|u1", (HISTORY_BYTES,))}  # the newest state
 COUNTS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -133,20 +131,22 @@ def words_of(text: str, most: int) -> np.ndarray:
     return np.array([feature_id(WORD, word) for word in words] + [0] * (most - len(words)), np.int64)
 
 
-def rates(impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray) -> np.ndarray:
+def rates(impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray, rate: float) -> np.ndarray:
     """Numbers float32 [n, RATES] of counts int64 [n] of items, categories or sellers: all that was learned so far.
 
-    The logit of the smoothed click rate less its prior's (0: never shown), log of impressions, log of interactions, and
-    whether it was never seen: a first time is no small number of times.
+    The logit of the smoothed click rate less that of `rate`, the usual one (0: never shown), log of impressions, log of
+    interactions, and whether it was never seen: a first time is no small number of times. The usual rate weighs as much
+    as 1 / (rate · (1 − rate)) impressions: as if logits were spread around its own with a variance of 1.
 
-    >>> rates(np.array([0]), np.array([0]), np.array([0])).tolist()
+    >>> rates(np.array([0]), np.array([0]), np.array([0]), 0.05).tolist()
     [[0.0, 0.0, 0.0, 1.0]]
     """
     shown = np.asarray(impressions, np.float64)
     clicked = np.minimum(clicks, shown)  # a late click may be of an impression that was not learned
-    rate = (clicked + CLICK_PRIOR * PRIOR_STRENGTH) / (shown + PRIOR_STRENGTH)
+    strength = 1 / (rate * (1 - rate))
+    own = (clicked + rate * strength) / (shown + strength)
     out = np.empty((len(shown), RATES), np.float32)
-    out[:, 0] = np.log(rate / (1 - rate)) - _PRIOR_LOGIT
+    out[:, 0] = np.log(own / (1 - own)) - np.log(rate / (1 - rate))
     out[:, 1] = np.log1p(shown) / _LOGS
     out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / _LOGS
     out[:, 3] = (shown == 0) & (np.asarray(interactions) == 0)
@@ -166,18 +166,19 @@ def heat(heats: np.ndarray, since: np.ndarray, ts: np.ndarray | int) -> np.ndarr
     return (heats * 0.5 ** (passed / np.array(HEAT_S))).astype(np.float32)
 
 
-def item_numbers(column: Callable[[str, str], np.ndarray], ts: np.ndarray | int) -> np.ndarray:
+def item_numbers(column: Callable[[str, str], np.ndarray], ts: np.ndarray | int, rate: float) -> np.ndarray:
     """Numbers float32 [n, NUMBERS - MATCHES] of n items at `ts` (ms UTC) that hang on no user.
 
-    column(table, name): [n, …] that column of the rows of the items, of their categories, of their sellers.
+    column(table, name): [n, …] that column of the rows of the items, of their categories, of their sellers. rate: the
+    usual click rate, `Ranker.click_rate`.
     """
-    parts = [_rates(column, ITEM), age(column(ITEM, "created"), ts)]
+
+    def rated(table: str) -> np.ndarray:
+        return rates(column(table, "impressions"), column(table, "clicks"), column(table, "interactions"), rate)
+
+    parts = [rated(ITEM), age(column(ITEM, "created"), ts)]
     parts.append(np.log1p(heat(column(ITEM, "heat"), column(ITEM, "heat_ms"), ts)))
-    return np.concatenate([*parts, _rates(column, CATEGORY), _rates(column, SELLER)], axis=1)
-
-
-def _rates(column: Callable[[str, str], np.ndarray], table: str) -> np.ndarray:
-    return rates(*(column(table, name) for name in ("impressions", "clicks", "interactions")))
+    return np.concatenate([*parts, rated(CATEGORY), rated(SELLER)], axis=1)
 
 
 def matches(

@@ -26,8 +26,9 @@ from online_model.features import (
 from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
 from online_model.neighbours import Lists, lists_of, neighbour_numbers, similar
-from online_model.ranker import CLICK, PURCHASE, Contexts, Items, Ranker
+from online_model.ranker import CLICK, PURCHASE, WAYS, Contexts, Items, Ranker
 
+FAR = 1e-3  # of an item that none of the history's items is a neighbour of
 USUAL_BATCHES, USUAL_ROWS = 100, 64
 ADAM_EPS = 1e-5  # gradients are means: below this they are what rounding leaves of zero, and must not be scaled up
 _NONE = np.empty(0, np.int64)
@@ -190,13 +191,14 @@ class Learner:
                 grads = [g * share_of for g in grads]
             torch.autograd.backward(outputs, grads)
             self._adam.step()
+            self.ranker.count_rates(self._tensor(batch.target), self._tensor(batch.rows_for))
         every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
         return Outcome(every, rows, mean, learned)
 
     @torch.no_grad()
     def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-        """(probabilities float32 [N, heads], affinities float32 [N] that retrieval goes by): admits nothing, learns
-        nothing."""
+        """(probabilities float32 [N, heads], float32 [N, len(WAYS)] by which next items may be put in order): admits
+        nothing, learns nothing."""
         tables, n = self.tables, len(candidates.item)
         user_rows = tables.rows(USER, candidates.user, admit=False)
         rows = tables.rows(ITEM, candidates.item, admit=False)
@@ -210,9 +212,9 @@ class Learner:
         affinity = (a.index_select(0, items.ctx) * items.item + b.index_select(0, items.ctx) * items.content).sum(1)
         affinity = affinity + items.numbers[:, :-MATCHES] @ self.ranker.tower_numbers
         affinity = affinity + items.near @ self.ranker.tower_near
-        both = torch.cat((p, affinity.unsqueeze(1)), 1).cpu().numpy()
-        every = self._of_all(both, share.part, n)
-        return every[:, :-1], every[:, -1]
+        ways = torch.stack((p[:, CLICK], affinity, affinity + torch.log(items.near[:, 0] + FAR)), 1)
+        every = self._of_all(torch.cat((p, ways), 1).cpu().numpy(), share.part, n)
+        return every[:, : -len(WAYS)], every[:, -len(WAYS) :]
 
     def _logits(self, contexts: Contexts, items: Items, mean: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
@@ -401,7 +403,8 @@ class Learner:
         of_entries = [past.items] + [np.where(there, own[entries], 0) for own in groups.values()]
         of_items = [c.item] + [own[at] for own in groups.values()]
         rows_of = {name: own[places[name][at]] for name, own in group_rows.items()} | {ITEM: rows}
-        own_numbers = item_numbers(lambda table, name: tables.values(table, name, rows_of[table]), as_of)
+        rate = self.ranker.click_rate()
+        own_numbers = item_numbers(lambda table, name: tables.values(table, name, rows_of[table]), as_of, rate)
         numbers = np.concatenate((own_numbers, matches(past, of_entries, of_items, c.ctx)), axis=1)
         similarity, column = self._similar(past.items, c.item, items, item_rows, int(as_of.max(initial=0)))
         return _Rows(numbers, every, similarity, column)

@@ -17,7 +17,7 @@ import numpy as np
 from online_model.history import HISTORY, RECENT
 
 KEPT = 24  # neighbours of an item
-NEAR, SHRINK, HALF_LIFE_S = 0.8, 5.0, 2_592_000
+NEAR, SHRINK, HALF_LIFE_S = 0.8, 10.0, 2_592_000
 NEIGHBOURS = 2  # numbers of a candidate
 _NEAR = NEAR ** np.concatenate((np.arange(RECENT), np.arange(HISTORY - RECENT))).astype(np.float64)
 

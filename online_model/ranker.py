@@ -12,6 +12,7 @@
 | purchase over all impressions: click × purchase after it | Ma et al., "ESMM", SIGIR 2018 | entire_space |
 | watch time as its quantile among like durations | Zhan et al., "D2Q", KDD 2022 | watch_quantiles |
 | a wide part beside the deep one | Cheng et al., "Wide & deep learning", DLRS 2016 | |
+| a weight of each user and item by itself | Guo et al., "DeepFM", IJCAI 2017, section 2.1 | |
 
 Heads: click, the probability of a click on an impression. watch: of a long view (LONG_VIEW) of what was played.
 watch_time: the quantile of the play's length (watching.py). purchase: of a purchase after a click; how it learns while
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import silu
 
 from embedding_store.errors import UsageError
 from online_model.features import CLICK_PRIOR, CONTEXT, MATCHES, NUMBERS
@@ -37,10 +38,15 @@ from online_model.watching import BINS, GROUPS
 
 CLICK, WATCH, WATCH_TIME, PURCHASE = 0, 1, 2, 3  # columns of the logits
 HEADS = ("click", "watch", "watch_time", "purchase")
+WAYS = ("click", "affinity", "near")  # to put next items in order (evaluation/ranking.py)
 SCENARIO_COUNT = 4  # streams.events.SCENARIOS
 POSITIONS = 64  # places told apart; those further down are as the last
 PURCHASE_PRIOR = 0.05
+RATED, RATED_OF = 2, 3_000  # heads that start from the rate of their labels: click, watch; in so many rows
+_RATE_PRIOR, _RATE_STRENGTH = (CLICK_PRIOR, 0.5), 20.0  # and before there are any
+_FIRST_ORDER = (0.7, 0.3, 0.3)  # of user, item, content: learned on from there, towards 0 where all are alike
 _DEEP_SHARE = 0.5  # of the numbers, in the deep part, for the same reason
+LEAK, SHARPNESS = 0.1, 8.0  # of the units
 SCENARIO_DIM, GATE_WIDTH = 8, 32  # of the gates
 
 
@@ -77,6 +83,7 @@ class Ranker(nn.Module):
     """
 
     plays: torch.Tensor  # float32 [GROUPS, BINS] of watching.py
+    rated: torch.Tensor  # float32 [RATED, 2] of the first RATED_OF rows with a label: how many, how many positives
 
     def __init__(self, dim: int, settings: RankerSettings, extra: int = 0) -> None:
         """`extra`: heads behind those of HEADS."""
@@ -89,7 +96,8 @@ class Ranker(nn.Module):
             self._make_deep(dim, settings, heads)
         # The wide part. It starts as the item's click rate and the match, so that the first scores are sensible.
         purchase = [_logit(PURCHASE_PRIOR)] * (1 + extra)
-        self.bias = nn.Parameter(torch.tensor([_logit(CLICK_PRIOR), 0.0, 0.0, *purchase]))
+        self.bias = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, *purchase]))
+        self.first_order = nn.Parameter(torch.tensor(_FIRST_ORDER))
         # Not of purchases: counts and ages only grow, so they are larger whenever the positives come, days after the
         # negatives, and at a high rate it would be learned from that who buys (`python -m tests.figures.feedback`).
         self.wide = nn.Parameter(torch.zeros(NUMBERS, PURCHASE))
@@ -104,6 +112,7 @@ class Ranker(nn.Module):
         self.past_kind = nn.Parameter(torch.zeros(len(Kind) + 1))  # how much an entry of the history weighs:
         self.past_recency = nn.Parameter(torch.zeros(1))  # at first all the same
         self.register_buffer("plays", torch.zeros(GROUPS, BINS))
+        self.register_buffer("rated", torch.zeros(RATED, 2))
         self.place = nn.Embedding(POSITIONS, 1, padding_idx=0)
         nn.init.zeros_(self.place.weight)
 
@@ -145,6 +154,19 @@ class Ranker(nn.Module):
         self.heads = nn.Parameter(0.05 * torch.randn(heads, third))
         self.tower = nn.Linear(3 * dim + CONTEXT, 2 * dim, bias=False)
         nn.init.zeros_(self.tower.weight)
+
+    def rates(self) -> torch.Tensor:
+        """The rates of click and watch that the model starts from, [RATED]: of its first rows, then they stay.
+
+        Learned step by step, a bias would take thousands of rows to get from a prior to a log's rate, and whatever is
+        learned meanwhile would have to make up for it.
+        """
+        prior = torch.tensor(_RATE_PRIOR, device=self.rated.device)
+        return (self.rated[:, 1] + _RATE_STRENGTH * prior) / (self.rated[:, 0] + _RATE_STRENGTH)
+
+    def click_rate(self) -> float:
+        """That of `rates`."""
+        return float(self.rates()[CLICK])
 
     def history_mean(self, contexts: Contexts) -> torch.Tensor:
         """The mean of the history's vectors by learned weights of kind and recency, [B, D]; zero where it is empty."""
@@ -196,6 +218,8 @@ class Ranker(nn.Module):
             x = x * self._gates(contexts).index_select(0, ctx)
         x = _bent(self.second(x))
         logits = self._tasks(x) + self.bias + match.sum(1, keepdim=True) * self.match
+        logits = logits + nn.functional.pad(torch.logit(self.rates()), (0, logits.shape[1] - RATED))
+        logits = logits + nn.functional.pad(self._first_order(contexts, items), (CLICK, logits.shape[1] - 1 - CLICK))
         logits = logits + nn.functional.pad(numbers @ self.wide, (0, logits.shape[1] - PURCHASE))
         if self.settings.neighbours:
             logits = logits + nn.functional.pad(items.near @ self.wide_near, (0, logits.shape[1] - PURCHASE))
@@ -203,6 +227,13 @@ class Ranker(nn.Module):
             return logits
         place = self.place(items.position.clamp(0, POSITIONS - 1))  # [N, 1]
         return logits + nn.functional.pad(place, (CLICK, logits.shape[1] - 1 - CLICK))
+
+    def _first_order(self, contexts: Contexts, items: Items) -> torch.Tensor:
+        """What the user, the item and its content add to the click's logit by themselves, [N, 1]: the first number of
+        their vectors. It needs no other weight to be right first, so it is learned from the first rows on."""
+        user, item, content = self.first_order
+        own = item * items.item[:, :1] + content * items.content[:, :1]
+        return own + user * contexts.user[:, :1].index_select(0, items.ctx)
 
     def _attended(self, contexts: Contexts, vector: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         """For each candidate the history as it matters to it, [N, D]. Nothing is an entry too, with a logit of 0."""
@@ -234,10 +265,19 @@ class Ranker(nn.Module):
 
     def wide_parameters(self) -> list[torch.Tensor]:
         """Those that stand for themselves (no product with others), and so learn safely at a higher rate."""
-        return [self.bias, self.wide, self.place.weight, self.tower_numbers, self.wide_near, self.tower_near]
+        wide, near = [self.wide, self.tower_numbers], [self.wide_near, self.tower_near]
+        return [self.bias, self.first_order, self.place.weight, *wide, *near]
+
+    def count_rates(self, target: torch.Tensor, rows_for: torch.Tensor) -> None:
+        """Rows that were learned, for `rates`. target: float32 [N, heads], nan where nothing is said; rows_for: float32
+        [N], how many rows each stands for."""
+        short = self.rated[:, 0] < RATED_OF
+        said = torch.isfinite(target[:, :RATED]) & short
+        counted = torch.stack((said.to(target.dtype), torch.where(said, target[:, :RATED], 0.0)), 2)
+        self.rated += (rows_for[:, None, None] * counted).sum(0)
 
     def weights(self) -> dict[str, np.ndarray]:
-        """Copies of all weights and of `plays` by name, float32."""
+        """Copies of all weights, of `plays` and `rated` by name, float32."""
         return {name: t.detach().cpu().numpy().copy() for name, t in self._tensors().items()}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -258,7 +298,9 @@ class Ranker(nn.Module):
 
 
 def _bent(x: torch.Tensor) -> torch.Tensor:
-    return leaky_relu(x, 0.1)  # not relu: a unit that is dead for all of a stream's first examples would stay so
+    """A leaky relu, x or x / 10, with its bend rounded off. Leaky: a unit that is dead for all of a stream's first
+    examples would stay so. Smooth: at a bend rounding decides on which side a unit is, and two ranks drift from one."""
+    return (1 - LEAK) / SHARPNESS * silu(SHARPNESS * x) + LEAK * x
 
 
 def _logit(p: float) -> float:

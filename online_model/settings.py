@@ -37,11 +37,12 @@ class FeatureSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
             raise ValueError("items do not expire, their rows hold what the catalogue says: leave expire_after_ms at 0")
 
 
-WIDTHS = {"small": (256, 256, 128), "base": (640, 512, 256)}
+WIDTHS = {"small": (256, 256, 128), "base": (832, 640, 320)}
 
 
 class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Size and parts of the ranker (ranker.py). Each part can be left out."""
+    """Size and parts of the ranker (ranker.py). Each part can be left out; attention and experts are, as they bring
+    nothing on the logs they were measured on (`make figures ONLY=ablation`)."""
 
     size: Annotated[
         Literal["small", "base"], Meta(description="small: dense layers of 256, 256, 128; base: a million weights")
@@ -49,9 +50,9 @@ class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     hidden: Annotated[int, Meta(ge=0, le=4096)] = 0  # widths of the three layers; 0: as `size` says
     second: Annotated[int, Meta(ge=0, le=4096)] = 0
     third: Annotated[int, Meta(ge=0, le=4096)] = 0
-    attention: bool = True  # of the candidate over the history
+    attention: bool = False  # of the candidate over the history
     gates: bool = True  # of scenario, moment and user on the first layer
-    experts: Annotated[int, Meta(ge=1, le=16)] = 3  # third layers that the tasks mix; 1: one for all
+    experts: Annotated[int, Meta(ge=1, le=16)] = 1  # third layers that the tasks mix; 1: one for all
     entire_space: bool = True  # purchases are learned from all impressions (ESMM), not from clicks alone
     watch_quantiles: bool = True  # watch time is learned as its quantile among plays of a like duration (D2Q)
     matches: bool = True  # what candidate and history have in common, counted

@@ -206,7 +206,7 @@ class Trainer:
 
     @property
     def next_way(self) -> int:
-        """By which of `Ranking.WAYS` the next item is better foretold, as far as was measured (`ranked_of`)."""
+        """By which of WAYS the next item is better foretold, as far as was measured (`ranked_of`)."""
         return 0 if self._evaluation.ranking is None else self._evaluation.ranking.way
 
     @property
@@ -269,8 +269,8 @@ class Trainer:
 
     @on_all_ranks
     def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [N, heads], and affinities float32 [N] that retrieval goes by, of what may have been
-        learned or not: admits nothing, changes nothing."""
+        """Probabilities float32 [N, heads], and float32 [N, len(WAYS)] by which next items may be put in order, of what
+        may have been learned or not: admits nothing, changes nothing."""
         return self._learner.score(candidates)
 
     @on_all_ranks
@@ -470,9 +470,9 @@ class Trainer:
             return
         candidates, *_ = candidates_of(chosen, np.arange(n), others)
         candidates.position[:] = -1
-        p, affinity = self._learner.score(candidates)
+        _, ways = self._learner.score(candidates)
         assert self._evaluation.ranking is not None
-        self._evaluation.ranking.add([mid_ranks(by[:n], by[n:].reshape(n, among)) for by in (p[:, CLICK], affinity)])
+        self._evaluation.ranking.add([mid_ranks(by[:n], by[n:].reshape(n, among)) for by in ways.T])
 
     def _count(self, rows: Examples, at: np.ndarray, plays: np.ndarray | None) -> None:
         """Step 4: what was learned counts."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from embedding_store.ids import GOLDEN, finalised
+from online_model.ranker import WAYS
 
 K = 10
 
@@ -23,19 +24,18 @@ K = 10
 class Ranking:
     """The ranks since the start, and the last `window` one by one.
 
-    There are two ways to put items in order by which is asked for next: by the click, which is learned against what
-    else was shown, and by the affinity of the two towers, learned against what else is clicked. Which of them is the
-    better one hangs on the log; each positive is ranked both ways, and what counts is the rank by the one that has
-    gained more until then.
+    There are several ways to put items in order by which is asked for next: by the click, which is learned against what
+    else was shown; by the affinity of the two towers, learned against what else is clicked; and by that times how near
+    the item is to those of the history (neighbours.py): in a batch of few users most items are near to all of them, so
+    little is learned there of how much that says among all items. Which of them is best hangs on the log; each positive
+    is ranked in all WAYS, and what counts is the rank by the one that has gained most until then.
     """
-
-    WAYS = ("click", "affinity")
 
     def __init__(self, window: int, among: int, sampled: bool = True) -> None:
         """among: items ranked each time, the positive included; sampled: whether these are not all that there are."""
         self._ranks = np.zeros(window, np.float32)
         self._sums = np.zeros(3)  # since the start: hits, gains, reciprocal ranks
-        self._gained = np.zeros(len(self.WAYS))  # since the start: the gains of each way
+        self._gained = np.zeros(len(WAYS))  # since the start: the gains of each way
         self._count = 0  # remembered or forgotten
         self._total = 0  # that the sums are of
         self._among, self._sampled = among, sampled
@@ -45,10 +45,10 @@ class Ranking:
         """The one of WAYS to go by."""
         return int(np.argmax(self._gained))
 
-    def add(self, both: Sequence[np.ndarray]) -> None:
+    def add(self, every: Sequence[np.ndarray]) -> None:
         """Ranks [n] by each of WAYS, from 1 on, ties in the middle."""
-        ranks = both[self.way].astype(np.float32)
-        self._gained += [_sums(each)[1] for each in both]
+        ranks = every[self.way].astype(np.float32)
+        self._gained += [_sums(each)[1] for each in every]
         self._sums += _sums(ranks)
         kept = ranks[-len(self._ranks) :]
         self._ranks[(self._count + len(ranks) - len(kept) + np.arange(len(kept))) % len(self._ranks)] = kept
@@ -61,7 +61,7 @@ class Ranking:
         recent = self._ranks[: self._count]
         return {
             **_figures(self._sums, self._total), "among": self._among, "sampled": self._sampled,
-            "way": self.WAYS[self.way], "recent": _figures(_sums(recent), len(recent)),
+            "way": WAYS[self.way], "recent": _figures(_sums(recent), len(recent)),
         }  # fmt: skip
 
     def state(self) -> dict[str, np.ndarray]:

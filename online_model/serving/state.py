@@ -103,7 +103,8 @@ class State:
         """The numbers of item rows int64 [n] at `now_ms` that hang on no user: float32 [n, NUMBERS - MATCHES]."""
         columns = self.items.columns
         rows_of = {ITEM: rows, CATEGORY: columns[CATEGORY_ROW][rows], SELLER: columns[SELLER_ROW][rows]}
-        return item_numbers(lambda table, name: self.tables[table].columns[name][rows_of[table]], now_ms)
+        rate = self.ranker.click_rate()
+        return item_numbers(lambda table, name: self.tables[table].columns[name][rows_of[table]], now_ms, rate)
 
     def similar(self, past: np.ndarray, ids: np.ndarray, now_ms: int) -> np.ndarray:
         """What a history int64 [1, HISTORY] says at `now_ms` of items `ids` int64 [n]: float32 [n] (neighbours.py)."""

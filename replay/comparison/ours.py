@@ -59,9 +59,9 @@ class Model:
         return p[:, CLICK].astype(np.float64)
 
     def order(self, candidates: Candidates, way: int) -> np.ndarray:
-        """What is next, float64 [N], by one of `Ranking.WAYS`."""
-        p, affinity = self.trainer.score(candidates)
-        return (p[:, CLICK], affinity)[way].astype(np.float64)
+        """What is next, float64 [N], by one of WAYS."""
+        _, ways = self.trainer.score(candidates)
+        return ways[:, way].astype(np.float64)
 
 
 class Leader:

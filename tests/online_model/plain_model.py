@@ -16,8 +16,9 @@ Rows: TypeAlias = Mapping[str, Mapping[int, Mapping[str, Any]]]  # table → id 
 
 
 class PlainModel:
-    def __init__(self, rows: Rows, dim: int) -> None:
-        self.rows, self.zero = rows, torch.zeros(dim)
+    def __init__(self, rows: Rows, dim: int, rate: float) -> None:
+        """rate: the usual click rate."""
+        self.rows, self.zero, self.rate = rows, torch.zeros(dim), rate
 
     def inputs(
         self, asked: Sequence[tuple], position: torch.Tensor | None = None, as_of: Sequence[int] | None = None
@@ -92,7 +93,7 @@ class PlainModel:
                 seen.add(entry)
                 pair = self._listed(item, entry, now) + (self._listed(entry, item, now) if entry != item else 0.0)
                 often = self._left(item, "taken", now) * self._left(entry, "taken", now)
-                similarity += 0.8 ** (place if place < RECENT else place - RECENT) * pair / (often**0.5 + 5)
+                similarity += 0.8 ** (place if place < RECENT else place - RECENT) * pair / (often**0.5 + 10)
         return [similarity, np.log1p(100 * similarity) / 3]
 
     def _listed(self, owner: int, other: int, now: int) -> float:
@@ -107,6 +108,7 @@ class PlainModel:
     def _rates(self, table: str, i: int) -> list[float]:
         row = self.rows[table].get(int(i), {})
         shown, clicks, others = (int(row.get(name, 0)) for name in ("impressions", "clicks", "interactions"))
-        rate = (min(clicks, shown) + 1.0) / (shown + 20.0)
-        logit = np.log(rate / (1 - rate)) - np.log(0.05 / 0.95)
+        strength = 1 / self.rate + 1 / (1 - self.rate)
+        clicked = min(clicks, shown) + self.rate * strength
+        logit = np.log(clicked / (shown + strength - clicked)) - np.log(self.rate / (1 - self.rate))
         return [logit, np.log1p(shown) / 3, np.log1p(others) / 3, float(shown + others == 0)]

@@ -43,6 +43,7 @@ class PlainTrainer:
         ], eps=1e-5)  # fmt: skip
         self.rows: dict[str, dict[int, dict]] = {table: {} for table in TABLES}
         self.shown = self.now = 0
+        self.labels: dict[int, list[float]] = {CLICK: [], WATCH: []}
 
     def step(self, rows: Examples) -> np.ndarray:
         """Scores and learns; probabilities [n, heads] from before."""
@@ -66,7 +67,7 @@ class PlainTrainer:
         }
         asked = zip(rows.user, rows.history, rows.ts, rows.scenario, rows.query, rows.item, strict=True)
         as_of = np.where(rows.part == Part.SHOWN, rows.ts, rows.closed).tolist()
-        model = PlainModel(leaves, self.dim)
+        model = PlainModel(leaves, self.dim, self._rate())
         contexts, items = model.inputs(list(asked), torch.tensor(rows.position.tolist()), as_of)
         logits = self.ranker(contexts, items)
         self._learn(rows, logits, leaves, self._retrieval(rows, contexts, items, model, max(as_of)))
@@ -120,6 +121,10 @@ class PlainTrainer:
         return total
 
     def _count(self, rows: Examples) -> None:
+        self.labels[CLICK] += [float(click) for click in rows.click if click >= 0]
+        watched = (rows.play_ms >= 0) & (rows.duration_ms > 0)
+        self.labels[WATCH] += (rows.play_ms >= rows.duration_ms / 2)[watched].astype(float).tolist()
+        self.ranker.rated.copy_(torch.tensor([[len(labels), sum(labels)] for labels in self.labels.values()]))
         self.now = max(self.now, int(rows.closed.max()))
         self._befriend(rows)
         for i in range(len(rows)):
@@ -157,6 +162,11 @@ class PlainTrainer:
             kept = sorted(weights.items(), key=lambda pair: (-pair[1], pair[0]))[:24]
             row["neighbours"], row["nearness"] = [i for i, _ in kept], [w for _, w in kept]
             row["taken"] = row.get("taken", 0.0) * left + len(clicks)
+
+    def _rate(self) -> float:
+        """The usual click rate."""
+        clicks = self.labels[CLICK]
+        return (sum(clicks) + 1) / (len(clicks) + 20)
 
     def _admit(self, table: str, i: int) -> None:
         if i and i not in self.rows[table]:

@@ -33,7 +33,7 @@ HOUR, DAY = 3_600_000, 86_400_000
 
 
 def counted(impressions=0, clicks=0, interactions=0):
-    return rates(*(np.array([n], np.int64) for n in (impressions, clicks, interactions)))
+    return rates(*(np.array([n], np.int64) for n in (impressions, clicks, interactions)), CLICK_PRIOR)
 
 
 def test_what_is_unknown_has_no_numbers():
@@ -43,9 +43,10 @@ def test_what_is_unknown_has_no_numbers():
 
 def test_the_click_rate_goes_from_the_prior_to_what_was_seen():
     shown = np.array([0, 20, 2_000_000])
-    z = rates(shown, shown // 2, np.zeros(3, int))[:, 0]
-    rate = 1 / (1 + np.exp(-(z + np.log(CLICK_PRIOR / (1 - CLICK_PRIOR)))))
-    assert rate == pytest.approx([CLICK_PRIOR, (10 + 1) / 40, 0.5], abs=1e-4)
+    for usual in (0.1, 0.7):
+        z = rates(shown, shown // 2, np.zeros(3, int), usual)[:, 0]
+        rate, strength = 1 / (1 + np.exp(-(z + np.log(usual / (1 - usual))))), 1 / (usual * (1 - usual))
+        assert rate == pytest.approx([usual, (10 + usual * strength) / (20 + strength), 0.5], abs=1e-4)
 
 
 def test_interactions_claim_no_click_rate():

@@ -14,7 +14,19 @@ from online_model.feedback import probabilities, strategy
 from online_model.history import HISTORY
 from online_model.losses import labels, loss_sum, retrieval_loss
 from online_model.neighbours import NEIGHBOURS
-from online_model.ranker import CLICK, HEADS, PURCHASE, SCENARIO_COUNT, WATCH, WATCH_TIME, Contexts, Items, Ranker
+from online_model.ranker import (
+    CLICK,
+    HEADS,
+    PURCHASE,
+    RATED_OF,
+    SCENARIO_COUNT,
+    WATCH,
+    WATCH_TIME,
+    Contexts,
+    Items,
+    Ranker,
+    _bent,
+)
 from online_model.settings import WIDTHS, RankerSettings
 from online_model.watching import BINS, GROUPS
 from streams.events import SCENARIOS
@@ -22,7 +34,7 @@ from tests.online_model.logs import make_rows
 
 D = 8
 SERVED, ENTIRE = strategy("calibrated"), strategy("calibrated", entire=True)
-SMALL = RankerSettings(hidden=16, second=8, third=8)
+SMALL = RankerSettings(hidden=16, second=8, third=8, attention=True, experts=3)
 PARTS = [{}, {"attention": False}, {"gates": False}, {"experts": 1}, {"matches": False}, {"neighbours": False}]
 
 
@@ -116,7 +128,7 @@ def test_attention_is_a_softmax_over_the_entries_and_nothing(ranker):
 def test_tasks_mix_the_experts_each_for_itself(ranker):
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     logits = ranker._tasks(x)
-    experts = torch.nn.functional.leaky_relu(ranker.experts(x), 0.1).view(5, SMALL.experts, 8)
+    experts = _bent(ranker.experts(x)).view(5, SMALL.experts, 8)
     for head in range(len(HEADS)):
         weights = torch.softmax(ranker.mixture(x).view(5, SMALL.experts, len(HEADS))[:, :, head], 1)
         mixed = (weights.unsqueeze(2) * experts).sum(1)
@@ -167,6 +179,36 @@ def test_the_first_scores_are_the_click_rate():
     nothing = replace(items, item=items.item * 0, content=items.content * 0, numbers=items.numbers * 0)
     p = probabilities(Ranker(D, RankerSettings())(zeros, nothing), SERVED)[:, CLICK]
     assert p.tolist() == pytest.approx([CLICK_PRIOR] * 7, rel=0.15)
+
+
+def test_the_rates_of_the_first_rows_are_what_scores_start_from_and_then_they_stay():
+    ranker, nan = Ranker(D, RankerSettings()), float("nan")
+    target = torch.tensor([[1, nan], [1, 1], [0, nan], [nan, 0], [1, 1]], dtype=torch.float32)
+    ranker.count_rates(target, torch.tensor([1.0, 2.0, 5.0, 1.0, 1.0]))
+    assert ranker.rates().tolist() == pytest.approx([(4 + 1) / (9 + 20), (3 + 10) / (4 + 20)])
+    contexts, items = inputs()
+    before = ranker(contexts, items)
+    ranker.count_rates(target[:1], torch.tensor([RATED_OF]))
+    moved = ranker(contexts, items) - before
+    assert moved[:, CLICK].tolist() == pytest.approx([np.log(3_005 / 24) - np.log(5 / 24)] * 7, abs=1e-4)
+    assert torch.equal(moved[:, CLICK + 1 :], torch.zeros_like(moved[:, CLICK + 1 :]))
+    kept = ranker.rates()[CLICK]
+    ranker.count_rates(target, torch.ones(5))
+    assert ranker.rates()[CLICK] == kept
+
+
+def test_users_items_and_content_have_a_weight_of_their_own_in_the_click():
+    ranker = Ranker(D, SMALL)
+    with torch.no_grad():
+        for weights in (ranker.heads, ranker.match):
+            weights.zero_()
+    contexts, items = inputs()
+    logits = ranker(contexts, items)
+    user, item, content = contexts.user.clone(), items.item.clone(), items.content.clone()
+    user[:, 0], item[:, 0], content[:, 0] = user[:, 0] + 1, item[:, 0] + 2, content[:, 0] + 4
+    more = ranker(replace(contexts, user=user), replace(items, item=item, content=content)) - logits
+    assert more[:, CLICK].tolist() == pytest.approx([0.7 + 2 * 0.3 + 4 * 0.3] * 7, abs=1e-5)
+    assert not more[:, CLICK + 1 :].any()
 
 
 def test_new_inputs_weigh_nothing_at_first_and_learn_from_the_first_step():

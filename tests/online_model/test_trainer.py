@@ -20,7 +20,7 @@ from tests.online_model.plain_trainer import PlainTrainer
 
 SMALL = TrainerSettings(
     batch_size=64, features=FeatureSettings(dim=8, users=100, items=200, categories=20),
-    ranker=RankerSettings(hidden=16, second=8, third=8), window=500, recent_items=20, clip=0,
+    ranker=RankerSettings(hidden=16, second=8, third=8, attention=True, experts=3), window=500, recent_items=20, clip=0,
 )  # fmt: skip
 NOW = START + 1
 
@@ -396,8 +396,7 @@ def test_positives_are_ranked_among_active_items_before_they_are_learned(tmp_pat
     for i in np.flatnonzero(rows.click == 1).tolist():
         candidates, *_ = candidates_of(rows.take(np.array([i])), np.array([0]), others[i : i + 1])
         candidates.position[:] = -1
-        p, affinity = trainer.score(candidates)
-        order = (p[:, 0], affinity)[way]
+        order = trainer.score(candidates)[1][:, way]
         expected.append(1 + (order[1:] > order[0]).sum() + (order[1:] == order[0]).sum() / 2)
     learn(trainer, rows, first=20)
     after = trainer.info()["metrics"]["click"]["next_item"]

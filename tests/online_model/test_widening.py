@@ -52,8 +52,9 @@ LAST_BITS = 1e-6  # the products with zeros add nothing, but a longer sum is add
 def other(dim: int = 8, hidden: int = 16, second: int = 8, third: int = 8, **changes: object) -> TrainerSettings:
     features = msgspec.structs.replace(BEFORE.features, dim=dim)
     return msgspec.structs.replace(
-        BEFORE, features=features, ranker=RankerSettings(hidden=hidden, second=second, third=third), **changes
-    )
+        BEFORE, features=features, **changes,
+        ranker=msgspec.structs.replace(BEFORE.ranker, hidden=hidden, second=second, third=third),
+    )  # fmt: skip
 
 
 WIDE = other(dim=16, hidden=24, second=12, third=10)

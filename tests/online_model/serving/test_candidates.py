@@ -56,7 +56,7 @@ def plain_scan(made: Replica, asked: Query, limit: int) -> set[int]:
         item = state.items.ids_of(np.array([row]))
         if not state.cards.are_available(item)[0]:
             continue
-        plain = PlainModel(rows, DIM)
+        plain = PlainModel(rows, DIM, state.ranker.click_rate())
         prior = plain.numbers(int(item[0]), as_array([EMPTY])[0], asked.now_ms)[:-MATCHES]
         score = np.array(prior) @ state.ranker.tower_numbers.numpy()
         score += asked.item @ plain.weights(ITEM, int(item[0])).numpy()
@@ -115,7 +115,7 @@ def test_what_is_clicked_after_the_last_items_is_found_the_most_similar_first():
     items = dict(zip(first.tables[ITEM].ids.tolist(), range(100), strict=True))
     known = first.tables[ITEM].columns
     rows = {ITEM: {i: {name: column[n] for name, column in known.items()} for i, n in items.items()}}
-    asked, plain = query(), PlainModel(rows, DIM)
+    asked, plain = query(), PlainModel(rows, DIM, made.state.ranker.click_rate())
     asked.past[0, [0, 3, 14]] = ids(ITEM, [7, 8, 7])
     named = {int(i) for item in (7, 8) for i in known["neighbours"][item]}
     history = make_states(asked.past, np.array([NOW]))[0]

@@ -28,7 +28,7 @@ NOW = 1_700_000_000_000  # ms UTC
 HOUR = 3_600_000
 FEATURES = FeatureSettings(dim=DIM, users=4, items=4, categories=2)  # so small that every test grows them
 TITLES = [words_of(text, TITLE_WORDS) for text in ("", "Red shoes", "tea of a word that has no row")]
-RANKER = RankerSettings(hidden=16, second=8, third=8)
+RANKER = RankerSettings(hidden=16, second=8, third=8, attention=True, experts=3)
 
 
 def ids(feature: str, raw: Raw) -> np.ndarray:
@@ -82,7 +82,8 @@ def dense(seed: int = 3, features: FeatureSettings = FEATURES, ranker: RankerSet
     """Dense weights, none of them zero."""
     rng = np.random.default_rng(seed)
     weights = Ranker(features.dim, ranker).weights()
-    return {name: rng.normal(0, 0.3, w.shape).astype(np.float32) for name, w in weights.items()}
+    dense = {name: rng.normal(0, 0.3, w.shape).astype(np.float32) for name, w in weights.items()}
+    return dense | {"rated": np.array([[50, 10], [20, 8]], np.float32)}
 
 
 def world(n_items: int = 40, n_users: int = 6, seed: int = 1) -> Version:
