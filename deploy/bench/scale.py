@@ -1,10 +1,9 @@
 """`headrace bench scale`: the trainer on one rank and on two, on the same global batches.
 
 A log of the standard mix goes through the real joiner; its blocks go to a trainer with the settings that everybody
-starts from but for whole batches of 1,024 rows of one partition, in float32, and without retrieval: with it what is
-rounded otherwise on two ranks grows past CLOSE. Each number of ranks is a process of its own, with its further ranks as
-children (online_model/ranks.py) and as many cores as it has ranks, as far as there are. Timed are the steps, after a
-warm-up: there is no store and no commit.
+starts from but for whole batches of 1,024 rows of one partition, in float32. Each number of ranks is a process of its
+own, with its further ranks as children (online_model/ranks.py) and as many cores as it has ranks, as far as there are.
+Timed are the steps, after a warm-up: there is no store and no commit.
 
 `loss_difference` is of the mean loss over all steps, `largest_difference` of that of a single step. They differ at all
 because sums of floats over two ranks have another order.
@@ -58,7 +57,7 @@ def bench_scale(steps: int, runs: int, step: Callable[[], None] = lambda: None) 
 def _settings() -> TrainerSettings:
     from online_model.settings import TrainerSettings
 
-    return TrainerSettings(batch_size=BATCH, retrieval=0.0)
+    return TrainerSettings(batch_size=BATCH)
 
 
 def _blocks(rows: int) -> Iterator[Block]:

@@ -192,11 +192,11 @@ def test_init_writes_settings_that_load_and_fit(capfd: pytest.CaptureFixture[str
     ("name", "format_", "rows", "implicit"),
     [
         (KUAIRAND, "kuairand", 41_828, False),
-        ("ml-100k/ml-100k.inter.gz", "movielens", 100_000, False),
+        pytest.param("ml-100k/ml-100k.inter.gz", "movielens", 100_000, False, marks=pytest.mark.nightly),
         ("open-bandit/random_men.csv.gz", "openbandit", 10_000, False),
         ("ga-merch-store/all_sessions.csv.gz", "gamerch", 15_134, False),
         ("yoochoose/yoochoose-clicks-100k_train_full.tsv.gz", "yoochoose", 70_278, True),
-        ("amazon-grocery/train.csv.gz", "generic", 121_892, True),
+        pytest.param("amazon-grocery/train.csv.gz", "generic", 121_892, True, marks=pytest.mark.nightly),
     ],
 )
 def test_init_fits_every_public_format(

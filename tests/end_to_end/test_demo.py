@@ -53,7 +53,7 @@ def trained(running: Demo, at_least: int) -> bool:
 
 
 def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None:
-    with demo(tmp_path, "--seconds", 25, "--seed", 3) as running:
+    with demo(tmp_path, "--seconds", 12, "--seed", 3) as running:
         running.until(lambda: trained(running, 500))
         settings = running.settings
         topic = settings["topics"]["prefix"] + "events"
@@ -75,7 +75,7 @@ def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None
         result = running.result()
     comes_out(result)
     assert result["events_rejected"] == result["balance"]["rejected"] == 4 * len(garbage)
-    assert result["versions_published"] >= 20
+    assert result["versions_published"] >= 10
     assert result["freshness_ms"]["count"] >= 100
     assert result["prequential"]["click"]["auc"] > 0.5
     assert result["balance"]["joined"] > 1_000
