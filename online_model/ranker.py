@@ -201,10 +201,7 @@ class Ranker(nn.Module):
         The bias of a place is relative to the first, so what is served is the probability in the first place.
         """
         mean, ctx = self.history_mean(contexts) if mean is None else mean, items.ctx
-        vector, numbers = items.item + items.content, items.numbers
-        if not self.settings.matches:
-            numbers = numbers.clone()
-            numbers[:, -MATCHES:] = 0
+        vector, numbers = items.item + items.content, self._numbers(items)
         match = self.query(contexts, mean).index_select(0, ctx) * vector
         x = self.from_context(torch.cat((contexts.user, mean, contexts.query), 1))
         x = x + self.from_moment(contexts.moment) + self.from_scenario(contexts.scenario)
@@ -218,22 +215,28 @@ class Ranker(nn.Module):
             x = x * self._gates(contexts).index_select(0, ctx)
         x = _bent(self.second(x))
         logits = self._tasks(x) + self.bias + match.sum(1, keepdim=True) * self.match
-        logits = logits + nn.functional.pad(torch.logit(self.rates()), (0, logits.shape[1] - RATED))
-        logits = logits + nn.functional.pad(self._first_order(contexts, items), (CLICK, logits.shape[1] - 1 - CLICK))
-        logits = logits + nn.functional.pad(numbers @ self.wide, (0, logits.shape[1] - PURCHASE))
-        if self.settings.neighbours:
-            logits = logits + nn.functional.pad(items.near @ self.wide_near, (0, logits.shape[1] - PURCHASE))
-        if items.position is None:
-            return logits
-        place = self.place(items.position.clamp(0, POSITIONS - 1))  # [N, 1]
-        return logits + nn.functional.pad(place, (CLICK, logits.shape[1] - 1 - CLICK))
+        return logits + nn.functional.pad(self._wide(contexts, items, numbers), (0, logits.shape[1] - PURCHASE))
 
-    def _first_order(self, contexts: Contexts, items: Items) -> torch.Tensor:
-        """What the user, the item and its content add to the click's logit by themselves, [N, 1]: the first number of
-        their vectors. It needs no other weight to be right first, so it is learned from the first rows on."""
+    def _numbers(self, items: Items) -> torch.Tensor:
+        if self.settings.matches:
+            return items.numbers
+        return items.numbers * (torch.arange(NUMBERS, device=items.numbers.device) < NUMBERS - MATCHES)
+
+    def _wide(self, contexts: Contexts, items: Items, numbers: torch.Tensor) -> torch.Tensor:
+        """The wide part of the logits before that of purchases, [N, PURCHASE].
+
+        What user, item and content add to the click by themselves, the first numbers of their vectors, needs no other
+        weight to be right first, so it is learned from the first rows on.
+        """
+        wide = numbers @ self.wide + nn.functional.pad(torch.logit(self.rates()), (0, PURCHASE - RATED))
+        if self.settings.neighbours:
+            wide = wide + items.near @ self.wide_near
         user, item, content = self.first_order
-        own = item * items.item[:, :1] + content * items.content[:, :1]
-        return own + user * contexts.user[:, :1].index_select(0, items.ctx)
+        click = user * contexts.user[:, :1].index_select(0, items.ctx)
+        click = click + item * items.item[:, :1] + content * items.content[:, :1]
+        if items.position is not None:
+            click = click + self.place(items.position.clamp(0, POSITIONS - 1))
+        return wide + nn.functional.pad(click, (CLICK, PURCHASE - 1 - CLICK))
 
     def _attended(self, contexts: Contexts, vector: torch.Tensor, ctx: torch.Tensor) -> torch.Tensor:
         """For each candidate the history as it matters to it, [N, D]. Nothing is an entry too, with a logit of 0."""

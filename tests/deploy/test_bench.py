@@ -106,11 +106,11 @@ def test_the_parts_of_train_learn_the_same_model(tmp_path: Path, one_thread: Non
 
 
 def test_scale_learns_on_two_ranks_what_one_does(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "scale", "--steps", "8", "--json"]) == 0
+    assert run(["bench", "scale", "--steps", "20", "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["ranks"].keys() == {"1", "2"}
-    assert 0 < result["largest_difference"] < 1e-5, "sums over two ranks have another order"
-    assert result["loss_difference"] <= result["largest_difference"]
+    assert 0 < result["largest_difference"] < 1e-4, "sums over two ranks have another order"
+    assert result["loss_difference"] <= min(result["largest_difference"], 1e-5)
     assert 0 < result["loss"] < 5
 
 

@@ -14,7 +14,7 @@ from embedding_store.snapshot import read_snapshot, snapshot_of
 from embedding_store.specs import RowRules
 from online_model.examples import Examples, Part, Source
 from online_model.features import EXTRAS
-from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
+from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.killing import learn_and_be_killed
 from tests.online_model.logs import START, later, make_blocks, make_rows
@@ -266,7 +266,7 @@ def test_what_cannot_go_on_is_refused_with_a_remedy(tmp_path):
         opened(tmp_path)
     trainer.store.close()
     with pytest.raises(UsageError, match="set hidden back to 16"):
-        opened(tmp_path, msgspec.structs.replace(SMALL, ranker=RankerSettings(hidden=8)))
+        opened(tmp_path, msgspec.structs.replace(SMALL, ranker=msgspec.structs.replace(SMALL.ranker, hidden=8)))
     with pytest.raises(UsageError, match="set dim back to 8"):
         opened(tmp_path, TrainerSettings(features=FeatureSettings(dim=4)))
     opened(tmp_path).store.close()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from online_model import ranker
 from online_model.evaluation import Evaluation
 from online_model.examples import Examples, Part, Source
-from online_model.ranker import CLICK, PURCHASE, WATCH
+from online_model.ranker import CLICK, PURCHASE, WATCH, WAYS
 from tests.online_model.evaluation.test_scores import data
 from tests.online_model.logs import later, make_rows
 
@@ -117,7 +117,7 @@ def test_a_ranking_that_is_switched_on_begins_then_and_is_restored():
     before.measure(*batch(0))
     after.load(before.state())
     assert after.metrics()["click"]["next_item"]["count"] == 0
-    after.ranking.add([np.array([1.0, 4.0])] * 2)
+    after.ranking.add([np.array([1.0, 4.0])] * len(WAYS))
     again.load(after.state())
     assert again.metrics() == after.metrics()
     assert again.metrics()["click"]["next_item"]["mrr"] == 0.625

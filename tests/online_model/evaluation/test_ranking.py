@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from online_model.evaluation import Ranking, mid_ranks, ranked
+from online_model.ranker import WAYS
 
 
 def plain(ranks):
@@ -24,7 +25,7 @@ def told(figures):
 def test_total_and_recent_are_what_their_definitions_say(batches, window):
     ranking, every = Ranking(window, among=30), []
     for batch in batches:
-        ranking.add([np.array(batch) / 2] * 2)
+        ranking.add([np.array(batch) / 2] * len(WAYS))
         every += [r / 2 for r in batch]
     figures = ranking.metrics()
     for got, ranks in ((figures, every), (figures["recent"], every[-window:])):
@@ -39,16 +40,16 @@ def test_total_and_recent_are_what_their_definitions_say(batches, window):
 def test_what_counts_is_the_rank_by_the_way_that_gained_more_until_then():
     ranking = Ranking(10, among=30)
     good, bad = np.array([1.0]), np.array([25.0])
-    ranking.add([bad, good])
+    ranking.add([bad, good, bad])
     assert ranking.metrics()["mrr"] == pytest.approx(1 / 25), "nothing was known before: the first way"
     assert ranking.metrics()["way"] == "affinity"
-    ranking.add([bad, good])
+    ranking.add([bad, good, bad])
     assert ranking.metrics()["mrr"] == pytest.approx((1 / 25 + 1) / 2)
     again = Ranking(10, among=30)
     again.load(ranking.state())
     assert again.metrics() == ranking.metrics()
     for _ in range(3):
-        again.add([good, bad])
+        again.add([good, bad, bad])
     assert again.metrics()["way"] == "click", "three to two"
 
 
@@ -74,7 +75,7 @@ def test_positions_are_drawn_by_row_and_seed_alone():
 
 def test_another_number_of_items_begins_anew_another_window_keeps_the_totals():
     ranking = Ranking(10, among=101)
-    ranking.add([np.array([1.0, 3.0])] * 2)
+    ranking.add([np.array([1.0, 3.0])] * len(WAYS))
     more, shorter = Ranking(10, among=201), Ranking(5, among=101)
     more.load(ranking.state())
     shorter.load(ranking.state())
