@@ -11,6 +11,7 @@ from online_model.examples import Part
 from online_model.features import ITEM
 from online_model.history import HISTORY, RECENT
 from online_model.neighbours import HALF_LIFE_S, KEPT, added, left, near
+from online_model.ranker import CLICK, WAYS
 from tests.online_model.logs import START, make_blocks, make_rows, make_states
 from tests.online_model.test_trainer import trainer  # noqa: F401
 
@@ -86,6 +87,9 @@ def test_an_item_is_near_those_it_was_clicked_after_from_the_next_batch_on(train
     assert first.part[0] == Part.SHOWN
     candidates, _, _ = candidates_of(first, np.zeros(1, np.int64), np.array([[other, never]]))
     del seen[:]
-    trainer.score(candidates)
+    p, ways = trainer.score(candidates)
     assert seen[0][0, 0] > 0
     assert not seen[0][2].any(), "nobody has clicked it"
+    assert ways[:, WAYS.index("click")].tolist() == p[:, CLICK].tolist()
+    farther = ways[:, WAYS.index("affinity")] - ways[:, WAYS.index("near")]
+    assert farther == pytest.approx(-np.log(seen[0][:, 0] + 0.001), abs=1e-5)
