@@ -303,10 +303,10 @@ class Learner:
             return towers[0].new_zeros(())
         columns = told_from.which
         a, b = (side.index_select(0, self._tensor(whose)) for side in towers)
-        numbers = looked.numbers[columns, :-MATCHES]
+        own = looked.numbers[columns, :-MATCHES]
         # A number that is the same for all tells none of them apart: its gradient is to be zero, not what rounding
         # leaves of a sum of a thousand shares, which Adam would scale up.
-        numbers = self._tensor(numbers - numbers.mean(0))
+        numbers = self._tensor(own - own.mean(0))
         logits = a @ told_from.item.T + b @ told_from.content.T + numbers @ self.ranker.tower_numbers
         if self.ranker.settings.neighbours:
             similarity = looked.similarity[np.ix_(looked.every.ctx[positive], looked.column[columns])]
