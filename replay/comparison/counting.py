@@ -16,6 +16,7 @@ from online_model.catalogue import CatalogueItem
 from online_model.examples import Part
 from online_model.features import CLICK_PRIOR, mix
 from online_model.history import HISTORY, RECENT, entry_items
+from online_model.neighbours import near
 from replay.comparison.stream import Batch, Stream
 
 DAY_MS = 86_400_000
@@ -166,11 +167,7 @@ def recent_items(history: np.ndarray) -> np.ndarray:
     """States uint8 [B, HISTORY_BYTES] → ids int64 [B, HISTORY], the recent ones and then those of intent, newest first,
     each at its first place only; 0: none."""
     items = entry_items(history)
-    order = np.argsort(items, axis=1, kind="stable")
-    ordered = np.take_along_axis(items, order, 1)
-    again = np.zeros(items.shape, bool)
-    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
-    return np.where(again, 0, items)
+    return np.where(near(items) > 0, items, 0)
 
 
 def _pair(one: np.ndarray, other: np.ndarray) -> np.ndarray:
