@@ -56,20 +56,31 @@ def _prequential(folder: Path, log: str, path: Path, seed: int) -> dict[str, Any
     return headrace(folder, "replay", name, path, "--direct", "--deterministic", "--seed", seed)["prequential"]
 
 
+def _gained(with_it: dict[str, Any], without: dict[str, Any]) -> dict[str, float]:
+    """What a part gains by figure (a smaller NE is a gain)."""
+    return {
+        name: without[name] - value if name.endswith("NE") else value - without[name]
+        for name, value in with_it.items()
+    }
+
+
+def _row(what: str, gained: dict[str, float], wanted: str, holds: bool) -> Row:
+    row = Row(what, ", ".join(f"{name} {value:+.4f}" for name, value in gained.items()), wanted, holds)
+    say(f"{row.what}: {row.seen}")
+    return row
+
+
 def _pays(bench: Bench, log: str) -> list[Row]:
-    """A row for each part: what it gains (a smaller NE is a gain)."""
+    """A row for each part: what it gains, and what one that is out of the defaults would gain."""
+    default = _figures(bench, log, {})
     rows = []
-    for part, changed in (PARTS | OUT).items():
-        whole, other = _figures(bench, log, {}), _figures(bench, log, changed)
-        signs = {name: (-1 if name.endswith("NE") else 1) * (-1 if part in OUT else 1) for name in whole}
-        gained = {name: sign * (whole[name] - other[name]) for name, sign in signs.items()}
-        seen = ", ".join(f"{name} {value:+.4f}" for name, value in gained.items())
-        best = max(gained.values())
-        if part in OUT:
-            what = f"{log}, would be gained by {part}, which is out of the defaults"
-            rows.append(Row(what, seen, "0.002 at most", best <= 0.002))
-        else:
-            rows.append(Row(f"{log}, gained by {part}", seen, "one of them above 0", best > 0))
+    for part, changed in PARTS.items():
+        gained = _gained(default, _figures(bench, log, changed))
+        rows.append(_row(f"{log}, gained by {part}", gained, "one of them above 0", max(gained.values()) > 0))
+    for part, changed in OUT.items():
+        gained = _gained(_figures(bench, log, changed), default)
+        what = f"{log}, would be gained by {part}, which is out of the defaults"
+        rows.append(_row(what, gained, "0.002 at most", max(gained.values()) <= 0.002))
     return rows
 
 
