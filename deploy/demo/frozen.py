@@ -28,6 +28,7 @@ from embedding_store.ids import feature_id
 from embedding_store.initial import first_weights
 from online_model.features import CARD, CATEGORY, ITEM, ITEM_EXTRAS, SELLER, TITLE_WORDS, table_specs, words_of
 from online_model.ranker import Ranker
+from online_model.serving.api import Context, RecommendRequest
 from online_model.serving.replica import Replica
 from replay.simulator import Marketplace
 from streams.events import Click, Item, encode
@@ -82,7 +83,9 @@ def run(settings: TwinSettings) -> None:
             if isinstance(event, Click):
                 clicks.add(seconds[str(event.request_id)], clicked=1)
         for request in step.requests:
-            answer = frozen.replica.recommend(request.user, request.scenario, request.k, request.query or "")
+            answer = frozen.replica.recommend(
+                RecommendRequest(request.user, request.scenario, Context(request.query or ""), request.k)
+            )
             second = (request.ts - settings.start_ms) // 1000
             seconds[request.request_id] = second
             clicks.add(second, shown=len(answer.items))

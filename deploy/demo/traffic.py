@@ -80,7 +80,8 @@ class ClosedLoop:
 
     async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
         """One page: ask, show, tell."""
-        asked = {"user": request.user, "scenario": request.scenario, "k": request.k, "query": request.query or ""}
+        asked = {"user": request.user, "scenario": request.scenario, "k": request.k,
+                 "context": {"query": request.query or ""}}  # fmt: skip
         try:
             async with session.post(self._url, data=orjson.dumps(asked)) as response:
                 answer = orjson.loads(await response.read())

@@ -19,15 +19,18 @@ from deploy.settings import Settings
 from embedding_store.columns import TableRows
 from embedding_store.delta import Assembler, Version
 from embedding_store.errors import CorruptRecord
+from online_model.serving.api import RankRequest, Scenario
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from replay.oracle import read_topic
 
 Place: TypeAlias = tuple[int, int]  # epoch, sequence
 
-USER, SCENARIO = "u1", "live"  # the most active one
-ITEMS = [*(f"i{n}" for n in range(1, 41)), "never seen"]
+USER = "u1"  # the most active one
+SCENARIO: Scenario = "live"
+ITEMS: list[str | int] = [*(f"i{n}" for n in range(1, 41)), "never seen"]
 BETWEEN_S = 0.01
+COMPARED = ("items", "model_version", "feature_hash", "learned_to_ms")  # all else hangs on the request
 KEPT = 20  # answers of one version and replica
 
 
@@ -80,7 +83,7 @@ class Watch:
             thread.join()
 
     def _ask(self, port: int) -> None:
-        body = orjson.dumps({"user": USER, "scenario": SCENARIO, "items": ITEMS})
+        body = orjson.dumps({"user": USER, "scenario": SCENARIO, "candidates": ITEMS})
         connection, last = None, [0, -1]
         while not self._stop.wait(BETWEEN_S):
             try:
@@ -144,8 +147,8 @@ class Watch:
             published.add(name)
             for answer in self.answers.get(name, ()):
                 moment = answer["moment_ms"]
-                right = orjson.loads(orjson.dumps(seen.replica.rank(USER, SCENARIO, ITEMS)))
-                seen.torn += right != answer
+                right = orjson.loads(orjson.dumps(seen.replica.rank(RankRequest(USER, ITEMS, SCENARIO))))
+                seen.torn += any(right[name] != answer[name] for name in COMPARED)
         seen.versions = len(published & set(self.answers))
         seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)
         return seen

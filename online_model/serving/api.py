@@ -18,13 +18,33 @@ Query: TypeAlias = Annotated[str, Meta(max_length=1000)]  # what was searched fo
 Scenario: TypeAlias = Literal["live", "video", "search", "shelf"]
 
 
+class Context(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known of the moment beside user and scenario."""
+
+    query: Query = ""
+
+
 class RankRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Score these items for this user; neither needs to be known."""
+    """Score these candidates for this user; neither needs to be known."""
 
     user: Id
-    items: Annotated[list[Id], Meta(min_length=1, max_length=1000)]
+    candidates: Annotated[list[Id], Meta(min_length=1, max_length=1000)]
     scenario: Scenario = "shelf"
-    query: Query = ""
+    context: Context = Context()
+    shown: Annotated[
+        int, Meta(ge=0, le=100, description="the best so many will be shown: they are logged as an impression")
+    ] = 0
+    explain: bool = False
+
+
+class Filters(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which items may be recommended. A list that is empty rules nothing out."""
+
+    in_stock: Annotated[bool, Meta(description="not what is sold out")] = True
+    unseen: Annotated[bool, Meta(description="nothing that is in the user's history")] = False
+    categories: Annotated[list[Id], Meta(max_length=100, description="of these categories only")] = []
+    region: Annotated[str, Meta(max_length=64, description="sold there; \"\": anywhere")] = ""
+    blocked: Annotated[list[Id], Meta(max_length=1000, description="none of these items")] = []
 
 
 class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +52,16 @@ class RecommendRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
     user: Id
     scenario: Scenario = "shelf"
-    query: Query = ""
+    context: Context = Context()
+    k: Annotated[int, Meta(ge=1, le=100)] = 10
+    filters: Filters = Filters()
+    log: Annotated[bool, Meta(description="the items are shown: log them as an impression")] = True
+    explain: bool = False
+
+
+class SimilarQuery(Struct, frozen=True, forbid_unknown_fields=True):
+    """`GET /v1/items/{id}/similar`."""
+
     k: Annotated[int, Meta(ge=1, le=100)] = 10
 
 
@@ -44,6 +73,15 @@ class ModelQuery(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 @dataclass(slots=True)
+class Explanation:
+    """What made an item's place."""
+
+    tasks: dict[str, float]  # the part of its score that each task makes
+    features: dict[str, float]  # by how much its score falls when the model is not told them
+    rules: list[str]  # that moved it, in words
+
+
+@dataclass(slots=True)
 class Ranked:
     """An item's score and the probabilities behind it (watch, purchase: given a click)."""
 
@@ -52,37 +90,68 @@ class Ranked:
     click: float
     watch: float
     purchase: float
+    explanation: Explanation | None = None
 
 
 @dataclass(slots=True)
-class Ranking:
-    """The items of a request, the best first. `moment_ms`: when that was (ms UTC): ages are of then."""
+class Shown(Ranked):
+    """An item in its place; `propensity`: the probability that it was put there, given the places before it; None:
+    where the policy cannot say."""
 
+    position: int = 0
+    propensity: float | None = None
+
+
+@dataclass(slots=True)
+class Answer:
+    """What each answer says of itself. `moment_ms`: when it was made (ms UTC): ages are of then. `degraded`: time was
+    short, the rest of the candidates was put in order by retrieval alone. `arm`: of the experiment, "" without one.
+    """
+
+    request_id: str
     model_version: str
+    model_age_ms: int  # since the version was made
+    learned_to_ms: int  # event time up to which it has learned
     feature_hash: int
     moment_ms: int
+    arm: str
+    degraded: bool
+
+
+@dataclass(slots=True)
+class Ranking(Answer):
+    """The candidates of a request, the best first."""
+
     items: list[Ranked]
 
 
 @dataclass(slots=True)
-class Shown:
-    """An item in its place; `propensity`: the probability that it was put there, given the places before it."""
+class Recommendation(Answer):
+    """What to show."""
 
-    item: str | int
-    score: float
-    position: int
-    propensity: float
+    candidates: int  # how many items were scored
+    items: list[Shown]
 
 
 @dataclass(slots=True)
-class Recommendation:
-    """What to show. The impression event repeats `request_id`, `model_version`, `feature_hash` and the propensities."""
+class Alike:
+    """An item and how similar it is: `together`: to be clicked with it; `alike`: the cosine of both vectors."""
 
-    request_id: str
+    item: str | int
+    score: float
+    together: float
+    alike: float
+
+
+@dataclass(slots=True)
+class SimilarItems:
+    """Items like one, the most similar first."""
+
+    item: str | int
     model_version: str
-    feature_hash: int
-    candidates: int  # how many items were scored
-    items: list[Shown]
+    model_age_ms: int
+    learned_to_ms: int
+    items: list[Alike]
 
 
 @dataclass(slots=True)

@@ -54,16 +54,16 @@ def create_app(holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], flo
 
 async def _rank(request: Request) -> Response:
     asked, holder = await _body(request, RankRequest), _holder(request)
-    holder.metrics.candidates("rank", len(asked.items))
+    holder.metrics.candidates("rank", len(asked.candidates))
     async with _turn(request):
-        answer = holder.replica.rank(asked.user, asked.scenario, asked.items, asked.query)
+        answer = holder.replica.rank(asked)
     return _json(answer)
 
 
 async def _recommend(request: Request) -> Response:
     asked, holder = await _body(request, RecommendRequest), _holder(request)
     async with _turn(request):
-        answer = holder.replica.recommend(asked.user, asked.scenario, asked.k, asked.query)
+        answer = holder.replica.recommend(asked)
     holder.metrics.candidates("recommend", answer.candidates)
     return _json(answer)
 

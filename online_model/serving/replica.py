@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -24,12 +24,23 @@ from online_model.feedback import probabilities, strategy
 from online_model.history import history_hash
 from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
-from online_model.serving.api import Id, ModelInfo, Ranked, Ranking, Recommendation, Scenario, Shown
+from online_model.serving.api import (
+    Context,
+    Id,
+    ModelInfo,
+    Ranked,
+    Ranking,
+    RankRequest,
+    Recommendation,
+    RecommendRequest,
+    Scenario,
+    Shown,
+)
 from online_model.serving.approximate import Index
 from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
-from online_model.serving.settings import ReplicaSettings
+from online_model.serving.settings import ReplicaSettings, Scoring
 from online_model.serving.state import State
 from online_model.settings import FeatureSettings, RankerSettings
 
@@ -51,6 +62,7 @@ class _Context:
     entries: list[np.ndarray]  # int64 [1, HISTORY] each: ids of the history's items, categories, sellers
     feature_hash: int
     now_ms: int
+    scoring: Scoring
 
 
 class Replica:
@@ -80,7 +92,7 @@ class Replica:
         ]
         self.epoch, self.sequence, self.created_ms = 0, -1, 0
         self._clock = clock
-        self._rng = np.random.default_rng(settings.seed)
+        self._rng = np.random.default_rng(settings.policy.exploration.seed)
         self._applied_ms = 0
         self._positions: dict[str, int] = {}
         self._info: dict = {}
@@ -122,37 +134,49 @@ class Replica:
         self.index.prepare(self._clock())
 
     @torch.inference_mode()
-    def rank(self, user: Id, scenario: str, items: Sequence[Id], query: str = "") -> Ranking:
-        """Scores of `items` (as they are given, known or not) for `user`, the best first. Raises NotReady."""
+    def rank(self, request: RankRequest) -> Ranking:
+        """Scores of the candidates (as they are given, known or not), the best first. Raises NotReady."""
         self._need_model()
-        context = self._context(user, scenario, query)
-        ids = np.array([feature_id(ITEM, item) for item in items], np.int64)
+        context = self._context(request.user, request.scenario, request.context)
+        ids = np.array([feature_id(ITEM, item) for item in request.candidates], np.int64)
         p, score = self._score(context, ids)
-        order = np.argsort(-score, kind="stable")
-        heads = zip(*(p[order, head].tolist() for head in (CLICK, WATCH, PURCHASE)), strict=True)
-        ranked = [
-            Ranked(items[i], s, *head) for i, s, head in zip(order.tolist(), score[order].tolist(), heads, strict=True)
-        ]
-        return Ranking(self.version, context.feature_hash, context.now_ms, ranked)
+        order = np.argsort(-score, kind="stable").tolist()
+        ranked = [Ranked(request.candidates[i], *self._figures(p, score, i)) for i in order]
+        return Ranking(**self._answer(context), items=ranked)
 
     @torch.inference_mode()
-    def recommend(self, user: Id, scenario: str, k: int, query: str = "") -> Recommendation:
-        """At most k available items for `user`, with exploration. Raises NotReady."""
+    def recommend(self, request: RecommendRequest) -> Recommendation:
+        """At most k items that pass the filters, with exploration. Raises NotReady."""
         self._need_model()
-        state, context = self.state, self._context(user, scenario, query)
+        state, context = self.state, self._context(request.user, request.scenario, request.context)
         item, content = state.ranker.towers(context.inputs, context.mean)
         ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.past.items, context.now_ms))
         slots = state.cards.find(ids)
         ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
         if len(ids) == 0:
             raise NotReady("no item can be recommended yet: send the catalogue to the topic `items`")
-        _, score = self._score(context, ids)
-        shown, propensities = explore(np.argsort(-score, kind="stable"), k, self.settings.epsilon, self._rng)
-        raw = [state.cards.raw[slot] for slot in slots[shown].tolist()]
-        places = zip(raw, score[shown].tolist(), range(len(shown)), propensities, strict=True)
-        return Recommendation(
-            uuid.uuid4().hex, self.version, context.feature_hash, len(ids), [Shown(*place) for place in places]
-        )
+        p, score = self._score(context, ids)
+        epsilon = self.settings.policy.exploration.epsilon
+        shown, propensities = explore(np.argsort(-score, kind="stable"), request.k, epsilon, self._rng)
+        places = [
+            Shown(state.cards.raw[slots[i]], *self._figures(p, score, i), position=place, propensity=propensity)
+            for place, (i, propensity) in enumerate(zip(shown, propensities, strict=True))
+        ]
+        return Recommendation(**self._answer(context), candidates=len(ids), items=places)
+
+    @staticmethod
+    def _figures(p: np.ndarray, score: np.ndarray, i: int) -> tuple[float, float, float, float]:
+        """Score, click, watch and purchase of candidate i."""
+        return float(score[i]), float(p[i, CLICK]), float(p[i, WATCH]), float(p[i, PURCHASE])
+
+    def _answer(self, context: _Context) -> dict[str, Any]:
+        """The fields of `Answer`."""
+        return {
+            "request_id": uuid.uuid4().hex, "model_version": self.version,
+            "model_age_ms": max(0, context.now_ms - self.created_ms),
+            "learned_to_ms": int(self._info.get("event_time_ms", 0)), "feature_hash": context.feature_hash,
+            "moment_ms": context.now_ms, "arm": "", "degraded": False,
+        }  # fmt: skip
 
     def info(self) -> ModelInfo:
         """Which version this is, and what came with it."""
@@ -173,7 +197,7 @@ class Replica:
         if self.sequence < 0:
             raise NotReady("no model yet: is the trainer running?")
 
-    def _context(self, user: Id, scenario: str, query: str) -> _Context:
+    def _context(self, user: Id, scenario: str, context: Context) -> _Context:
         state = self.state
         row = state.users.find(np.array([feature_id(USER, user)], np.int64))
         now_ms = self._clock()
@@ -181,7 +205,7 @@ class Replica:
         past = user_features(history, now_ms)
         rows = state.items.find(past.items[0])
         item, content = state.vectors(rows)
-        words = state.tables[WORD].find(words_of(query, QUERY_WORDS))[None]
+        words = state.tables[WORD].find(words_of(context.query, QUERY_WORDS))[None]
         inputs = Contexts(
             user=state.users.gather(row), entries=(item + content)[None], kinds=torch.from_numpy(past.kinds),
             recency=torch.from_numpy(past.recency), query=state.mean_of_words(words),
@@ -189,11 +213,14 @@ class Replica:
         )  # fmt: skip
         _, *groups = state.ids(rows)
         entries = [past.items, *(ids[None] for ids in groups)]
-        return _Context(inputs, state.ranker.history_mean(inputs), past, entries, history_hash(history[0]), now_ms)
+        return _Context(
+            inputs, state.ranker.history_mean(inputs), past, entries, history_hash(history[0]), now_ms,
+            getattr(self.settings.policy, scenario),
+        )  # fmt: skip
 
     def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities float32 [n, heads] and scores float32 [n] of item ids int64 [n]."""
-        state, settings = self.state, self.settings
+        state = self.state
         rows = state.items.find(ids)
         item, content = state.vectors(rows)
         ctx = np.zeros(len(ids), np.int64)
@@ -206,5 +233,6 @@ class Replica:
             context.mean,
         )
         p = probabilities(logits, self._feedback).numpy()
-        gain = 1 + settings.watch_weight * p[:, WATCH] + settings.purchase_weight * p[:, PURCHASE]
+        weigh = context.scoring
+        gain = weigh.click + weigh.watch * p[:, WATCH] + weigh.purchase * p[:, PURCHASE]
         return p, p[:, CLICK] * gain

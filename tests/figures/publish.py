@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from embedding_store.delta import Assembler, encode
 from embedding_store.encoding import ENCODINGS
+from online_model.serving.api import RankRequest
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, TrainerSettings
@@ -58,7 +59,7 @@ class Served(DirectReplay):
         others = [self.seen[i] for i in self.dice.integers(len(self.seen), size=4)]
         items = [click.item, *(o for o in others if o != click.item)]
         for encoding, replica in self.replicas.items():
-            ranked = replica.rank(click.user, "shelf", items).items
+            ranked = replica.rank(RankRequest(click.user, list(items))).items
             self.p[encoding] += [r.click for r in ranked]
             self.label[encoding] += [r.item == click.item for r in ranked]
 
@@ -93,6 +94,7 @@ import numpy as np
 import torch
 from embedding_store.delta import Assembler, row_bytes
 from embedding_store.ids import feature_id
+from online_model.serving.api import RankRequest
 from online_model.serving.replica import Replica
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import TrainerSettings
@@ -129,7 +131,7 @@ def run(folder, rate, blocks, users):
             for i in dice.integers(len(block.examples), size=20):
                 user = int(users[number * RATE // COMMITS + i])
                 items = np.unique(some_items(dice, 20)).tolist()
-                ranked = {r.item: r.click for r in replica.rank(user, "shelf", items).items}
+                ranked = {r.item: r.click for r in replica.rank(RankRequest(user, list(items))).items}
                 p += [ranked[i] for i in items]
         now += 1000 // COMMITS
         trainer.offer(block, number)

@@ -36,6 +36,7 @@ from online_model.settings import RankerSettings, TrainerSettings
 from online_model.trainer import Trainer
 from online_model.widening import widened
 from tests.online_model.logs import START
+from tests.online_model.serving.world import rank
 from tests.online_model.test_checkpoints import ids_of
 from tests.online_model.test_trainer import SMALL, catalogue
 from tests.online_model.test_trainer_commits import learn, log, opened
@@ -92,7 +93,7 @@ def scores(replica: Replica) -> np.ndarray:
     """Click, watch, purchase of 20 users and 40 items, some of which nobody knows: [20, 40, 3]."""
     out = []
     for user in range(20):
-        ranked = sorted(replica.rank(user, "live", range(40)).items, key=lambda r: r.item)
+        ranked = sorted(rank(replica, user, "live", range(40)).items, key=lambda r: r.item)
         out.append([(r.click, r.watch, r.purchase) for r in ranked])
     return np.array(out)
 

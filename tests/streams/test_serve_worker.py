@@ -116,7 +116,7 @@ def test_versions_are_served_as_they_come(source: Source, served: Callable) -> N
             ages.append(time.monotonic() - start)
     assert min(ages) < 0.2, "a version is served as soon as it is there"
     assert client.get("/readyz").status_code == 200
-    answer = client.post("/v1/rank", json={"user": "1", "scenario": "video", "items": [1, 2, 3]}).json()
+    answer = client.post("/v1/rank", json={"user": "1", "scenario": "video", "candidates": [1, 2, 3]}).json()
     assert len(answer["items"]) == 3
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(client.get, "/v1/model", params={"newer_than": 99, "wait_ms": 20_000})

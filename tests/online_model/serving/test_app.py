@@ -19,7 +19,7 @@ from online_model.serving.api import MAX_BODY_BYTES
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica
-from tests.online_model.serving.world import NOW, delta, replica, world
+from tests.online_model.serving.world import NOW, delta, rank, replica, world
 
 
 @contextlib.asynccontextmanager
@@ -52,23 +52,28 @@ def assert_refused(response: httpx.Response, status: int, words: str = "") -> No
     assert len(body["error"]) <= 300
 
 
+ANSWER = {
+    "request_id", "model_version", "model_age_ms", "learned_to_ms", "feature_hash", "moment_ms", "arm", "degraded",
+}  # fmt: skip
+
+
 def test_rank():
     items: list[str | int] = [3, "4", "unknown"]
-    response = asks("POST", "/v1/rank", json={"user": "u1", "scenario": "live", "items": items})
+    response = asks("POST", "/v1/rank", json={"user": "u1", "scenario": "live", "candidates": items})
     assert response.status_code == 200
     body = response.json()
-    assert set(body) == {"model_version", "feature_hash", "moment_ms", "items"}
+    assert set(body) == ANSWER | {"items"}
     assert body["model_version"] == "1.1"
-    assert [set(item) for item in body["items"]] == [{"item", "score", "click", "watch", "purchase"}] * 3
+    assert [set(item) for item in body["items"]] == [{"item", "score", "click", "watch", "purchase", "explanation"}] * 3
     assert sorted(map(str, items)) == sorted(str(item["item"]) for item in body["items"])
     scores = [item["score"] for item in body["items"]]
     assert scores == sorted(scores, reverse=True)
-    assert [i.item for i in replica(world()).rank("u1", "live", items).items] == [i["item"] for i in body["items"]]
+    assert [i.item for i in rank(replica(world()), "u1", "live", items).items] == [i["item"] for i in body["items"]]
 
 
 def test_recommend():
     body = asks("POST", "/v1/recommend", json={"user": "u1", "scenario": "video", "k": 7}).json()
-    assert set(body) == {"request_id", "model_version", "feature_hash", "candidates", "items"}
+    assert set(body) == ANSWER | {"candidates", "items"}
     assert [item["position"] for item in body["items"]] == list(range(7))
     assert len({item["item"] for item in body["items"]}) == 7
     assert all(isinstance(item["item"], int) and 0 < item["propensity"] <= 1 for item in body["items"])
@@ -89,7 +94,7 @@ def test_model():
 
 
 def test_before_the_first_version():
-    for path, body in (("/v1/rank", {"user": 1, "items": [1]}), ("/v1/recommend", {"user": 1})):
+    for path, body in (("/v1/rank", {"user": 1, "candidates": [1]}), ("/v1/recommend", {"user": 1})):
         response = asks("POST", path, replica(), json=body)
         assert_refused(response, 503, "no model yet")
         assert response.headers["retry-after"] == "1"
@@ -151,9 +156,9 @@ def test_a_wrong_body_is_refused_in_one_line(body, status, words):
 
 
 def test_rank_takes_one_to_a_thousand_items():
-    assert asks("POST", "/v1/rank", json={"user": 1, "items": list(range(1000))}).status_code == 200
-    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "items": list(range(1001))}), 422, "$.items")
-    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "items": []}), 422, "$.items")
+    assert asks("POST", "/v1/rank", json={"user": 1, "candidates": list(range(1000))}).status_code == 200
+    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "candidates": list(range(1001))}), 422, "$.candidates")
+    assert_refused(asks("POST", "/v1/rank", json={"user": 1, "candidates": []}), 422, "$.candidates")
 
 
 @pytest.mark.parametrize("query", ["newer_than=x", "wait_ms=-1", "wait_ms=30001", "older_than=3"])
@@ -182,7 +187,7 @@ nearly_right = st.fixed_dictionaries(
     {},
     optional={
         "user": ids,
-        "items": st.lists(ids, max_size=8) | json_values,
+        "candidates": st.lists(ids, max_size=8) | json_values,
         "k": st.integers(-5, 200) | json_values,
         "scenario": st.sampled_from(["live", "video", "shelf", "Shelf"]) | json_values,
         "other": json_values,
@@ -280,7 +285,7 @@ def test_metrics_count_what_happened():
         async with client(replica(world())) as (http, holder):
             for _ in range(3):
                 await http.post("/v1/recommend", json={"user": 1})
-            await http.post("/v1/rank", json={"user": 1, "items": [1, 2]})
+            await http.post("/v1/rank", json={"user": 1, "candidates": [1, 2]})
             await http.post("/v1/rank", json={})
             for n in range(50):
                 await http.get(f"/unknown/{n}")
@@ -321,7 +326,7 @@ def test_a_broken_replica_is_an_error_without_a_traceback():
         holder = Holder(made)
         transport = httpx.ASGITransport(create_app(holder), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
-            response = await http.post("/v1/rank", json={"user": 1, "items": [1]})
+            response = await http.post("/v1/rank", json={"user": 1, "candidates": [1]})
             got = samples((await http.get("/metrics")).text)
             assert got["headrace_serve_requests_total", "/v1/rank", "500"] == 1
             return response
@@ -349,7 +354,7 @@ def test_where_many_ask_at_once_versions_come_in_between():
     async def run() -> None:
         async with client(made) as (http, _):
             other = asyncio.create_task(others())
-            ask = {"user": 1, "scenario": "video", "items": [1, 2]}
+            ask = {"user": 1, "scenario": "video", "candidates": [1, 2]}
             answers = await asyncio.gather(*(http.post("/v1/rank", json=ask) for _ in range(30)))
             other.cancel()
             assert {answer.status_code for answer in answers} == {200}

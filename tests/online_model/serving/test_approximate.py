@@ -31,6 +31,7 @@ from tests.online_model.serving.world import (
     dense,
     ids,
     item_rows,
+    recommend,
     replica,
     rows_of,
     world,
@@ -309,7 +310,7 @@ def test_the_recall_is_among_the_metrics_once_it_was_measured():
     assert b"index_recall" not in metrics.text()
     end = time.monotonic() + 20
     while made.recall() is None and time.monotonic() < end:
-        made.recommend("u1", "live", 5)
+        recommend(made, "u1", "live", 5)
     assert f"headrace_serve_index_recall {made.recall()}".encode() in metrics.text()
 
 

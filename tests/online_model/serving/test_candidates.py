@@ -25,6 +25,7 @@ from tests.online_model.serving.world import (
     dense,
     ids,
     item_rows,
+    recommend,
     replica,
     world,
 )  # fmt: skip
@@ -130,29 +131,29 @@ def test_what_is_clicked_after_the_last_items_is_found_the_most_similar_first():
 def test_an_item_that_was_never_seen_is_found_among_the_newest():
     made = replica(world(100), nearest=5, neighbours=5, popular=5, newest=5)
     made.apply(delta(2, blobs={CARD: cards(["brand new"], created=NOW)}))
-    assert any("brand new" in {s.item for s in made.recommend("u1", "live", 100).items} for _ in range(3))
+    assert any("brand new" in {s.item for s in recommend(made, "u1", "live", 100).items} for _ in range(3))
 
 
 def test_what_is_sold_out_is_not_shown_until_it_is_back():
     made = replica(world(10))
-    made.recommend("u1", "live", 10)
+    recommend(made, "u1", "live", 10)
     made.apply(delta(2, blobs={CARD: cards([0, 3, 5], stock=[0, 0, 7])}))
-    assert {s.item for s in made.recommend("u1", "live", 10).items} == set(range(10)) - {0, 3}
+    assert {s.item for s in recommend(made, "u1", "live", 10).items} == set(range(10)) - {0, 3}
     made.apply(delta(3, blobs={CARD: cards([3], stock=1)}, gone={CARD: ids(ITEM, [5])}))
-    assert {s.item for s in made.recommend("u1", "live", 10).items} == set(range(10)) - {0, 5}
+    assert {s.item for s in recommend(made, "u1", "live", 10).items} == set(range(10)) - {0, 5}
 
 
 def test_items_without_a_card_are_not_shown():
     made = replica(world(10))
     best = item_rows(["secret"], np.full((1, DIM), 9), clicks=[10**6], impressions=[10**6])
     made.apply(delta(2, tables={ITEM: best}))
-    assert {s.item for s in made.recommend("u1", "live", 20).items} == set(range(10))
+    assert {s.item for s in recommend(made, "u1", "live", 20).items} == set(range(10))
 
 
 def test_the_ids_of_cards_keep_their_type():
     first = world(1)
     first.blobs = {CARD: cards(["007", 7, "seven", 2**63])}
-    assert {s.item for s in replica(first).recommend("u1", "live", 10).items} == {"007", 7, "seven", 2**63}
+    assert {s.item for s in recommend(replica(first), "u1", "live", 10).items} == {"007", 7, "seven", 2**63}
 
 
 def test_a_card_that_the_catalogue_took_can_be_read_whatever_else_is_in_it():
@@ -168,7 +169,7 @@ def test_a_source_of_ones_own_joins_the_others():
 
     made = replica(world(10), nearest=1, neighbours=0, newest=0, popular=0)
     made.sources.append(Hand())
-    assert 9 in {s.item for s in made.recommend("u1", "live", 10).items}
+    assert 9 in {s.item for s in recommend(made, "u1", "live", 10).items}
     assert len(union([Hand(), Hand()], query())) == 2
 
 

@@ -37,6 +37,8 @@ from tests.online_model.serving.world import (
     dense,
     ids,
     item_rows,
+    rank,
+    recommend,
     replica,
     user_rows,
     world,
@@ -82,7 +84,7 @@ def test_scores_are_those_of_the_trainers_ranker_fed_with_the_same_rows(scenario
     items = [*range(40), "unknown", 41]
     for user in ["u0", "u3", "nobody"]:
         query = {"u0": "red tea", "u3": "nothing of the kind"}.get(user, "")
-        ranking = made.rank(user, scenario, items, query)
+        ranking = rank(made, user, scenario, items, query)
         expected = reference_scores(first, user, scenario, items, NOW + HOUR, query)
         got = {r.item: (r.click, r.watch, r.purchase) for r in ranking.items}
         served = expected[:, [CLICK, WATCH, PURCHASE]]
@@ -108,10 +110,10 @@ def test_a_snapshot_and_deltas_end_where_one_snapshot_of_all_does():
     made.apply(delta(30, tables=whole.tables, blobs=whole.blobs, dense=whole.dense))
     fresh = replica(whole)
     for user in ["u1", "u11", "nobody"]:
-        once, again = (r.rank(user, "video", list(range(60))) for r in (made, fresh))
+        once, again = (rank(r, user, "video", list(range(60))) for r in (made, fresh))
         assert once.items == again.items
         assert once.feature_hash == again.feature_hash
-        shown, also = (r.recommend(user, "video", 5) for r in (replica(whole, epsilon=0), fresh))
+        shown, also = (recommend(r, user, "video", 5) for r in (replica(whole, epsilon=0), fresh))
         assert {s.item for s in shown.items} <= set(range(60))
         assert shown.candidates == also.candidates
 
@@ -121,7 +123,7 @@ def test_a_version_can_come_over_the_wire():
     assembler, made = Assembler(), replica()
     whole = [v for part in parts if (v := assembler.add(part)) is not None]
     assert made.apply(whole[0])
-    assert made.rank("u1", "live", [1, 2]).items == replica(world()).rank("u1", "live", [1, 2]).items
+    assert rank(made, "u1", "live", [1, 2]).items == rank(replica(world()), "u1", "live", [1, 2]).items
 
 
 def test_versions_must_follow_one_another():
@@ -224,7 +226,7 @@ def test_what_only_the_trainer_needs_is_passed_over():
     first.dense["bias.exp_avg"] = np.ones(3, np.float32)
     for name, rows in first.tables.items():
         first.tables[name] = TableRows(rows.ids, rows.columns | {"momentum": np.ones(len(rows), np.float32)})
-    assert replica(first).rank("u1", "live", [1, 2]).items == replica(world()).rank("u1", "live", [1, 2]).items
+    assert rank(replica(first), "u1", "live", [1, 2]).items == rank(replica(world()), "u1", "live", [1, 2]).items
 
 
 def test_a_version_is_not_changed_by_being_applied_and_later_changes_to_it_do_not_matter():
@@ -234,24 +236,24 @@ def test_a_version_is_not_changed_by_being_applied_and_later_changes_to_it_do_no
     for name, rows in kept.tables.items():
         for column, values in rows.columns.items():
             assert np.array_equal(values, first.tables[name].columns[column])
-    before = made.rank("u1", "live", [1, 2]).items
+    before = rank(made, "u1", "live", [1, 2]).items
     for rows in first.tables.values():
         rows.columns["weights"][:] = 7
     for weights in first.dense.values():
         weights[:] = 7
-    assert made.rank("u1", "live", [1, 2]).items == before
+    assert rank(made, "u1", "live", [1, 2]).items == before
 
 
 def test_reads_do_not_write():
     roomy = FeatureSettings(dim=DIM, users=1000, items=1000, categories=1000)  # there would be room to write
-    made = Replica(ReplicaSettings(seed=5), roomy, RANKER, clock=lambda: NOW + HOUR)
+    made = Replica(ReplicaSettings(), roomy, RANKER, clock=lambda: NOW + HOUR)
     made.apply(world())
-    made.rank("u1", "live", [1])
-    made.recommend("u1", "live", 3)
+    rank(made, "u1", "live", [1])
+    recommend(made, "u1", "live", 3)
     before, size = contents(made), {name: table.nbytes for name, table in made.state.tables.items()}
     for i in range(200):
-        made.rank(f"stranger {i}", "live", [f"thing {i}", i, -i - 1])
-        made.recommend(f"stranger {i}", "video", 5)
+        rank(made, f"stranger {i}", "live", [f"thing {i}", i, -i - 1])
+        recommend(made, f"stranger {i}", "video", 5)
     assert contents(made) == before
     assert {name: table.nbytes for name, table in made.state.tables.items()} == size
     for table in made.state.tables.values():
@@ -260,16 +262,16 @@ def test_reads_do_not_write():
 
 def test_unknown_ids_are_scored_as_the_default_row():
     made = replica(world())
-    a, b = made.rank("nobody", "live", ["no", "nothing"]).items
+    a, b = rank(made, "nobody", "live", ["no", "nothing"]).items
     assert (a.score, a.click, a.watch, a.purchase) == (b.score, b.click, b.watch, b.purchase)
-    known, _ = made.rank("u0", "live", [3, "no"]).items
+    known, _ = rank(made, "u0", "live", [3, "no"]).items
     assert known.score != a.score
-    assert made.rank("nobody", "live", ["no"]).feature_hash == history_hash(EMPTY)
+    assert rank(made, "nobody", "live", ["no"]).feature_hash == history_hash(EMPTY)
 
 
 def test_an_item_keeps_the_type_and_the_order_it_was_given_in():
     made = replica(world())
-    ranking = made.rank("u0", "live", ["7", 7, "7"])
+    ranking = rank(made, "u0", "live", ["7", 7, "7"])
     assert [r.item for r in ranking.items] == ["7", 7, "7"]
     assert [r.score for r in ranking.items] == pytest.approx([ranking.items[0].score] * 3, rel=LAST_BITS)
 
@@ -278,35 +280,35 @@ def test_feature_hash_is_of_the_state_that_was_scored_with():
     first = world()
     made = replica(first)
     history = first.tables[USER].columns["history"][2]
-    assert made.rank("u2", "live", [1]).feature_hash == history_hash(history)
-    assert made.recommend("u2", "live", 1).feature_hash == history_hash(history)
+    assert rank(made, "u2", "live", [1]).feature_hash == history_hash(history)
+    assert recommend(made, "u2", "live", 1).feature_hash == history_hash(history)
     made.apply(delta(2, tables={USER: user_rows(["u2"], np.ones((1, DIM)), [[5, 6]])}))
     changed = user_rows(["u2"], np.ones((1, DIM)), [[5, 6]]).columns["history"][0]
-    assert made.recommend("u2", "live", 1).feature_hash == history_hash(changed) != history_hash(history)
+    assert recommend(made, "u2", "live", 1).feature_hash == history_hash(changed) != history_hash(history)
 
 
 def test_gone_rows_are_as_if_they_had_never_been():
     made = replica(world())
-    unknown = made.rank("nobody", "live", ["no"]).items[0]
+    unknown = rank(made, "nobody", "live", ["no"]).items[0]
     gone = {ITEM: ids(ITEM, [3, 4, "never"]), USER: ids(USER, ["u1"]), CATEGORY: ids(CATEGORY, [1])}
     assert made.apply(delta(2, gone=gone))
     assert made.rows() == {USER: 5, ITEM: 38, CATEGORY: 3, SELLER: 2, WORD: 3, CARD: 40}
-    for r in made.rank("u1", "live", [3, 4]).items:
+    for r in rank(made, "u1", "live", [3, 4]).items:
         assert (r.score, r.click) == pytest.approx((unknown.score, unknown.click), rel=LAST_BITS)
     first = world()
     for name, there in gone.items():
         first.tables[name] = first.tables[name].take(~np.isin(first.tables[name].ids, there))
     fresh = replica(first)
     for user in ["u1", "u2", "u5"]:  # histories with items that are gone, items whose category is
-        assert made.rank(user, "live", list(range(40))).items == fresh.rank(user, "live", list(range(40))).items
+        assert rank(made, user, "live", list(range(40))).items == rank(fresh, user, "live", list(range(40))).items
     assert made.apply(delta(3, tables={CATEGORY: world().tables[CATEGORY], ITEM: world().tables[ITEM]}))
-    assert made.rank("u2", "live", [1, 3]).items != fresh.rank("u2", "live", [1, 3]).items
+    assert rank(made, "u2", "live", [1, 3]).items != rank(fresh, "u2", "live", [1, 3]).items
 
 
 def test_recommendations_are_the_best_of_the_candidates_with_exact_propensities():
     made = replica(world(), epsilon=0.0)
-    answer = made.recommend("u1", "video", 10)
-    best = made.rank("u1", "video", list(range(40))).items[:10]
+    answer = recommend(made, "u1", "video", 10)
+    best = rank(made, "u1", "video", list(range(40))).items[:10]
     assert [s.item for s in answer.items] == [r.item for r in best]
     assert [s.score for s in answer.items] == pytest.approx([r.score for r in best])
     assert [s.position for s in answer.items] == list(range(10))
@@ -317,38 +319,38 @@ def test_recommendations_are_the_best_of_the_candidates_with_exact_propensities(
 
 def test_exploration_reports_what_it_did():
     made = replica(world(), epsilon=0.5)
-    order = [r.item for r in made.rank("u1", "video", list(range(40))).items]
+    order = [r.item for r in rank(made, "u1", "video", list(range(40))).items]
     surprises = 0
     for _ in range(50):
         left = list(order)
-        for s in made.recommend("u1", "video", 6).items:
+        for s in recommend(made, "u1", "video", 6).items:
             best = s.item == left[0]
             assert s.propensity == pytest.approx(0.5 / len(left) + (0.5 if best else 0))
             surprises += not best
             left.remove(s.item)
     assert 100 < surprises < 200  # 300 places, about half of them explore
-    assert len({made.recommend("u1", "video", 1).request_id for _ in range(100)}) == 100
+    assert len({recommend(made, "u1", "video", 1).request_id for _ in range(100)}) == 100
 
 
 def test_the_same_seed_recommends_the_same():
     once, again = (replica(world(), epsilon=0.7) for _ in range(2))
     for _ in range(20):
-        assert once.recommend("u1", "video", 6).items == again.recommend("u1", "video", 6).items
+        assert recommend(once, "u1", "video", 6).items == recommend(again, "u1", "video", 6).items
 
 
 def test_without_a_model_or_an_item_it_says_so():
     empty = replica()
     assert empty.info().version == ""
     with pytest.raises(NotReady, match="no model yet"):
-        empty.rank("u", "live", [1])
+        rank(empty, "u", "live", [1])
     with pytest.raises(NotReady, match="no model yet"):
-        empty.recommend("u", "live", 1)
+        recommend(empty, "u", "live", 1)
     first = world()
     first.blobs = {}
     bare = replica(first)
     with pytest.raises(NotReady, match="catalogue"):
-        bare.recommend("u", "live", 1)
-    assert bare.rank("u", "live", [1]).items
+        recommend(bare, "u", "live", 1)
+    assert rank(bare, "u", "live", [1]).items
 
 
 def test_info_tells_the_version():
@@ -371,4 +373,4 @@ def test_a_replica_grows_with_what_comes():
         assert made.rows() == {USER: 40, ITEM: n, CATEGORY: 4, SELLER: 2, WORD: 3, CARD: n}
     fresh = replica(world(700, 40))
     for user in ("u0", "u39"):
-        assert made.rank(user, "live", list(range(700))).items == fresh.rank(user, "live", list(range(700))).items
+        assert rank(made, user, "live", list(range(700))).items == rank(fresh, user, "live", list(range(700))).items

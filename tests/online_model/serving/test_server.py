@@ -17,7 +17,18 @@ from embedding_store.delta import Version
 from online_model.features import CARD, CATEGORY, ITEM, USER
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
-from tests.online_model.serving.world import DIM, NOW, cards, category_rows, dense, ids, item_rows, replica, user_rows
+from tests.online_model.serving.world import (
+    DIM,
+    NOW,
+    cards,
+    category_rows,
+    dense,
+    ids,
+    item_rows,
+    rank,
+    replica,
+    user_rows,
+)
 
 N = 200
 LAST = 400  # versions
@@ -89,7 +100,7 @@ def expected_scores() -> dict[str, float]:
     made, out = replica(uniform(1)), {}
     for sequence in range(1, LAST + 1):
         made.apply(uniform(sequence))
-        out[made.version] = made.rank("u", "live", [0]).items[0].score
+        out[made.version] = rank(made, "u", "live", [0]).items[0].score
     return out
 
 
@@ -98,7 +109,7 @@ def read(url: str) -> list[tuple[str, int, list[float]]]:
     seen: list[tuple[str, int, list[float]]] = []
     with httpx.Client(base_url=url, timeout=5) as http:
         while not seen or seen[-1][0] != f"1.{LAST}":
-            for path, body in (("/v1/rank", {"items": list(range(N))}), ("/v1/recommend", {"k": 50})):
+            for path, body in (("/v1/rank", {"candidates": list(range(N))}), ("/v1/recommend", {"k": 50})):
                 answer = http.post(path, json={"user": "u", "scenario": "live", **body}).json()
                 seen.append((answer["model_version"], answer["feature_hash"], [i["score"] for i in answer["items"]]))
     return seen
@@ -145,7 +156,7 @@ def test_an_endless_body_is_cut_off(server):
             assert response.status_code == 413
             assert "larger than" in response.json()["error"]
     with httpx.Client(base_url=server.url, timeout=5) as http:
-        assert http.post("/v1/rank", json={"user": 1, "items": [1]}).status_code == 200
+        assert http.post("/v1/rank", json={"user": 1, "candidates": [1]}).status_code == 200
 
 
 def test_a_client_that_goes_away_in_the_middle_hurts_nobody(server):
@@ -154,4 +165,4 @@ def test_a_client_that_goes_away_in_the_middle_hurts_nobody(server):
         with socket.create_connection((host, port)) as raw:
             raw.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
     with httpx.Client(base_url=server.url, timeout=5) as http:
-        assert http.post("/v1/rank", json={"user": 1, "items": [1]}).status_code == 200
+        assert http.post("/v1/rank", json={"user": 1, "candidates": [1]}).status_code == 200

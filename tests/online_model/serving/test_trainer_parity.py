@@ -19,6 +19,7 @@ from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings, Feedback, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import make_states
+from tests.online_model.serving.world import rank, recommend
 
 T0 = 1_700_000_000_000
 FEATURES = FeatureSettings(dim=8, users=64, items=64, categories=8)
@@ -77,7 +78,7 @@ def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback:
         [(feature_id(ITEM, i), b'{"item":%d}' % i, category, seller, T0 - i, words) for i in range(10)]
     )
     assembler = Assembler()
-    replica = Replica(ReplicaSettings(seed=1), FEATURES, RANKER, clock=lambda: T0 + 9_000, feedback=feedback)
+    replica = Replica(ReplicaSettings(), FEATURES, RANKER, clock=lambda: T0 + 9_000, feedback=feedback)
     try:
         for number in range(5):
             assert trainer.offer(block(number), number)
@@ -93,9 +94,9 @@ def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback:
                 ids = np.array([feature_id(ITEM, i) for i in items], np.int64)
                 query = "" if user else "red"
                 expected = on_the_trainer(trainer, feature_id(USER, user), ids, T0 + 9_000, query)
-                ranked = replica.rank(user, "live", items, query).items
+                ranked = rank(replica, user, "live", items, query).items
                 got = {r.item: (r.click, r.watch, r.purchase) for r in ranked}
                 assert np.array([got[i] for i in items]) == pytest.approx(expected, abs=2e-6)
-        assert {s.item for s in replica.recommend(3, "shelf", 40).items} == set(range(40))
+        assert {s.item for s in recommend(replica, 3, "shelf", 40).items} == set(range(40))
     finally:
         trainer.store.close()

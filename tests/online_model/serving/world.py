@@ -16,8 +16,9 @@ from online_model.features import CARD, CATEGORY, EXTRAS, ITEM, ITEM_EXTRAS, SEL
 from online_model.history import HISTORY
 from online_model.neighbours import KEPT
 from online_model.ranker import Ranker
+from online_model.serving.api import Context, Id, Ranking, RankRequest, Recommendation, RecommendRequest
 from online_model.serving.replica import Replica
-from online_model.serving.settings import ReplicaSettings
+from online_model.serving.settings import Exploration, Policy, ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings
 from tests.online_model.logs import make_states
 
@@ -127,9 +128,21 @@ def delta(sequence: int, base: int | None = None, **fields: Any) -> Version:
     return Version(epoch=1, sequence=sequence, base=(1, base), created_ms=NOW + sequence, **fields)
 
 
-def replica(version: Version | None = None, **settings: Any) -> Replica:
+def replica(version: Version | None = None, epsilon: float = 0.1, **settings: Any) -> Replica:
     """A replica at `version`, with a clock that stands still."""
-    made = Replica(ReplicaSettings(seed=5, **settings), FEATURES, RANKER, clock=lambda: NOW + HOUR)
+    policy = Policy(exploration=Exploration(epsilon=epsilon, seed=5))
+    settings = {"policy": policy, **settings}
+    made = Replica(ReplicaSettings(**settings), FEATURES, RANKER, clock=lambda: NOW + HOUR)
     if version is not None:
         assert made.apply(version)
     return made
+
+
+def rank(made: Replica, user: Id, scenario: Any, candidates: Iterable[Id], query: str = "", **more: Any) -> Ranking:
+    """What it answers to such a request."""
+    return made.rank(RankRequest(user, list(candidates), scenario, Context(query), **more))
+
+
+def recommend(made: Replica, user: Id, scenario: Any, k: int, query: str = "", **more: Any) -> Recommendation:
+    """What it answers to such a request."""
+    return made.recommend(RecommendRequest(user, scenario, Context(query), k, **more))
