@@ -45,7 +45,7 @@ PURCHASE_PRIOR = 0.05
 RATED, RATED_OF = 2, 3_000  # heads that start from the rate of their labels: click, watch; in so many rows
 _RATE_PRIOR, _RATE_STRENGTH = (CLICK_PRIOR, 0.5), 20.0  # and before there are any
 _FIRST_ORDER = (0.7, 0.3, 0.3)  # of user, item, content: learned on from there, towards 0 where all are alike
-_DEEP_SHARE = 0.5  # of the numbers, in the deep part, for the same reason
+_DEEP_SHARE = 0.5  # of the numbers, in the deep part: the wide one says what they mean by themselves
 LEAK, SHARPNESS = 0.1, 8.0  # of the units
 SCENARIO_DIM, GATE_WIDTH = 8, 32  # of the gates
 
@@ -275,6 +275,8 @@ class Ranker(nn.Module):
         """Rows that were learned, for `rates`. target: float32 [N, heads], nan where nothing is said; rows_for: float32
         [N], how many rows each stands for."""
         short = self.rated[:, 0] < RATED_OF
+        if not short.any():
+            return
         said = torch.isfinite(target[:, :RATED]) & short
         counted = torch.stack((said.to(target.dtype), torch.where(said, target[:, :RATED], 0.0)), 2)
         self.rated += (rows_for[:, None, None] * counted).sum(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import pickle
 import random
@@ -23,16 +22,15 @@ from embedding_store.specs import RowRules, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.killed import killed
 from tests.embedding_store.test_tables_like_a_dict import AFTER, DIM, HALF_LIFE, Plain
+from tests.processes import processes
 
-TOGETHER = multiprocessing.get_context("forkserver")
-TOGETHER.set_forkserver_preload(["tests.embedding_store.test_ranks"])
 STEPS = 100
 
 
 def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Runs `work(ranks, *arguments)` in a process for each rank; their exit codes."""
     every = [
-        TOGETHER.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
+        processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
     ]
     for process in every:
         process.start()

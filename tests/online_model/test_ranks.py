@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -25,6 +24,7 @@ from online_model.ranks import Followers
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.online_model.logs import START, make_blocks, make_rows
+from tests.processes import processes
 
 SMALL = TrainerSettings(
     features=FeatureSettings(dim=8, users=3_000, items=3_000, categories=100), batch_size=64, window=20_000
@@ -34,14 +34,10 @@ TIGHT = TrainerSettings(
 )
 
 
-# Torch takes seconds to import: what is done alone is forked from a process that has it.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.streams.children_preload", "tests.online_model.test_ranks"])
-
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns, done in a process of its own: TorchRec wants one process group in a process's life."""
-    with ProcessPoolExecutor(1, PROCESSES) as pool:
+    with ProcessPoolExecutor(1, processes) as pool:
         return pool.submit(work, *arguments).result(timeout=120)
 
 

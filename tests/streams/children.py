@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,7 @@ from typing import Any
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-# Torch takes seconds to import, and these workers are started often: they are forked from a process that has it.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.streams.children_preload"])
+from tests.processes import processes
 
 
 class Child:

@@ -1,4 +1,4 @@
-"""What the workers of the tests are forked with."""
+"""What processes of the tests are forked with."""
 
 import streams.join_worker
 import streams.serve_worker
