@@ -419,6 +419,9 @@ def _toml(value: Any) -> str:
             return repr(value)
         case str() | Path():
             return _quoted(str(value))
+        case Struct():
+            fields = {f: v for f in _fields(type(value)) if (v := getattr(value, f)) is not None}
+            return "{" + ", ".join(f"{f} = {_toml(v)}" for f, v in fields.items()) + "}"
         case Mapping():
             return "{" + ", ".join(f"{_quoted(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
         case list() | tuple() | set() | frozenset():

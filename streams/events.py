@@ -47,6 +47,7 @@ REASONS = {
 Word: TypeAlias = Annotated[int, Meta(ge=-(1 << 63))]
 Id: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)] | Word
 Name: TypeAlias = Annotated[str, Meta(max_length=256)]
+Region: TypeAlias = Annotated[str, Meta(min_length=1, max_length=64)]
 Position: TypeAlias = Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)]
 Millis: TypeAlias = Annotated[int, Meta(ge=0, le=MAX_TIME_MS)]
 Duration: TypeAlias = Annotated[int, Meta(ge=0, le=1 << 40)]
@@ -152,6 +153,7 @@ class Item(Struct, kw_only=True, frozen=True, tag_field="kind", tag="item", gc=F
     stock: Count | None = None
     seller: Id | None = None
     created: Millis | None = None
+    regions: Annotated[list[Region], Meta(max_length=64)] | None = None  # where it is sold; None or none: everywhere
 
 
 Action: TypeAlias = Click | Cart | Favourite | Watch | Purchase | Refund

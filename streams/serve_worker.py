@@ -33,6 +33,7 @@ from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica, ReplicaSettings
 from online_model.settings import Feedback
 from streams import app
+from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
@@ -43,17 +44,24 @@ DRAIN_SECONDS = 5
 LOOK_SECONDS = 0.5  # for a snapshot that is being waited for
 
 
-def run_serve(settings: ServeWorkerSettings) -> None:
-    """Serve in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
-    app.run(lambda stop: _serve(settings, stop), uvloop.new_event_loop)
+def run_serve(settings: ServeWorkerSettings, reload: Callable[[], ServeWorkerSettings] | None = None) -> None:
+    """Serve in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line.
+
+    `reload`: reads the settings again, at SIGHUP (reloading.py).
+    """
+    app.run(lambda stop: _serve(settings, stop, reload), uvloop.new_event_loop)
 
 
-async def _serve(settings: ServeWorkerSettings, stop: asyncio.Event) -> None:
+async def _serve(
+    settings: ServeWorkerSettings, stop: asyncio.Event, reload: Callable[[], ServeWorkerSettings] | None
+) -> None:
     # A request is a millisecond of small matrices: threads that meet at each of them cost more than they bring, and
     # on shared cores much more.
     torch.set_num_threads(1)
     listening = _listen(settings.port)
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
+    if reload is not None:
+        reload_at_hangup(settings, reload, holder.policy)
     server = _Server(
         uvicorn.Config(
             create_app(holder, settings.serve.max_age_ms),

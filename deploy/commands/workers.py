@@ -8,11 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, connected, settings_for
+
+if TYPE_CHECKING:
+    from streams.settings import ServeWorkerSettings
 
 AfterStdinOption = Annotated[
     bool,
@@ -24,13 +27,15 @@ AfterStdinOption = Annotated[
 ]
 
 
-def _stops_while_starting() -> None:
-    """Until the worker listens to SIGTERM itself (torch takes seconds to import) there is nothing to drain."""
+def _stops_while_starting(kind: str) -> None:
+    """Until the worker listens to SIGTERM itself (torch takes seconds to import) there is nothing to drain. Nor is
+    there to SIGHUP: the settings are read later anyway."""
 
     def stop(number: int, frame: object) -> None:
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if kind == "serve" else signal.getsignal(signal.SIGHUP))
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +80,7 @@ def serve(
 ) -> None:
     """Answer over HTTP with the newest version.
 
-    Rank and recommend, in the foreground. SIGTERM drains and stops.
+    Rank and recommend, in the foreground. SIGTERM drains and stops, SIGHUP reads policy, arms and limits again.
     """
     _run("serve", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, serve__port=port)
 
@@ -85,7 +90,7 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
 
     With `after_stdin` first everything is loaded, and then a line on stdin, or its end, is awaited.
     """
-    _stops_while_starting()
+    _stops_while_starting(kind)
     if after_stdin:
         _load(kind)
         sys.stdin.readline()
@@ -101,7 +106,15 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
         snapshot_interval_ms=int(train.snapshot_interval_s * 1000),
         join_interval_ms=int(join.snapshot_interval_s * 1000),
     )
-    getattr(_load(kind), f"run_{kind}")(getattr(settings, kind))
+    if kind == "serve":
+
+        def again() -> ServeWorkerSettings:
+            new = settings_for(config, **flags)
+            return (new if new.bootstrap else new.with_flags({"bootstrap": settings.bootstrap})).serve
+
+        _load(kind).run_serve(settings.serve, again)
+    else:
+        getattr(_load(kind), f"run_{kind}")(getattr(settings, kind))
 
 
 def _load(kind: str) -> ModuleType:

@@ -78,7 +78,7 @@ class Explanation:
 
     tasks: dict[str, float]  # the part of its score that each task makes
     features: dict[str, float]  # by how much its score falls when the model is not told them
-    rules: list[str]  # that moved it, in words
+    rules: list[str]  # and draws that moved it, in words
 
 
 @dataclass(slots=True)
@@ -105,7 +105,8 @@ class Shown(Ranked):
 @dataclass(slots=True)
 class Answer:
     """What each answer says of itself. `moment_ms`: when it was made (ms UTC): ages are of then. `degraded`: time was
-    short, the rest of the candidates was put in order by retrieval alone. `arm`: of the experiment, "" without one.
+    short, so some candidates were not scored. In a ranking they come last, in retrieval's order, with zeros; in a
+    recommendation they are left out. `arm`: of the experiment, "" without one.
     """
 
     request_id: str
@@ -135,7 +136,8 @@ class Recommendation(Answer):
 
 @dataclass(slots=True)
 class Alike:
-    """An item and how similar it is: `together`: to be clicked with it; `alike`: the cosine of both vectors."""
+    """An item and how similar it is: `together`: to be clicked with it; `alike`: the cosine of both vectors; `score`:
+    their sum."""
 
     item: str | int
     score: float
@@ -166,3 +168,4 @@ class ModelInfo:
     positions: dict[str, int]
     rows: dict[str, int]
     info: dict[str, Any]
+    policy: str = ""  # a hash of policy, experiment and arms: replicas with one policy make pages alike

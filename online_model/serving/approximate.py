@@ -21,11 +21,11 @@ from online_model.serving.state import AVAILABLE, STAMP, State
 
 COPIED = 2_048  # rows that a query copies for a rebuild: it pauses no request for more than about 2 ms
 REPLACED = 512  # rows that a query replaces
+GATHERED = 4_096  # rows that a filter leaves are all scored, without the file: about 2 ms
 OVERSAMPLED = 3  # × what is asked for is taken from the file, and scored exactly
 CHURN = 0.3  # of the rows replaced, or waiting for it: then the cells fit the items no longer
 PROBES, LEAST_PROBES = 16, 4  # the recall is the mean over so many; it counts from so few on
 QUERIES = 32  # of the last are kept: they say how many cells a new file must look into
-_ONE = np.ones(1, np.float32)
 _NONE = np.empty(0, np.int64)
 
 log = logging.getLogger(__name__)
@@ -85,10 +85,24 @@ class Cells:
             cells *= 2
         self._file.nprobe = self._file.nlist
 
-    def search(self, query: np.ndarray, most: int) -> np.ndarray:
-        """At most so many item rows int64 [m], by their inner product with query float32 [d], as the file has them."""
-        rows = self._file.search(query[None], most)[1][0]
-        return rows[rows >= 0]
+    def search(self, query: np.ndarray, most: int, among: np.ndarray | None = None, least: int = 0) -> np.ndarray:
+        """At most so many item rows int64 [m], by their inner product with query float32 [d], as the file has them.
+
+        among: bool by row; of those only. More cells are looked into the fewer they are, and all for less than `least`.
+        """
+        if among is None:
+            rows = self._file.search(query[None], most)[1][0]
+            return rows[rows >= 0]
+        bits = np.packbits(among, bitorder="little")
+        share = max(np.count_nonzero(among), 1) / max(self._file.ntotal, 1)
+        cells = min(self._file.nlist, int(np.ceil(self._file.nprobe / share)))
+        for nprobe in (cells, self._file.nlist):
+            wanted = faiss.SearchParametersIVF(sel=faiss.IDSelectorBitmap(bits), nprobe=nprobe)  # type: ignore[arg-type]
+            rows = self._file.search(query[None], most, params=wanted)[1][0]
+            rows = rows[rows >= 0]
+            if len(rows) >= least or cells == self._file.nlist:
+                break
+        return rows
 
     def follow(self, state: State, now_ms: int) -> None:
         """Replace rows that versions have touched: REPLACED at most, those it does not hold first."""
@@ -168,12 +182,15 @@ class ApproximateIndex:
 
     def candidates(self, query: Query) -> np.ndarray:
         faiss.omp_set_num_threads(1)  # of this thread, as for torch: a request is too small to be shared out
-        wanted = np.concatenate((query.item, query.content, _ONE))
+        wanted = np.concatenate((query.item, query.content, np.array([query.prior], np.float32)))
         self._queries.append(wanted)
         self._rebuild(query.now_ms)
         if self._cells is None or self._distrusted:
             return self._exact.candidates(query)
-        ids = self._nearest(self._cells, wanted, query.now_ms)
+        rows = self._found(self._cells, wanted, query)
+        if rows is None:
+            return self._exact.candidates(query)
+        ids = self._nearest(rows, wanted, query.now_ms)
         self._asked += 1
         if self._asked % self._settings.probe_every == 0:
             self._probe(query, ids)
@@ -192,15 +209,28 @@ class ApproximateIndex:
             self._cells = _built(copy, queries, self._settings.nearest, self._settings.least_recall)
             self._begun_ms, self._of = now_ms, copy.changes
 
-    def _nearest(self, cells: Cells, wanted: np.ndarray, now_ms: int) -> np.ndarray:
-        """The best of what the cells name, by its vectors of now."""
-        items, limit = self._state.items, self._settings.nearest
-        rows = cells.search(wanted, OVERSAMPLED * limit)
-        rows = rows[items.columns[AVAILABLE][rows]]
+    def _found(self, cells: Cells, wanted: np.ndarray, query: Query) -> np.ndarray | None:
+        """Rows that may be the nearest ones; None where the cells cannot say: they hold what is available only."""
+        available, most = self._state.items.used(AVAILABLE), OVERSAMPLED * self._settings.nearest
+        if query.allowed is None:
+            rows = cells.search(wanted, most)
+            return rows[available[rows]]
+        allowed = query.allowed.rows
+        if np.count_nonzero(allowed) <= GATHERED:
+            return np.flatnonzero(allowed)
+        sold_out = np.flatnonzero(allowed & ~available)
+        if len(sold_out) > GATHERED:
+            return None
+        rows = cells.search(wanted, most, allowed & available, self._settings.nearest)
+        return np.concatenate((rows, sold_out))
+
+    def _nearest(self, rows: np.ndarray, wanted: np.ndarray, now_ms: int) -> np.ndarray:
+        """The best of these rows, by their vectors of now: item ids."""
+        limit = self._settings.nearest
         if len(rows) > limit:
             score = vectors(self._state, rows, now_ms) @ wanted
             rows = rows[np.argpartition(-score, limit)[:limit]]
-        return items.ids_of(rows)
+        return self._state.items.ids_of(rows)
 
     def _probe(self, query: Query, ids: np.ndarray) -> None:
         best = self._exact.candidates(query)

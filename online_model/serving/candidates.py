@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from online_model.features import CATEGORY, MATCHES, NUMBERS, SELLER, WORD
+from online_model.serving.filters import Allowed
 from online_model.serving.state import AVAILABLE, CATEGORY_ROW, SELLER_ROW, STAMP, WORD_ROWS, State
 
 REFRESH_MS = 60_000  # an item's age moves its prior slowly: all priors are renewed this often, …
@@ -27,13 +28,16 @@ class Query:
     content: np.ndarray  # float32 [D]: the same of its content
     past: np.ndarray  # int64 [1, HISTORY] ids of the user's history, 0 none
     now_ms: int
+    allowed: Allowed | None = None  # what the sources may name; None: what is available
+    prior: float = 1.0  # how much what hangs on no user counts
 
 
 class Source(Protocol):
     """One place that candidates come from."""
 
     def candidates(self, query: Query) -> np.ndarray:
-        """Item ids int64 [m]. They need not be available, known, or new to the other sources."""
+        """Item ids int64 [m]. They need not be available, known, or new to the other sources; but one that looks at
+        `query.allowed` only afterwards finds little behind a narrow filter."""
         ...
 
 
@@ -53,7 +57,8 @@ class ExactIndex:
     def __init__(self, state: State, limit: int) -> None:
         self._state, self._limit = state, limit
         self._numbers = np.empty((0, NUMBERS - MATCHES), np.float32)  # by item row
-        self._prior = np.empty(0, np.float32)  # by item row; -inf where it is not to be found
+        self._prior = np.empty(0, np.float32)  # by item row
+        self._masked = np.empty(0, np.float32)  # the same; -inf where it is not available
         self._seen = -1  # the state's changes that these are of
         self._renewed_ms, self._next = 0, 0  # when it was begun to renew all rows, and the next one of them
 
@@ -61,7 +66,7 @@ class ExactIndex:
         state, items = self._state, self._state.items
         self._refresh(query.now_ms)
         content = torch.from_numpy(query.content)
-        scores = torch.addmv(torch.from_numpy(self._prior), items.weights(), torch.from_numpy(query.item))
+        scores = torch.addmv(torch.from_numpy(self._base(query)), items.weights(), torch.from_numpy(query.item))
         for table, column in ((CATEGORY, CATEGORY_ROW), (SELLER, SELLER_ROW)):
             of_group = torch.mv(state.tables[table].weights(), content)
             scores += of_group[torch.from_numpy(items.used(column))]
@@ -71,6 +76,13 @@ class ExactIndex:
             scores += of_word[words].sum(1) / (words != 0).sum(1).clamp(min=1)
         best, rows = torch.topk(scores, min(self._limit, items.end), sorted=False)
         return items.ids_of(rows[best > -torch.inf].numpy())
+
+    def _base(self, query: Query) -> np.ndarray:
+        """What the scores begin with, float32 [end]: -inf where an item may not be named."""
+        if query.allowed is None and query.prior == 1:
+            return self._masked
+        there = self._state.items.used(AVAILABLE) if query.allowed is None else query.allowed.rows
+        return np.where(there, np.float32(query.prior) * self._prior, -np.float32(np.inf))
 
     def _refresh(self, now_ms: int) -> None:
         """Bring the numbers and the priors up to date with the state, those that hang on time or on other rows slice by
@@ -85,7 +97,7 @@ class ExactIndex:
         self._renew(np.arange(self._next, min(self._next + RENEWED, items.end)), now_ms)
         self._next += RENEWED
         self._prior = self._numbers @ state.ranker.tower_numbers.numpy()
-        self._prior[~items.used(AVAILABLE)] = -np.inf
+        self._masked = np.where(items.used(AVAILABLE), self._prior, -np.float32(np.inf))
         self._seen = state.changes
 
     def _renew(self, rows: np.ndarray, now_ms: int) -> None:
@@ -107,7 +119,7 @@ class Neighbours:
         if not self._limit or not state.ranker.settings.neighbours:
             return np.empty(0, np.int64)
         ids = np.unique(state.items.columns["neighbours"][state.items.find(query.past[0])])
-        ids = ids[state.cards.are_available(ids)]
+        ids = ids[(state.cards.available if query.allowed is None else query.allowed.slots)[state.cards.find(ids)]]
         if len(ids) > self._limit:
             similarity = state.similar(query.past, ids, query.now_ms)
             ids = ids[np.argpartition(-similarity, self._limit)[: self._limit]]
@@ -123,6 +135,8 @@ class Newest:
 
     def candidates(self, query: Query) -> np.ndarray:
         cards = self._state.cards
+        if query.allowed is not None:
+            return cards.newest(self._limit, query.allowed.slots)
         if self._changes != cards.changes:
             self._changes, self._ids = cards.changes, cards.newest(self._limit)
         return self._ids
@@ -134,17 +148,18 @@ class Popular:
     def __init__(self, state: State, limit: int) -> None:
         self._state, self._limit = state, limit
         self._changes, self._ids = -1, np.empty(0, np.int64)
+        self._taken = np.empty(0, np.int64)  # clicks and other interactions by item row
 
     def candidates(self, query: Query) -> np.ndarray:
         state = self._state
         if self._changes != state.changes:
-            self._changes, self._ids = state.changes, self._find()
-        return self._ids
+            self._taken = state.items.used("clicks") + state.items.used("interactions")
+            self._changes, self._ids = state.changes, self._most(state.items.used(AVAILABLE))
+        return self._ids if query.allowed is None else self._most(query.allowed.rows)
 
-    def _find(self) -> np.ndarray:
-        items = self._state.items
-        taken = (items.used("clicks") + items.used("interactions")) * items.used(AVAILABLE)
+    def _most(self, among: np.ndarray) -> np.ndarray:
+        taken = self._taken * among
         rows = np.flatnonzero(taken)
         if len(rows) > self._limit:
             rows = rows[np.argpartition(-taken[rows], self._limit)[: self._limit]]
-        return items.ids_of(rows)
+        return self._state.items.ids_of(rows)

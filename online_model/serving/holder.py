@@ -14,6 +14,7 @@ from typing import Protocol
 from embedding_store.delta import Version
 from online_model.serving.api import ModelInfo, Ranking, RankRequest, Recommendation, RecommendRequest
 from online_model.serving.metrics import Metrics
+from online_model.serving.policy import PolicyInForce
 
 
 class Serving(Protocol):
@@ -22,6 +23,7 @@ class Serving(Protocol):
     epoch: int
     sequence: int  # -1: no version yet
     created_ms: int
+    policy: PolicyInForce
 
     def apply(self, version: Version) -> bool: ...
     def rank(self, request: RankRequest) -> Ranking: ...
@@ -32,10 +34,11 @@ class Serving(Protocol):
 
 
 class Holder:
-    """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so."""
+    """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so. `policy`: that
+    of the first one, and from then on of all."""
 
     def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
-        self.replica = replica
+        self.replica, self.policy = replica, replica.policy
         self.metrics = metrics or Metrics()
         self.metrics.watch(lambda: self.replica)
         self.behind = ""
@@ -54,6 +57,7 @@ class Holder:
 
     def swap(self, replica: Serving) -> None:
         """Serve from another replica (one that has loaded a snapshot) from the next request on."""
+        replica.policy = self.policy
         self.replica = replica
         self.behind = ""
         self.metrics.swapped()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,51 +17,40 @@ import torch
 from embedding_store.delta import Version
 from embedding_store.faults import fault
 from embedding_store.ids import feature_id
-from online_model.examples import QUERY_WORDS
-from online_model.features import ITEM, USER, WORD, UserFeatures, matches, user_features, words_of
-from online_model.feedback import probabilities, strategy
-from online_model.history import history_hash
-from online_model.neighbours import neighbour_numbers
-from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
+from online_model.features import ITEM
+from online_model.feedback import strategy
+from online_model.ranker import CLICK, PURCHASE, WATCH
+from online_model.serving.alike import alike
 from online_model.serving.api import (
-    Context,
-    Id,
+    Alike,
+    Explanation,
     ModelInfo,
     Ranked,
     Ranking,
     RankRequest,
     Recommendation,
     RecommendRequest,
-    Scenario,
     Shown,
+    SimilarItems,
+    SimilarQuery,
 )
 from online_model.serving.approximate import Index
-from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
+from online_model.serving.candidates import Neighbours, Newest, Popular, Source, union
 from online_model.serving.errors import NotReady, VersionGap
-from online_model.serving.explore import explore
+from online_model.serving.explain import explained, moves
+from online_model.serving.explore import Draw, Epsilon, Softmax, Thompson, fill
+from online_model.serving.filters import allowed
+from online_model.serving.policy import Chosen, PolicyInForce
+from online_model.serving.rerank import Rules
+from online_model.serving.scoring import Asked, Scored, Scorer
 from online_model.serving.settings import ReplicaSettings, Scoring
 from online_model.serving.state import State
 from online_model.settings import FeatureSettings, RankerSettings
-
-SCENARIO_INDEX = {name: index for index, name in enumerate(get_args(Scenario))}
 
 
 def wall_clock_ms() -> int:
     """The time, ms UTC."""
     return time.time_ns() // 1_000_000
-
-
-@dataclass(slots=True)
-class _Context:
-    """A user at this moment, in a scenario: what the network is given, and the hash of the state it was made of."""
-
-    inputs: Contexts  # of one
-    mean: torch.Tensor  # [1, D] of the history
-    past: UserFeatures  # of one
-    entries: list[np.ndarray]  # int64 [1, HISTORY] each: ids of the history's items, categories, sellers
-    feature_hash: int
-    now_ms: int
-    scoring: Scoring
 
 
 class Replica:
@@ -78,11 +66,15 @@ class Replica:
         ranker: RankerSettings,
         clock: Callable[[], int] = wall_clock_ms,
         feedback: str = "calibrated",
+        timer: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info)."""
+        """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info). `timer`: seconds,
+        of the deadlines."""
         self.settings = settings
-        self._feedback = strategy(feedback, entire=ranker.entire_space)
-        self.state = State(features, ranker, len(self._feedback.extra))
+        self.policy = PolicyInForce(settings)  # of its own until a holder gives it that of the process
+        how = strategy(feedback, entire=ranker.entire_space)
+        self.state = State(features, ranker, len(how.extra))
+        self._scorer = Scorer(self.state, how, timer)
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
             self.index,
@@ -92,7 +84,6 @@ class Replica:
         ]
         self.epoch, self.sequence, self.created_ms = 0, -1, 0
         self._clock = clock
-        self._rng = np.random.default_rng(settings.policy.exploration.seed)
         self._applied_ms = 0
         self._positions: dict[str, int] = {}
         self._info: dict = {}
@@ -134,55 +125,105 @@ class Replica:
         self.index.prepare(self._clock())
 
     @torch.inference_mode()
-    def rank(self, request: RankRequest) -> Ranking:
-        """Scores of the candidates (as they are given, known or not), the best first. Raises NotReady."""
+    def rank(self, request: RankRequest, deadline: float | None = None) -> Ranking:
+        """Scores of the candidates (as they are given, known or not), the best first. Raises NotReady.
+
+        Past the deadline (seconds of the timer) what is not scored yet is put behind by retrieval's affinity.
+        """
         self._need_model()
-        context = self._context(request.user, request.scenario, request.context)
+        chosen = self.policy.of(request.user)
+        asked = self._scorer.asked(request.user, request.scenario, request.context, self._clock())
         ids = np.array([feature_id(ITEM, item) for item in request.candidates], np.int64)
-        p, score = self._score(context, ids)
-        order = np.argsort(-score, kind="stable").tolist()
-        ranked = [Ranked(request.candidates[i], *self._figures(p, score, i)) for i in order]
-        return Ranking(**self._answer(context), items=ranked)
+        weigh = chosen.scoring(request.scenario)
+        scored = self._scorer.scored(asked, ids, weigh, deadline)
+        order = scored.order.tolist()
+        why = self._explanations(request.explain, asked, scored, weigh, order, [[] for _ in order])
+        figures = _figures(scored, scored.order)
+        ranked = [
+            Ranked(request.candidates[i], *numbers, one) for i, numbers, one in zip(order, figures, why, strict=True)
+        ]
+        return Ranking(**self._answer(asked, chosen, scored), items=ranked)
 
     @torch.inference_mode()
-    def recommend(self, request: RecommendRequest) -> Recommendation:
-        """At most k items that pass the filters, with exploration. Raises NotReady."""
+    def recommend(self, request: RecommendRequest, deadline: float | None = None) -> Recommendation:
+        """At most k items that pass the filters, by the policy of the user's arm; none where none passes. Raises
+        NotReady. Past the deadline what is not scored yet is left out."""
         self._need_model()
-        state, context = self.state, self._context(request.user, request.scenario, request.context)
-        item, content = state.ranker.towers(context.inputs, context.mean)
-        ids = union(self.sources, Query(item[0].numpy(), content[0].numpy(), context.past.items, context.now_ms))
-        slots = state.cards.find(ids)
-        ids, slots = (a[state.cards.available[slots]] for a in (ids, slots))
-        if len(ids) == 0:
+        state, chosen = self.state, self.policy.of(request.user)
+        if not len(state.cards):
             raise NotReady("no item can be recommended yet: send the catalogue to the topic `items`")
-        p, score = self._score(context, ids)
-        epsilon = self.settings.policy.exploration.epsilon
-        shown, propensities = explore(np.argsort(-score, kind="stable"), request.k, epsilon, self._rng)
+        asked = self._scorer.asked(request.user, request.scenario, request.context, self._clock())
+        filtered = allowed(state, request.filters, asked.past.items[0])
+        ids = union(self.sources, self._scorer.query(asked, filtered))
+        slots = state.cards.find(ids)
+        there = (state.cards.available if filtered is None else filtered.slots)[slots]
+        ids, slots = ids[there], slots[there]
+        weigh = chosen.scoring(request.scenario)
+        scored = self._scorer.scored(asked, ids, weigh, deadline)
+        best = scored.order[: scored.reached]
+        of = chosen.reranking, state.cards.category[slots[best]], state.cards.seller[slots[best]]
+        page = fill(request.k, len(best), Rules(*of), self._draw(chosen, scored, weigh, request.k), chosen.rng)
+        shown = best[page.shown]
+        rules = moves(page, Rules(*of)) if request.explain else []
+        why = self._explanations(request.explain, asked, scored, weigh, shown.tolist(), rules)
         places = [
-            Shown(state.cards.raw[slots[i]], *self._figures(p, score, i), position=place, propensity=propensity)
-            for place, (i, propensity) in enumerate(zip(shown, propensities, strict=True))
+            Shown(state.cards.raw[slot], *numbers, one, position=place, propensity=propensity)
+            for place, (slot, numbers, one, propensity) in enumerate(
+                zip(slots[shown].tolist(), _figures(scored, shown), why, page.propensities, strict=True)
+            )
         ]
-        return Recommendation(**self._answer(context), candidates=len(ids), items=places)
+        return Recommendation(**self._answer(asked, chosen, scored), candidates=scored.reached, items=places)
 
-    @staticmethod
-    def _figures(p: np.ndarray, score: np.ndarray, i: int) -> tuple[float, float, float, float]:
-        """Score, click, watch and purchase of candidate i."""
-        return float(score[i]), float(p[i, CLICK]), float(p[i, WATCH]), float(p[i, PURCHASE])
+    @torch.inference_mode()
+    def similar(self, item: str | int, query: SimilarQuery) -> SimilarItems:
+        """At most k available items like one, by the sum of both similarities. Raises NotReady, UnknownItem."""
+        self._need_model()
+        now_ms, raw = self._clock(), self.state.cards.raw
+        pairs = alike(self.state, self.index, item, query.k, now_ms)
+        items = [
+            Alike(raw[slot], together + cosine, together, cosine)
+            for slot, together, cosine in zip(
+                pairs.slots.tolist(), pairs.together.tolist(), pairs.alike.tolist(), strict=True
+            )
+        ]
+        return SimilarItems(item, **self._model(now_ms), items=items)
 
-    def _answer(self, context: _Context) -> dict[str, Any]:
-        """The fields of `Answer`."""
+    def _draw(self, chosen: Chosen, scored: Scored, weigh: Scoring, k: int) -> Draw:
+        """Of the candidates that are scored, the best first."""
+        how, best = chosen.exploration, scored.order[: scored.reached]
+        if how.policy == "epsilon" or not len(best):
+            return Epsilon(how.epsilon)
+        if how.policy == "softmax":
+            return Softmax(scored.score[best], how.temperature)
+        sd = self._scorer.spread(scored.p[best], scored.ids[best], weigh, how.doubt)
+        return Thompson(scored.score[best].astype(np.float64), sd, k)
+
+    def _explanations(
+        self, wanted: bool, asked: Asked, scored: Scored, weigh: Scoring, which: list[int], rules: list[list[str]]
+    ) -> list[Explanation | None]:
+        if not wanted or not which:
+            return [None] * len(which)
+        return explained(self._scorer, asked, scored, weigh, which, rules)
+
+    def _model(self, now_ms: int) -> dict[str, Any]:
+        """What each answer says of the model."""
         return {
-            "request_id": uuid.uuid4().hex, "model_version": self.version,
-            "model_age_ms": max(0, context.now_ms - self.created_ms),
-            "learned_to_ms": int(self._info.get("event_time_ms", 0)), "feature_hash": context.feature_hash,
-            "moment_ms": context.now_ms, "arm": "", "degraded": False,
+            "model_version": self.version, "model_age_ms": max(0, now_ms - self.created_ms),
+            "learned_to_ms": int(self._info.get("event_time_ms", 0)),
+        }  # fmt: skip
+
+    def _answer(self, asked: Asked, chosen: Chosen, scored: Scored) -> dict[str, Any]:
+        """The fields of `Answer`."""
+        return self._model(asked.now_ms) | {
+            "request_id": uuid.uuid4().hex, "feature_hash": asked.feature_hash, "moment_ms": asked.now_ms,
+            "arm": chosen.arm, "degraded": scored.reached < len(scored.ids),
         }  # fmt: skip
 
     def info(self) -> ModelInfo:
         """Which version this is, and what came with it."""
         return ModelInfo(
             self.version, self.epoch, self.sequence, self.created_ms, self._applied_ms, self._positions, self.rows(),
-            self._info,
+            self._info, self.policy.fingerprint,
         )  # fmt: skip
 
     def recall(self) -> float | None:
@@ -197,42 +238,8 @@ class Replica:
         if self.sequence < 0:
             raise NotReady("no model yet: is the trainer running?")
 
-    def _context(self, user: Id, scenario: str, context: Context) -> _Context:
-        state = self.state
-        row = state.users.find(np.array([feature_id(USER, user)], np.int64))
-        now_ms = self._clock()
-        history = state.users.columns["history"][row]
-        past = user_features(history, now_ms)
-        rows = state.items.find(past.items[0])
-        item, content = state.vectors(rows)
-        words = state.tables[WORD].find(words_of(context.query, QUERY_WORDS))[None]
-        inputs = Contexts(
-            user=state.users.gather(row), entries=(item + content)[None], kinds=torch.from_numpy(past.kinds),
-            recency=torch.from_numpy(past.recency), query=state.mean_of_words(words),
-            moment=torch.from_numpy(past.context), scenario=torch.tensor([SCENARIO_INDEX[scenario]]),
-        )  # fmt: skip
-        _, *groups = state.ids(rows)
-        entries = [past.items, *(ids[None] for ids in groups)]
-        return _Context(
-            inputs, state.ranker.history_mean(inputs), past, entries, history_hash(history[0]), now_ms,
-            getattr(self.settings.policy, scenario),
-        )  # fmt: skip
 
-    def _score(self, context: _Context, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities float32 [n, heads] and scores float32 [n] of item ids int64 [n]."""
-        state = self.state
-        rows = state.items.find(ids)
-        item, content = state.vectors(rows)
-        ctx = np.zeros(len(ids), np.int64)
-        alike = matches(context.past, context.entries, [ids, *state.ids(rows)[1:]], ctx)
-        numbers = np.concatenate((state.numbers(rows, context.now_ms), alike), axis=1)
-        near = neighbour_numbers(state.similar(context.past.items, ids, context.now_ms))
-        logits = state.ranker(
-            context.inputs,
-            Items(item, content, torch.from_numpy(numbers), torch.from_numpy(near), None, torch.from_numpy(ctx)),
-            context.mean,
-        )
-        p = probabilities(logits, self._feedback).numpy()
-        weigh = context.scoring
-        gain = weigh.click + weigh.watch * p[:, WATCH] + weigh.purchase * p[:, PURCHASE]
-        return p, p[:, CLICK] * gain
+def _figures(scored: Scored, which: np.ndarray) -> Iterator[tuple[float, float, float, float]]:
+    """Score, click, watch and purchase of the candidates `which`."""
+    click, watch, purchase = (scored.p[which, head].tolist() for head in (CLICK, WATCH, PURCHASE))
+    return zip(scored.score[which].tolist(), click, watch, purchase, strict=True)

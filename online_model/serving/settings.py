@@ -35,6 +35,9 @@ class Exploration(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     policy: Literal["epsilon", "softmax", "thompson"] = "epsilon"
     epsilon: Annotated[float, Meta(ge=0, le=1, description="of the places go to a candidate drawn uniformly")] = 0.1
     temperature: Annotated[float, Meta(gt=0, description="of softmax, over the logarithm of the score")] = 0.2
+    doubt: Annotated[
+        float, Meta(gt=0, description="of thompson: standard deviation of a head's logit for an item that is new")
+    ] = 0.5
     seed: Annotated[int, Meta(ge=0)] | None = None  # of the draws; none: another one in each process
 
 
@@ -96,3 +99,11 @@ class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
     ] = 50
     policy: Policy = Policy()
     limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        total = sum(arm.share for arm in self.arms)
+        if total > 1 + 1e-9:
+            raise ValueError(f"the shares of the arms are {total:g} together, more than 1")
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two arms have one name: {', '.join(names)}")

@@ -16,9 +16,10 @@ from online_model.settings import FeatureSettings, RankerSettings
 
 # What the replica adds to an item's row, so that a request need not look it up.
 CATEGORY_ROW, SELLER_ROW, WORD_ROWS, AVAILABLE, STAMP = "category_row", "seller_row", "word_rows", "available", "stamp"
+SLOT = "slot"  # of its card
 _OWN = {
     CATEGORY_ROW: ("<i8", ()), SELLER_ROW: ("<i8", ()), WORD_ROWS: ("<i8", (TITLE_WORDS,)), AVAILABLE: ("?", ()),
-    STAMP: ("<i8", ()),
+    STAMP: ("<i8", ()), SLOT: ("<i4", ()),
 }  # fmt: skip
 _LINKED = {CATEGORY: CATEGORY_ROW, SELLER: SELLER_ROW, WORD: WORD_ROWS}  # table → the column of rows in it
 _IDS = {CATEGORY: "category", SELLER: "seller", WORD: "words"}  # table → the column of ids in it
@@ -118,6 +119,13 @@ class State:
         similarity, column = similar(past, ids, lists)
         return similarity[0, column]
 
+    def slots(self, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Slots int64 [n] of the cards of items: ids int64 [n], their rows int64 [n]."""
+        slots, without = self.items.columns[SLOT][rows].astype(np.int64), rows == 0
+        if without.any():
+            slots[without] = self.cards.find(ids[without])
+        return slots
+
     def ids(self, rows: np.ndarray) -> list[np.ndarray]:
         """Ids of item, category and seller, int64 [n] each, of item rows int64 [n]: what `matches` compares."""
         columns = self.items.columns
@@ -128,7 +136,8 @@ class State:
         rows = rows[rows > 0]
         self._relink(rows)
         columns = self.items.columns
-        columns[AVAILABLE][rows] = self.cards.are_available(self.items.ids_of(rows))
+        columns[SLOT][rows] = self.cards.find(self.items.ids_of(rows))
+        columns[AVAILABLE][rows] = self.cards.available[columns[SLOT][rows]]
         columns[STAMP][rows] = self.changes
 
     def _relink(self, rows: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import pytest
 from embedding_store.delta import Assembler
 from online_model.history import unpack
 from online_model.serving.replica import Replica
-from online_model.serving.settings import ReplicaSettings
+from online_model.serving.settings import Exploration, Policy, ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import open_trainer
 from replay.simulator import Marketplace, Request, SimulatorSettings
@@ -45,7 +45,8 @@ class Loop:
         self.world, self.dice = Marketplace(WORLD), random.Random(3)
         self.joiner = Joiner(JoinSettings(wait_ms=3_000), 0)
         self.trainer = open_trainer(MODEL, store, lambda: self.now)
-        self.replica = Replica(ReplicaSettings(seed=1), MODEL.features, MODEL.ranker, clock=lambda: self.now)
+        settings = ReplicaSettings(policy=Policy(exploration=Exploration(seed=1)))
+        self.replica = Replica(settings, MODEL.features, MODEL.ranker, clock=lambda: self.now)
         self.lag, self.assembler, self.versions = lag, Assembler(), []
         self.records: list[Record] = []
         self.offset = self.blocks = 0

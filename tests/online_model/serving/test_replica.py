@@ -21,7 +21,8 @@ from online_model.history import EMPTY, as_array, history_hash
 from online_model.ranker import CLICK, PURCHASE, WATCH, Ranker
 from online_model.serving.api import Scenario
 from online_model.serving.errors import NotReady, VersionGap
-from online_model.serving.replica import SCENARIO_INDEX, Replica
+from online_model.serving.replica import Replica
+from online_model.serving.scoring import SCENARIO_INDEX
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import FeatureSettings
 from streams.events import SCENARIOS
