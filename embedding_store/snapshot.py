@@ -2,14 +2,19 @@
 
 A snapshot is written beside its place and renamed there, so a directory of that name is whole. Its files are the parts
 of `delta.encode`. It holds what replicas need: no momentum, no trainer's state.
+
+Who needs one puts a `Request` beside them: a file of its own, which goes when a snapshot is there that was begun after
+it. The folder is all that the two sides share; either may be away for as long as it likes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -25,12 +30,58 @@ KEEP = 3
 _PART_BYTES = 16 << 20
 _CHUNK = 10_000  # rows at a time: small, so that the trainer's thread gets its turn in between
 _NAME = re.compile(r"\d+-\d+")
+_WANTED = ".wanted-"
+_MAX_REQUEST = 4_096  # bytes that are read of a request
+
+
+class Request:
+    """One asker's wish for a snapshot in `directory`. Several askers know nothing of each other."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / f"{_WANTED}{uuid.uuid4().hex}"
+        self._made = False
+
+    def make(self, useless: Iterable[Path] = ()) -> None:
+        """Ask; `useless`: snapshots that are there and cannot be used. Raises StoreError."""
+        with _mapped_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("".join(f"{path.name}\n" for path in useless), "utf-8")
+        self._made = True
+
+    @property
+    def open(self) -> bool:
+        """Whether it was made and there is no answer yet."""
+        return self._made and self._path.exists()
+
+    @property
+    def answered(self) -> bool:
+        """Whether a snapshot is there that was begun after it was made: of the last commit of then, or a later one."""
+        return self._made and not self._path.exists()
+
+    def withdraw(self) -> None:
+        """Nothing is asked for any more."""
+        self._made = False
+        self._path.unlink(missing_ok=True)
+
+
+def requests(directory: Path) -> dict[Path, set[str]]:
+    """The open requests in `directory` → the names of the snapshots that are of no use to who asks. Remove a request
+    once the snapshot is there, that the asker takes for the answer. Never raises: what cannot be read asks for nothing.
+    """
+    found: dict[Path, set[str]] = {}
+    with contextlib.suppress(OSError):  # there is no such folder yet, or its disk fails: writing to it will say so
+        for path in directory.glob(f"{_WANTED}*"):
+            with path.open("rb") as file:
+                found[path] = set(file.read(_MAX_REQUEST).decode("utf-8", "replace").split())
+    return found
 
 
 def snapshot_of(
-    store: CheckpointStore, directory: Path, keep: int = KEEP, wanted: Callable[[Version], bool] = lambda version: True
-) -> Path | None:
-    """Writes the last commit of `store` as a snapshot into `directory` and returns its path.
+    store: CheckpointStore, directory: Path, keep: int = KEEP, wanted: Callable[[Version], bool] = lambda version: True,
+    anew: Collection[str] = (),
+) -> Path | None:  # fmt: skip
+    """Writes the last commit of `store` as a snapshot into `directory` and returns its path. One that is there already
+    stays, unless its name is among `anew`.
 
     None, and nothing is written, where that commit's version (without its rows) is not `wanted`.
 
@@ -49,7 +100,7 @@ def snapshot_of(
                 raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
             if not wanted(version):
                 return None
-            return _write(directory, version, _rows(frozen), _blobs(frozen), keep)
+            return _write(directory, version, _rows(frozen), _blobs(frozen), keep, anew)
 
 
 def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:
@@ -59,7 +110,13 @@ def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:
 
 def latest_snapshot(directory: Path) -> Path | None:
     """The newest snapshot in `directory`; None where there is none."""
-    return max(_snapshots(directory), key=place_of, default=None)
+    return next(iter(snapshots(directory)), None)
+
+
+def snapshots(directory: Path) -> list[Path]:
+    """All snapshots in `directory`, the newest first."""
+    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
+    return sorted(found, key=place_of, reverse=True)
 
 
 def place_of(path: Path) -> tuple[int, int]:
@@ -92,12 +149,13 @@ def _write(
     tables: Iterable[tuple[str, TableRows]],
     blobs: Iterable[tuple[str, dict[int, bytes]]],
     keep: int,
+    anew: Collection[str] = (),
 ) -> Path:
     final = directory / f"{version.epoch}-{version.sequence}"
     partial = directory / ".partial"
     with _mapped_errors(directory):
         shutil.rmtree(partial, ignore_errors=True)
-        if final.exists():
+        if final.exists() and final.name not in anew:
             return final
         partial.mkdir(parents=True)
         try:
@@ -106,13 +164,15 @@ def _write(
                 fault("snapshot.part")
             sync_directory(partial)
             fault("snapshot.written")
+            if final.exists():
+                shutil.rmtree(final)
             partial.rename(final)
             fault("snapshot.renamed")
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         sync_directory(directory)
-        for old in sorted(_snapshots(directory), key=place_of)[:-keep]:
+        for old in snapshots(directory)[keep:]:
             shutil.rmtree(old, ignore_errors=True)
         fault("snapshot.done")
     return final
@@ -129,10 +189,6 @@ def _blobs(store: CheckpointStore) -> Iterator[tuple[str, dict[int, bytes]]]:
         blobs = store.iter_blobs(name)
         while chunk := dict(islice(blobs, _CHUNK)):
             yield name, chunk
-
-
-def _snapshots(directory: Path) -> list[Path]:
-    return [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
 
 
 def _mapped_errors(path: Path) -> AbstractContextManager[None]:

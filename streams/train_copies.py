@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
 from embedding_store.errors import StoreError
 from embedding_store.kept import KeptCheckpoints
-from embedding_store.snapshot import latest_snapshot, place_of, snapshot_of
+from embedding_store.snapshot import latest_snapshot, place_of, requests, snapshot_of
 from online_model.checkpoints import describe
 from online_model.guard import is_held
 from online_model.trainer import Trainer
@@ -23,6 +23,9 @@ from streams.settings import TrainWorkerSettings
 log = logging.getLogger("headrace")
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
+LOOK_SECONDS = 0.2  # between two looks for replicas that ask for a snapshot
+REST = 4.0  # × what the last snapshot took, but …
+LEAST_REST = 2.0  # … at least so many seconds lie between two that were asked for
 
 
 class TrainCopies:
@@ -44,24 +47,38 @@ class TrainCopies:
     async def snapshots(self) -> None:
         """A snapshot as soon as there is something for a replica to start from, then one every interval.
 
-        Also as soon as an epoch begins, of its first version: replicas may be past where it goes on from.
+        Also as soon as an epoch begins, of its first version: replicas may be past where it goes on from. And when a
+        replica asks for one (`snapshot.Request`): however many ask, at once or again and again, a fifth of the time
+        goes into it at most. While versions are held back there is nothing to answer with: requests wait.
         """
-        newest = latest_snapshot(self._folder)
-        if newest is None or place_of(newest)[0] != self._trainer.epoch:
-            await self._begun()
-            await self.snapshot()
+        newest, trainer = latest_snapshot(self._folder), self._trainer
+        begins = newest is None or place_of(newest)[0] != trainer.epoch  # and has no snapshot yet
+        due = time.monotonic() + self._settings.snapshot_interval_s
+        rested = 0.0
         while True:
+            now = time.monotonic()
+            asked = requests(self._folder) if now >= rested and trainer.sequence and not trainer.guard.held else {}
+            begun = self.epoch_begun.is_set() or (begins and trainer.begun)
+            if asked or begun or now >= due:
+                self.epoch_begun.clear()
+                begins = begins and not begun
+                written = await self.snapshot(set().union(*asked.values()))
+                for request in asked if written else ():
+                    with contextlib.suppress(OSError):  # another user's: it is answered again after a rest
+                        request.unlink(missing_ok=True)
+                end = time.monotonic()
+                rested = end + max(LEAST_REST, REST * (end - now))
+                due = end + self._settings.snapshot_interval_s if now >= due else due
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.snapshot_interval_s):
+                async with asyncio.timeout(LOOK_SECONDS):
                     await self.epoch_begun.wait()
-            self.epoch_begun.clear()
-            await self.snapshot()
 
-    async def snapshot(self) -> None:
-        """In a thread of its own: the training goes on meanwhile."""
+    async def snapshot(self, anew: Collection[str] = ()) -> bool:
+        """In a thread of its own: the training goes on meanwhile. Whether there is one of the last commit now; one that
+        was there is written `anew` if its name is among these."""
         trainer = self._trainer
         if not trainer.sequence:
-            return
+            return False
         try:
             erasures = trainer.erasures
             if erasures > trainer.purged:
@@ -69,21 +86,23 @@ class TrainCopies:
                 trainer.purged = erasures
         except StoreError as error:
             log.error("no snapshot: %s", error)
-            return
-        await asyncio.to_thread(self._write_snapshot)
+            return False
+        return await asyncio.to_thread(self._write_snapshot, anew)
 
-    def _write_snapshot(self) -> None:
+    def _write_snapshot(self, anew: Collection[str] = ()) -> bool:
         """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""
         try:
             with self._lock:
                 path = snapshot_of(
                     self._trainer.store, self._folder, self._settings.snapshots_kept,
-                    lambda version: not is_held(version.info),
+                    lambda version: not is_held(version.info), anew,
                 )  # fmt: skip
-            if path is not None:
-                log.info("snapshot %s", path.name)
         except StoreError as error:
             log.error("no snapshot: %s", error)
+            return False
+        if path is not None:
+            log.info("snapshot %s", path.name)
+        return path is not None
 
     def _snapshot_of_the_last_good(self) -> None:
         """The trainer's `on_hold`: replicas that start while versions are held back start from the last good one, also
