@@ -24,6 +24,7 @@ from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
 from online_model.serving.errors import VersionGap
 from online_model.serving.holder import Holder
+from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica, ReplicaSettings
 from online_model.settings import Feedback
 from streams.settings import ServeWorkerSettings
@@ -37,7 +38,9 @@ LOOK_SECONDS = 0.5  # for a snapshot that is being waited for
 class Follower:
     """Feeds a holder's replica from the topic `parameters` and the snapshots."""
 
-    def __init__(self, settings: ServeWorkerSettings, holder: Holder) -> None:
+    def __init__(self, settings: ServeWorkerSettings, holder: Holder, live: LiveUsers | None = None) -> None:
+        """`live`: for the replicas that it makes."""
+        self._live = live
         self._settings, self._holder = settings.serve, holder
         self._snapshots = settings.data_dir / "snapshots"
         self._partition = TopicPartition(settings.topics.parameters, 0)
@@ -92,7 +95,7 @@ class Follower:
 
     def _apply(self, version: Version) -> None:
         if version.base is None and self._holder.replica.sequence < 0:
-            self._holder.swap(_replica_of(version, self._settings))
+            self._holder.swap(_replica_of(version, self._settings, self._live))
         else:
             self._holder.apply(version)
 
@@ -111,7 +114,7 @@ class Follower:
             return False
         try:
             version = await asyncio.to_thread(read_snapshot, path)
-            replica = await asyncio.to_thread(_replica_of, version, self._settings)
+            replica = await asyncio.to_thread(_replica_of, version, self._settings, self._live)
             await asyncio.to_thread(replica.prepare)
         except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
             log.error("%s", error)
@@ -130,7 +133,7 @@ class Follower:
         return True
 
 
-def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
+def _replica_of(version: Version, settings: ReplicaSettings, live: LiveUsers | None) -> Replica:
     """A replica at a version that holds everything; what its model is like, the version says. Raises CorruptRecord."""
     try:
         model = version.info["settings"]
@@ -140,7 +143,7 @@ def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
     except (KeyError, msgspec.ValidationError) as error:
         name = f"{version.epoch}.{version.sequence}"
         raise CorruptRecord(f"version {name} does not say what its model is like ({error}): it is left out") from error
-    replica = Replica(settings, features, ranker, feedback=feedback)
+    replica = Replica(settings, features, ranker, feedback=feedback, live=live)
     replica.apply(version)
     return replica
 

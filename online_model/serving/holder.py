@@ -13,6 +13,7 @@ from typing import Protocol
 
 from embedding_store.delta import Version
 from online_model.serving.api import ModelInfo, Ranking, RankRequest, Recommendation, RecommendRequest
+from online_model.serving.live import Action, Coverage
 from online_model.serving.metrics import Metrics
 
 
@@ -22,6 +23,7 @@ class Serving(Protocol):
     epoch: int
     sequence: int  # -1: no version yet
     created_ms: int
+    coverage: Coverage
 
     def apply(self, version: Version) -> bool: ...
     def rank(self, request: RankRequest) -> Ranking: ...
@@ -29,6 +31,7 @@ class Serving(Protocol):
     def info(self) -> ModelInfo: ...
     def rows(self) -> dict[str, int]: ...
     def recall(self) -> float | None: ...
+    def holds(self, user: int, action: Action) -> bool | None: ...
 
 
 class Holder:

@@ -21,7 +21,7 @@ from embedding_store.ids import feature_id
 from online_model.examples import QUERY_WORDS
 from online_model.features import ITEM, USER, WORD, UserFeatures, matches, user_features, words_of
 from online_model.feedback import probabilities, strategy
-from online_model.history import history_hash
+from online_model.history import as_array, history_hash
 from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import (
@@ -40,6 +40,7 @@ from online_model.serving.approximate import Index
 from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
 from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explore import explore
+from online_model.serving.live import Action, Coverage, LiveUsers, marks_of
 from online_model.serving.settings import ReplicaSettings, Scoring
 from online_model.serving.state import State
 from online_model.settings import FeatureSettings, RankerSettings
@@ -78,9 +79,13 @@ class Replica:
         ranker: RankerSettings,
         clock: Callable[[], int] = wall_clock_ms,
         feedback: str = "calibrated",
+        live: LiveUsers | None = None,
     ) -> None:
-        """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info)."""
+        """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info). `live`: what
+        users did that no version holds yet; it may be shared with the replicas before and after this one."""
         self.settings = settings
+        self.coverage = Coverage()
+        self._live = live
         self._feedback = strategy(feedback, entire=ranker.entire_space)
         self.state = State(features, ranker, len(self._feedback.extra))
         self.index = Index(self.state, settings)
@@ -118,7 +123,7 @@ class Replica:
                 "snapshot into a fresh replica"
             )
         fault("apply.begun")
-        cards = self.state.check(version)
+        cards, marks = self.state.check(version), marks_of(version)
         fault("apply.checked")
         self.state.change(version, cards)
         fault("apply.changed")
@@ -126,6 +131,7 @@ class Replica:
         self._applied_ms = self._clock()
         self._positions = {str(partition): offset for partition, offset in version.positions.items()}
         self._info = version.info
+        self.coverage.advance(version, marks)
         fault("apply.done")
         return True
 
@@ -193,15 +199,24 @@ class Replica:
         """Rows held, by table; cards under "card"."""
         return {name: len(table) for name, table in self.state.tables.items()} | {"card": len(self.state.cards)}
 
+    def holds(self, user: int, action: Action) -> bool | None:
+        """Whether the row of `user` (feature id) is from after `action`; None: there is no row."""
+        known = self.state.users.find(np.array([user], np.int64))[0]
+        return self.coverage.holds(user, action) if known else None
+
     def _need_model(self) -> None:
         if self.sequence < 0:
             raise NotReady("no model yet: is the trainer running?")
 
     def _context(self, user: Id, scenario: str, context: Context) -> _Context:
         state = self.state
-        row = state.users.find(np.array([feature_id(USER, user)], np.int64))
+        user_id = feature_id(USER, user)
+        row = state.users.find(np.array([user_id], np.int64))
         now_ms = self._clock()
         history = state.users.columns["history"][row]
+        if self._live is not None:
+            known = history[0].tobytes() if row[0] else None
+            history = as_array([self._live.history(user_id, known, self.coverage, now_ms)])
         past = user_features(history, now_ms)
         rows = state.items.find(past.items[0])
         item, content = state.vectors(rows)
