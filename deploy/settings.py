@@ -128,7 +128,15 @@ class Settings:
     def serve(self) -> ServeWorkerSettings:
         from streams.settings import ServeWorkerSettings
 
-        return self._section("serve", ServeWorkerSettings)
+        # A replica puts users' actions in the order in which the joiner does: what that hangs on is set in [join].
+        names = ("disorder_ms", "future_ms")
+        joins = {name: getattr(self.join.join, name) for name in names}
+        serve = Settings([Layer("[join]", {"serve": joins}), *self._layers])._section("serve", ServeWorkerSettings)
+        for name in names:
+            if getattr(serve, name) != joins[name]:
+                text = f"serve.{name} is {getattr(serve, name)}, that of [join] is {joins[name]}: set it there only"
+                raise UsageError(text)
+        return serve
 
     @cached_property
     def simulator(self) -> SimulatorSettings:

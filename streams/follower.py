@@ -35,6 +35,7 @@ from embedding_store.snapshot import Request, place_of, read_snapshot, snapshots
 from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
 from online_model.serving.holder import Holder
+from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica, ReplicaSettings
 from online_model.settings import Feedback
 from streams.early import Early, Place, place
@@ -54,7 +55,9 @@ class Follower:
     """Feeds a holder's replica from the topic `parameters` and the snapshots. `caught_up` is set once it is where the
     topic ended when it was started, or past it; until then `holder.behind` says how far it is."""
 
-    def __init__(self, settings: ServeWorkerSettings, holder: Holder) -> None:
+    def __init__(self, settings: ServeWorkerSettings, holder: Holder, live: LiveUsers | None = None) -> None:
+        """`live`: for the replicas that it makes."""
+        self._live = live
         self._settings, self._holder = settings.serve, holder
         self.caught_up = asyncio.Event()
         self._folder = settings.data_dir / "snapshots"
@@ -142,7 +145,7 @@ class Follower:
                 return
             try:
                 if self._empty:
-                    self._holder.swap(_replica_of(version, self._settings))
+                    self._holder.swap(_replica_of(version, self._settings, self._live))
                 else:
                     self._holder.apply(version)
             except CorruptRecord as error:
@@ -253,7 +256,7 @@ class Follower:
                 continue
             try:
                 version = await asyncio.to_thread(read_snapshot, path)
-                replica = await asyncio.to_thread(_replica_of, version, self._settings)
+                replica = await asyncio.to_thread(_replica_of, version, self._settings, self._live)
                 await asyncio.to_thread(replica.prepare)
             except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
                 log.error("%s", error)
@@ -303,7 +306,7 @@ class Follower:
         self._say()
 
 
-def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
+def _replica_of(version: Version, settings: ReplicaSettings, live: LiveUsers | None) -> Replica:
     """A replica at a version that holds everything; what its model is like, the version says. Raises CorruptRecord."""
     try:
         model = version.info["settings"]
@@ -314,7 +317,7 @@ def _replica_of(version: Version, settings: ReplicaSettings) -> Replica:
         raise CorruptRecord(
             f"version {_name(version)} does not say what its model is like ({error}): it is left out"
         ) from error
-    replica = Replica(settings, features, ranker, feedback=feedback)
+    replica = Replica(settings, features, ranker, feedback=feedback, live=live)
     replica.apply(version)
     return replica
 

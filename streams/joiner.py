@@ -51,8 +51,8 @@ from streams.join_state import NEVER, Changes, JoinState, Pair, Shown, Window
 from streams.open_impressions import OpenImpressions
 
 _Ms = Annotated[int, Meta(ge=0, le=1 << 40)]
-_item_id = lru_cache(maxsize=50_000)(partial(feature_id, "item"))  # by far most are hashed again and again
-_KIND: dict[type, int] = {
+item_id = lru_cache(maxsize=50_000)(partial(feature_id, "item"))  # by far most are hashed again and again
+KIND: dict[type, int] = {
     Click: int(Kind.CLICK), Watch: int(Kind.WATCH), Cart: int(Kind.CART), Favourite: int(Kind.FAVOURITE),
     Purchase: int(Kind.PURCHASE),
 }  # fmt: skip
@@ -184,7 +184,7 @@ class Joiner:
         users = {event.user for event in named}
         ids = {user: feature_id("user", user) for user in users}
         self._histories.fetch(set(ids.values()))
-        self._windows.fetch({(ids[e.user], _item_id(e.item)) for e in named if isinstance(e, (Click, Purchase))})
+        self._windows.fetch({(ids[e.user], item_id(e.item)) for e in named if isinstance(e, (Click, Purchase))})
         for record, event in zip(records, events, strict=True):
             stamp = record.timestamp_ms
             if not isinstance(event, Rejected) and stamp is not None and event.ts > stamp + self.settings.future_ms:
@@ -297,7 +297,7 @@ class Joiner:
             self.counts.skew_checked += 1
             self.counts.skew_differs += event.feature_hash != history_hash(history)
         items, positions, propensities = event.items, event.positions, event.propensities
-        ids = list(map(_item_id, items))
+        ids = list(map(item_id, items))
         same = self.open.items_of(user, request, ts - self.settings.open_ms)
         if same or len(set(ids)) < len(ids):
             new = _distinct(ids, same)
@@ -351,7 +351,7 @@ class Joiner:
 
     def _act(self, event: Action, event_id: str, user: int, now: int, late: bool) -> None:
         """7 and 8. `now`: ts, or where it is late the watermark."""
-        item = _item_id(event.item)
+        item = item_id(event.item)
         match event:
             case Click():
                 joined = self._click(event, event_id, (user, item), now, late)
@@ -365,7 +365,7 @@ class Joiner:
             self.counts.open -= 1
             self.counts.joined += joined
             self.counts.history_only += not joined
-        kind = _KIND.get(type(event))
+        kind = KIND.get(type(event))
         if kind is not None:
             history = self._histories.get(user) or UserHistory()
             history.push(item, event.ts, kind)

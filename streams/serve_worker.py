@@ -17,9 +17,11 @@ from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
+from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica
 from streams import app
 from streams.follower import Follower
+from streams.live_events import LiveEvents
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
 
@@ -57,17 +59,20 @@ async def _serve(
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
-    follower = Follower(settings, holder)
-    following, serving = asyncio.create_task(follower.run()), asyncio.create_task(server.serve([listening]))
-    for task in (following, serving):
+    live = LiveUsers(settings.live_actions, settings.disorder_ms)
+    parts: list[Follower | LiveEvents] = [Follower(settings, holder, live), LiveEvents(settings, holder, live)]
+    working = [asyncio.create_task(part.run()) for part in parts]
+    serving = asyncio.create_task(server.serve([listening]))
+    for task in (*working, serving):
         task.add_done_callback(app.fail_loudly)
     log.info("serving on http://%s:%s", *listening.getsockname())
     await stop.wait()
     holder.close()
     server.should_exit = True
     await serving
-    following.cancel()
-    await asyncio.gather(following, return_exceptions=True)
+    for task in working:
+        task.cancel()
+    await asyncio.gather(*working, return_exceptions=True)
 
 
 def _listen(port: int) -> socket.socket:

@@ -96,3 +96,8 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     topics: TopicSettings = TopicSettings()
     serve: ReplicaSettings = ReplicaSettings()
     port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
+    live_actions: Annotated[
+        int, Meta(ge=2, description="actions of users that are kept in memory until their rows hold them")
+    ] = 100_000
+    disorder_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 250
+    future_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 60_000

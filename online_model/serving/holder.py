@@ -13,6 +13,7 @@ from typing import Protocol
 
 from embedding_store.delta import Version
 from online_model.serving.api import ModelInfo, Ranking, RankRequest, Recommendation, RecommendRequest
+from online_model.serving.live import Action, Coverage
 from online_model.serving.metrics import Metrics
 from online_model.serving.policy import PolicyInForce
 
@@ -24,6 +25,7 @@ class Serving(Protocol):
     sequence: int  # -1: no version yet
     created_ms: int
     policy: PolicyInForce
+    coverage: Coverage
 
     def apply(self, version: Version) -> bool: ...
     def rank(self, request: RankRequest) -> Ranking: ...
@@ -31,6 +33,7 @@ class Serving(Protocol):
     def info(self) -> ModelInfo: ...
     def rows(self) -> dict[str, int]: ...
     def recall(self) -> float | None: ...
+    def holds(self, user: int, action: Action) -> bool | None: ...
 
 
 class Holder:

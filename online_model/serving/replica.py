@@ -40,6 +40,7 @@ from online_model.serving.errors import NotReady, VersionGap
 from online_model.serving.explain import explained, moves
 from online_model.serving.explore import Draw, Epsilon, Softmax, Thompson, fill
 from online_model.serving.filters import allowed
+from online_model.serving.live import Action, Coverage, LiveUsers, marks_of
 from online_model.serving.policy import Chosen, PolicyInForce
 from online_model.serving.rerank import Rules
 from online_model.serving.scoring import Asked, Scored, Scorer
@@ -67,14 +68,17 @@ class Replica:
         clock: Callable[[], int] = wall_clock_ms,
         feedback: str = "calibrated",
         timer: Callable[[], float] = time.perf_counter,
+        live: LiveUsers | None = None,
     ) -> None:
         """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info). `timer`: seconds,
-        of the deadlines."""
+        of the deadlines. `live`: what users did that no version holds yet; it may be shared with the replicas before and
+        after this one."""
         self.settings = settings
+        self.coverage = Coverage()
         self.policy = PolicyInForce(settings)  # of its own until a holder gives it that of the process
         how = strategy(feedback, entire=ranker.entire_space)
         self.state = State(features, ranker, len(how.extra))
-        self._scorer = Scorer(self.state, how, timer)
+        self._scorer = Scorer(self.state, how, timer, live, self.coverage)
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
             self.index,
@@ -109,7 +113,7 @@ class Replica:
                 "snapshot into a fresh replica"
             )
         fault("apply.begun")
-        cards = self.state.check(version)
+        cards, marks = self.state.check(version), marks_of(version)
         fault("apply.checked")
         self.state.change(version, cards)
         fault("apply.changed")
@@ -117,6 +121,7 @@ class Replica:
         self._applied_ms = self._clock()
         self._positions = {str(partition): offset for partition, offset in version.positions.items()}
         self._info = version.info
+        self.coverage.advance(version, marks)
         fault("apply.done")
         return True
 
@@ -233,6 +238,11 @@ class Replica:
     def rows(self) -> dict[str, int]:
         """Rows held, by table; cards under "card"."""
         return {name: len(table) for name, table in self.state.tables.items()} | {"card": len(self.state.cards)}
+
+    def holds(self, user: int, action: Action) -> bool | None:
+        """Whether the row of `user` (feature id) is from after `action`; None: there is no row."""
+        known = self.state.users.find(np.array([user], np.int64))[0]
+        return self.coverage.holds(user, action) if known else None
 
     def _need_model(self) -> None:
         if self.sequence < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
@@ -25,13 +24,14 @@ from online_model.features import (
     words_of,
 )
 from online_model.feedback import Strategy, probabilities
-from online_model.history import history_hash
+from online_model.history import as_array, history_hash
 from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Context, Id, Scenario
 from online_model.serving.approximate import vectors
 from online_model.serving.candidates import Query
 from online_model.serving.filters import Allowed
+from online_model.serving.live import Coverage, LiveUsers
 from online_model.serving.settings import Scoring
 from online_model.serving.state import State
 
@@ -67,14 +67,21 @@ class Scored:
 class Scorer:
     """Scores with a replica's state. `timer`: seconds, as deadlines are given in."""
 
-    def __init__(self, state: State, feedback: Strategy, timer: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, state: State, feedback: Strategy, timer: Callable[[], float], live: LiveUsers | None, coverage: Coverage
+    ) -> None:
         self._state, self._feedback, self._timer = state, feedback, timer
+        self._live, self._coverage = live, coverage
 
     def asked(self, user: Id, scenario: str, context: Context, now_ms: int) -> Asked:
         """The user as known here; an unknown one is the default row with an empty history."""
         state = self._state
-        row = state.users.find(np.array([feature_id(USER, user)], np.int64))
+        user_id = feature_id(USER, user)
+        row = state.users.find(np.array([user_id], np.int64))
         history = state.users.columns["history"][row]
+        if self._live is not None:
+            known = history[0].tobytes() if row[0] else None
+            history = as_array([self._live.history(user_id, known, self._coverage, now_ms)])
         past = user_features(history, now_ms)
         rows = state.items.find(past.items[0])
         item, content = state.vectors(rows)

@@ -16,6 +16,8 @@ import pytest
 
 from embedding_store.delta import Assembler
 from online_model.history import unpack
+from online_model.serving.holder import Holder
+from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica
 from online_model.serving.settings import Exploration, Policy, ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
@@ -26,6 +28,9 @@ from streams.blocks import decode_block, encode_block
 from streams.catalogue import catalogue_item
 from streams.events import Event, Item, Tick, encode
 from streams.joiner import Joiner, JoinSettings, Record
+from streams.live_events import LiveEvents
+from streams.settings import ServeWorkerSettings
+from tests.online_model.serving.world import recommend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,15 +43,19 @@ LATE_MS = 5_000  # some actions come so much later than they were done
 
 
 class Loop:
-    """The system around a marketplace. `lag`: how many versions the replica is behind, after the first."""
+    """The system around a marketplace. `lag`: how many versions the replica is behind, after the first. `live`: it
+    reads the events itself."""
 
-    def __init__(self, store: Path, lag: int = 0) -> None:
+    def __init__(self, store: Path, lag: int = 0, live: bool = False) -> None:
         self.now = START_MS
         self.world, self.dice = Marketplace(WORLD), random.Random(3)
         self.joiner = Joiner(JoinSettings(wait_ms=3_000), 0)
         self.trainer = open_trainer(MODEL, store, lambda: self.now)
         settings = ReplicaSettings(policy=Policy(exploration=Exploration(seed=1)))
-        self.replica = Replica(settings, MODEL.features, MODEL.ranker, clock=lambda: self.now)
+        users = LiveUsers(kept=100_000, disorder_ms=self.joiner.settings.disorder_ms) if live else None
+        self.replica = Replica(settings, MODEL.features, MODEL.ranker, clock=lambda: self.now, live=users)
+        worker = ServeWorkerSettings(bootstrap="", data_dir=store)
+        self.events = LiveEvents(worker, Holder(self.replica), users) if users is not None else None
         self.lag, self.assembler, self.versions = lag, Assembler(), []
         self.records: list[Record] = []
         self.offset = self.blocks = 0
@@ -73,7 +82,10 @@ class Loop:
                     self.send(what)
 
     def send(self, event: Event) -> None:
-        self.records.append(Record(self.offset, None, encode(event)))
+        record = Record(self.offset, None, encode(event))
+        self.records.append(record)
+        if self.events:
+            self.events.take(0, [record])
         self.offset += 1
 
     def tick(self, ts: int) -> None:
@@ -98,7 +110,7 @@ class Loop:
             assert self.replica.apply(self.versions.pop(0))
 
     def visit(self, request: Request) -> None:
-        answer = self.replica.recommend(request.user, request.scenario, request.k)
+        answer = recommend(self.replica, request.user, request.scenario, request.k)
         self.send(self.world.show(
             request, [shown.item for shown in answer.items], ts=request.ts, feature_hash=answer.feature_hash,
             propensities=[shown.propensity for shown in answer.items], model_version=answer.model_version,
@@ -124,3 +136,13 @@ def test_a_replica_that_is_behind_is_seen(tmp_path: Path) -> None:
     loop.run(hours=1)
     loop.trainer.store.close()
     assert loop.joiner.counts.skew_differs > 0
+
+
+def test_a_replica_that_reads_the_events_itself_is_not_behind(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, lag=3, live=True)
+    loop.run(hours=3)
+    loop.trainer.store.close()
+    counts = loop.joiner.counts
+    assert counts.skew_checked > 200
+    assert counts.late > 3
+    assert counts.skew_differs == 0
