@@ -56,7 +56,7 @@ async def _serve(settings: ServeWorkerSettings, stop: asyncio.Event) -> None:
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     server = _Server(
         uvicorn.Config(
-            create_app(holder, settings.serve.max_age_ms),
+            create_app(holder, settings.serve.max_age_ms, settings.serve.limits),
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -9,9 +9,10 @@ from msgspec import Meta, Struct
 
 MAX_BODY_BYTES = 1_000_000
 MAX_WAIT_MS = 30_000
+MAX_ID_CHARS = 256
 
 # JSON's integers have no end, the answer's have 64 bits: a longer id is a string ("7" and 7 are one id).
-Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)]
 Integer: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Id: TypeAlias = Text | Integer
 Query: TypeAlias = Annotated[str, Meta(max_length=1000)]  # what was searched for; "": nothing

@@ -9,3 +9,7 @@ class NotReady(HeadraceError):
 
 class VersionGap(PositionError):
     """A version goes on from one that this replica does not hold: the newest snapshot has to be loaded."""
+
+
+class UnknownItem(HeadraceError):
+    """No version served so far holds this item."""

@@ -6,6 +6,7 @@ only. Scoring never writes: an unknown user or item is scored with the default r
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from online_model.history import history_hash
 from online_model.neighbours import neighbour_numbers
 from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import (
+    Alike,
     Context,
     Id,
     ModelInfo,
@@ -35,10 +37,12 @@ from online_model.serving.api import (
     RecommendRequest,
     Scenario,
     Shown,
+    SimilarItems,
+    SimilarQuery,
 )
 from online_model.serving.approximate import Index
 from online_model.serving.candidates import Neighbours, Newest, Popular, Query, Source, union
-from online_model.serving.errors import NotReady, VersionGap
+from online_model.serving.errors import NotReady, UnknownItem, VersionGap
 from online_model.serving.explore import explore
 from online_model.serving.settings import ReplicaSettings, Scoring
 from online_model.serving.state import State
@@ -134,7 +138,7 @@ class Replica:
         self.index.prepare(self._clock())
 
     @torch.inference_mode()
-    def rank(self, request: RankRequest) -> Ranking:
+    def rank(self, request: RankRequest, deadline: float = math.inf) -> Ranking:
         """Scores of the candidates (as they are given, known or not), the best first. Raises NotReady."""
         self._need_model()
         context = self._context(request.user, request.scenario, request.context)
@@ -145,7 +149,7 @@ class Replica:
         return Ranking(**self._answer(context), items=ranked)
 
     @torch.inference_mode()
-    def recommend(self, request: RecommendRequest) -> Recommendation:
+    def recommend(self, request: RecommendRequest, deadline: float = math.inf) -> Recommendation:
         """At most k items that pass the filters, with exploration. Raises NotReady."""
         self._need_model()
         state, context = self.state, self._context(request.user, request.scenario, request.context)
@@ -163,6 +167,26 @@ class Replica:
             for place, (i, propensity) in enumerate(zip(shown, propensities, strict=True))
         ]
         return Recommendation(**self._answer(context), candidates=len(ids), items=places)
+
+    @torch.inference_mode()
+    def similar(self, item: str | int, query: SimilarQuery) -> SimilarItems:
+        """Items whose vector is nearest to that of `item`. Raises NotReady, UnknownItem."""
+        self._need_model()
+        state, one = self.state, np.array([feature_id(ITEM, item)], np.int64)
+        slot = state.cards.find(one)[0]
+        if slot == 0:
+            raise UnknownItem(f"no item {item}")
+        ids = state.cards.newest(len(state.cards))
+        ids = ids[ids != one]
+        vectors = [torch.nn.functional.normalize(state.vectors(state.items.find(a))[0]) for a in (one, ids)]
+        alike = (vectors[1] @ vectors[0][0]).numpy()
+        best = np.argsort(-alike, kind="stable")[: query.k]
+        raw = [state.cards.raw[slot] for slot in state.cards.find(ids[best])]
+        return SimilarItems(
+            state.cards.raw[slot], self.version, max(0, self._clock() - self.created_ms),
+            int(self._info.get("event_time_ms", 0)),
+            [Alike(name, float(alike[i]), 0.0, float(alike[i])) for name, i in zip(raw, best, strict=True)],
+        )  # fmt: skip
 
     @staticmethod
     def _figures(p: np.ndarray, score: np.ndarray, i: int) -> tuple[float, float, float, float]:
