@@ -44,7 +44,7 @@ class Filters(Struct, frozen=True, forbid_unknown_fields=True):
     in_stock: Annotated[bool, Meta(description="not what is sold out")] = True
     unseen: Annotated[bool, Meta(description="nothing that is in the user's history")] = False
     categories: Annotated[list[Id], Meta(max_length=100, description="of these categories only")] = []
-    region: Annotated[str, Meta(max_length=64, description="sold there; \"\": anywhere")] = ""
+    region: Annotated[str, Meta(max_length=64, description='sold there; "": anywhere')] = ""
     blocked: Annotated[list[Id], Meta(max_length=1000, description="none of these items")] = []
 
 

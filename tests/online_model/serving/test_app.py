@@ -23,6 +23,8 @@ from online_model.serving.problems import KINDS, Problem
 from online_model.serving.replica import Replica
 from tests.online_model.serving.world import NOW, delta, rank, replica, world
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
+
 
 @contextlib.asynccontextmanager
 async def client(made: Replica, now_ms: int = NOW + 1000) -> AsyncIterator[tuple[httpx.AsyncClient, Holder]]:

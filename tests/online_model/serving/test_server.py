@@ -30,6 +30,7 @@ from tests.online_model.serving.world import (
     user_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
 N = 200
 LAST = 400  # versions
 
