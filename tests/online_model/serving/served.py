@@ -1,4 +1,4 @@
-"""A replica of the tests' world behind the real server, in a process of its own.
+"""A replica of the tests' world behind the real server: in the loop of a test, or in a process of its own.
 
     python -m tests.online_model.serving.served '{"waiting": 4}' 20
 
@@ -14,15 +14,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import msgspec
 import torch
 import uvicorn
 import uvloop
+
+from online_model.serving.app import App, create_app
+from online_model.serving.holder import Holder
+from online_model.serving.replica import Replica
+from online_model.serving.settings import Limits
+from tests.online_model.serving.world import replica, world
 
 LEAK_BYTES = 2_000  # that a leaking request leaves behind
 
@@ -49,13 +56,58 @@ def served(limits: dict[str, Any] | None = None, slow_ms: int = 0) -> Iterator[S
         assert process.wait(20) == 0
 
 
-async def _serve(limits: str, slow_ms: int) -> None:
-    from online_model.serving.app import create_app
-    from online_model.serving.holder import Holder
-    from online_model.serving.replica import Replica
-    from online_model.serving.settings import Limits
-    from tests.online_model.serving.world import replica, world
+async def until(true: Callable[[], bool]) -> None:
+    """What comes over sockets has no event to wait for."""
+    async with asyncio.timeout(10):
+        while not true():
+            await asyncio.sleep(0.001)
 
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """They are pytest's."""
+        yield
+
+
+class Serving:
+    """uvicorn in the loop of the test, which can take the turn itself."""
+
+    def __init__(self, app: App, holder: Holder) -> None:
+        self.app, self.holder = app, holder
+        listening = socket.create_server(("127.0.0.1", 0))
+        self._server = _Server(uvicorn.Config(app, log_level="critical", http="httptools", lifespan="off"))
+        self._running = asyncio.create_task(self._server.serve([listening]))
+        self.host, self.port = listening.getsockname()
+        self.url = f"http://{self.host}:{self.port}"
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=10)
+
+    async def stop(self) -> None:
+        """No more answers. It may be called again."""
+        self._server.should_exit = True
+        await self._running
+
+    async def raw(self, body: bytes, length: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection on which this much of a request to rank has been sent."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        head = f"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        return reader, writer
+
+
+@asynccontextmanager
+async def serving(made: Replica | None = None, **limits: int) -> AsyncIterator[Serving]:
+    """Over `made`, else over a replica of the usual world."""
+    holder = Holder(replica(world()) if made is None else made)
+    app = create_app(holder, max_age_ms=1 << 50, limits=Limits(**limits))
+    it = Serving(app, holder)
+    async with it.http:
+        yield it
+    await it.stop()
+
+
+async def _serve(limits: str, slow_ms: int) -> None:
     class Slow(Replica):
         def rank(self, *args, **kwargs):
             time.sleep(slow_ms / 1000)

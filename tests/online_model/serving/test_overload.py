@@ -4,73 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
-import uvicorn
 
 from online_model.serving.admission import Turns
-from online_model.serving.app import App, create_app
-from online_model.serving.holder import Holder
 from online_model.serving.problems import GoneAway, Refused
 from online_model.serving.settings import Limits
-from tests.online_model.serving.served import served
-from tests.online_model.serving.world import replica, world
+from tests.online_model.serving.served import served, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASK = {"user": "u1", "candidates": [1, 2, 3]}
 BODY = b'{"user": 1, "candidates": [1]}'
 
 
-async def until(true: Callable[[], bool]) -> None:
-    """What comes over sockets has no event to wait for."""
-    async with asyncio.timeout(10):
-        while not true():
-            await asyncio.sleep(0.001)
-
-
 async def never() -> None:
     await asyncio.Event().wait()
-
-
-async def at_once() -> None:
-    return
 
 
 # --- a flood, over real connections
 
 
+Seen = list[tuple[int, float, bytes]]  # status, seconds, Retry-After
+
+
+async def keeps_asking(port: int, end: float, seen: Seen) -> None:
+    """One rude client: it comes back sooner than it is told. (httpx would take longer to ask than we to answer.)"""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        writer.write(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY))
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).lower().splitlines()
+        headers = dict(line.split(b": ", 1) for line in lines if line)
+        await reader.readexactly(int(headers[b"content-length"]))
+        seen.append((int(status.split()[1]), time.perf_counter() - start, headers.get(b"retry-after", b"")))
+        if seen[-1][0] != 200:
+            await asyncio.sleep(0.25)
+    writer.close()
+
+
 def test_a_flood_is_refused_with_a_time_to_come_back_and_then_all_is_well():
     scoring_ms, give_up_ms, clients, lasts_s = 50, 250, 60, 3.0
 
-    async def ask(http: httpx.AsyncClient, end: float, seen: list[tuple[int, float, str | None]]) -> None:
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            response = await http.post("/v1/rank", json=ASK)
-            seen.append((response.status_code, time.perf_counter() - start, response.headers.get("retry-after")))
-            if response.status_code != 200:
-                await asyncio.sleep(0.25)  # less than it was told, as rude clients do
-
-    async def flood(url: str) -> list[tuple[int, float, str | None]]:
-        limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=30) as http:
-            seen: list[tuple[int, float, str | None]] = []
-            end = time.perf_counter() + lasts_s
-            await asyncio.gather(*(ask(http, end, seen) for _ in range(clients)))
-            return seen
+    async def flood(url: str) -> Seen:
+        seen: Seen = []
+        end, port = time.perf_counter() + lasts_s, int(url.rsplit(":", 1)[1])
+        await asyncio.gather(*(keeps_asking(port, end, seen) for _ in range(clients)))
+        return seen
 
     with served({"waiting": 8, "give_up_ms": give_up_ms}, slow_ms=scoring_ms) as it:
         seen = asyncio.run(flood(it.url))
         statuses = Counter(status for status, _, _ in seen)
         assert set(statuses) == {200, 429, 503}, statuses
-        assert all(after == "1" for status, _, after in seen if status != 200)
+        assert all(after == b"1" for status, _, after in seen if status != 200)
         took = sorted(seconds for status, seconds, _ in seen if status == 200)
-        # Behind all the others an answer would take clients × scoring_ms = 3 s.
-        assert took[len(took) // 2] < 1.5, took[len(took) // 2]
+        # Behind all the others an answer would take clients × scoring_ms = 3 s. Where the loop goes round but once
+        # between two requests, connections wait unaccepted: 1.4 s. This is 0.4 s.
+        assert took[int(len(took) * 0.95)] < 0.9, took
         assert statuses[200] >= 0.3 * lasts_s * 1000 / scoring_ms, statuses  # refusing costs little: it goes on scoring
         with httpx.Client(base_url=it.url, timeout=5) as http:
             for _ in range(20):
@@ -191,38 +184,6 @@ def test_a_turn_is_never_lost_with_its_owner(how):
 # --- clients that go away, and clients that are slow
 
 
-class Serving:
-    """uvicorn in the loop of the test, which can take the turn itself."""
-
-    def __init__(self, app: App, holder: Holder, listening: socket.socket) -> None:
-        self.app, self.holder = app, holder
-        self.host, self.port = listening.getsockname()
-        self.http = httpx.AsyncClient(base_url=f"http://{self.host}:{self.port}", timeout=10)
-
-    async def raw(self, body: bytes, length: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection on which this much of a request to rank has been sent."""
-        reader, writer = await asyncio.open_connection(self.host, self.port)
-        head = f"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
-        await writer.drain()
-        return reader, writer
-
-
-@contextlib.asynccontextmanager
-async def serving(**limits: int) -> AsyncIterator[Serving]:
-    holder = Holder(replica(world()))
-    app = create_app(holder, max_age_ms=1 << 50, limits=Limits(**limits))
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="httptools", lifespan="off"))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    running = asyncio.create_task(server.serve([listening]))
-    made = Serving(app, holder, listening)
-    async with made.http:
-        yield made
-    server.should_exit = True
-    await running
-
-
 def test_a_client_that_goes_away_while_it_waits_frees_its_place():
     async def run() -> None:
         async with serving(waiting=1, give_up_ms=60_000) as it:
@@ -270,7 +231,8 @@ def test_a_client_that_keeps_sending_a_byte_is_cut_off_too():
                         await asyncio.sleep(0.01)
 
             dripping = asyncio.create_task(drip())
-            assert (await reader.read()).startswith(b"HTTP/1.1 408")
+            with contextlib.suppress(ConnectionResetError):  # what it sent after that was not read: the answer may be lost
+                assert (await reader.read()).startswith(b"HTTP/1.1 408")
             dripping.cancel()
             writer.close()
 
