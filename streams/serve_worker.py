@@ -51,7 +51,7 @@ async def _serve(
         reload_at_hangup(settings, reload, holder.policy)
     server = _Server(
         uvicorn.Config(
-            create_app(holder, settings.serve.max_age_ms),
+            create_app(holder, settings.serve.max_age_ms, settings.serve.limits),
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -86,7 +86,7 @@ class ClosedLoop:
             async with session.post(self._url, data=orjson.dumps(asked)) as response:
                 answer = orjson.loads(await response.read())
                 if response.status != 200:
-                    raise aiohttp.ClientError(answer["error"])
+                    raise aiohttp.ClientError(answer["detail"])
         except (aiohttp.ClientError, TimeoutError) as error:
             self.sent.refuse(error)  # perhaps the replica is being started again: this user saw nothing
             return

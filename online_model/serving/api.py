@@ -9,9 +9,10 @@ from msgspec import Meta, Struct
 
 MAX_BODY_BYTES = 1_000_000
 MAX_WAIT_MS = 30_000
+MAX_ID_CHARS = 256
 
 # JSON's integers have no end, the answer's have 64 bits: a longer id is a string ("7" and 7 are one id).
-Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
+Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)]
 Integer: TypeAlias = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Id: TypeAlias = Text | Integer
 Query: TypeAlias = Annotated[str, Meta(max_length=1000)]  # what was searched for; "": nothing
@@ -43,7 +44,7 @@ class Filters(Struct, frozen=True, forbid_unknown_fields=True):
     in_stock: Annotated[bool, Meta(description="not what is sold out")] = True
     unseen: Annotated[bool, Meta(description="nothing that is in the user's history")] = False
     categories: Annotated[list[Id], Meta(max_length=100, description="of these categories only")] = []
-    region: Annotated[str, Meta(max_length=64, description="sold there; \"\": anywhere")] = ""
+    region: Annotated[str, Meta(max_length=64, description='sold there; "": anywhere')] = ""
     blocked: Annotated[list[Id], Meta(max_length=1000, description="none of these items")] = []
 
 

@@ -1,7 +1,6 @@
-"""The HTTP face of a replica: rank, recommend, model, health and metrics.
+"""The HTTP face of a replica: rank, recommend, similar, model, health, metrics, and what all of these are.
 
-Every answer but the metrics is JSON; every refusal is {"error": "one line"}: 400 not JSON, 404, 405, 413 too large,
-422 not what was asked for, 503 no model or no item yet.
+Every answer but the metrics and the page of documentation is JSON; every refusal is a problem document (`problems.py`).
 """
 
 from __future__ import annotations
@@ -9,71 +8,124 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import msgspec
 import orjson
 from msgspec import Struct
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from online_model.serving.api import MAX_BODY_BYTES, ModelQuery, RankRequest, RecommendRequest
+from online_model.serving.admission import Turns
+from online_model.serving.api import (
+    MAX_BODY_BYTES,
+    MAX_ID_CHARS,
+    ModelQuery,
+    RankRequest,
+    RecommendRequest,
+    SimilarQuery,
+)
+from online_model.serving.docs import page
 from online_model.serving.errors import NotReady
 from online_model.serving.holder import Holder
 from online_model.serving.metrics import Metrics
+from online_model.serving.openapi import document
+from online_model.serving.problems import (
+    BODY_TIMEOUT,
+    BODY_TOO_LARGE,
+    INVALID,
+    NOT_JSON,
+    GoneAway,
+    Refused,
+    handlers,
+)
+from online_model.serving.settings import Limits
 
 T = TypeVar("T", bound=Struct)
-MAX_ERROR_CHARS = 300
+READ_ON = 8  # times the limit: what is too large is thrown away up to there, so that the client can read why
 
 
-def create_app(holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], float] = time.time) -> ASGIApp:
+class _Id(Convertor[str]):
+    """An id in a path: any text, with slashes and line ends if it has some."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("headrace_id", _Id())
+
+
+def create_app(
+    holder: Holder, max_age_ms: int = 60_000, limits: Limits | None = None, clock: Callable[[], float] = time.time
+) -> App:
     """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970."""
-    routes = {
-        "/v1/rank": ("POST", _rank),
-        "/v1/recommend": ("POST", _recommend),
-        "/v1/model": ("GET", _model),
-        "/healthz": ("GET", _healthz),
-        "/readyz": ("GET", _readyz),
-        "/metrics": ("GET", _metrics),
-    }
     app = Starlette(
-        routes=[Route(path, handler, methods=[method]) for path, (method, handler) in routes.items()],
-        exception_handlers={HTTPException: _refused, NotReady: _not_ready, Exception: _failed},
+        routes=[
+            Route("/v1/rank", _rank, methods=["POST"]),
+            Route("/v1/recommend", _recommend, methods=["POST"]),
+            Route("/v1/items/{id:headrace_id}/similar", _similar),
+            Route("/v1/model", _model),
+            Route("/healthz", _healthz),
+            Route("/readyz", _readyz),
+            Route("/metrics", _metrics),
+            Route("/openapi.json", _openapi),
+            Route("/docs", _docs),
+        ],
+        exception_handlers=handlers(holder.metrics.refused),
     )
     app.router.redirect_slashes = False
+    limits = limits or Limits()
+    turns = Turns(limits)
+    holder.metrics.watch_waiting(lambda: turns.waiting)
+    described = document(limits)
     app.state.holder, app.state.max_age_ms, app.state.clock = holder, max_age_ms, clock
-    app.state.turn = asyncio.Lock()
-    return _Measured(app, holder.metrics, frozenset(routes))
+    app.state.limits, app.state.turns = limits, turns
+    app.state.openapi, app.state.docs = orjson.dumps(described), page(described)
+    return App(app, holder.metrics, turns)
 
 
 async def _rank(request: Request) -> Response:
-    asked, holder = await _body(request, RankRequest), _holder(request)
-    holder.metrics.candidates("rank", len(asked.candidates))
+    asked, deadline = await _body(request, RankRequest), _deadline(request)
+    metrics = _holder(request).metrics
+    metrics.candidates("rank", len(asked.candidates))
     async with _turn(request):
-        answer = holder.replica.rank(asked)
+        answer = _holder(request).replica.rank(asked, deadline=deadline)
+    metrics.answered("rank", answer.degraded)
     return _json(answer)
 
 
 async def _recommend(request: Request) -> Response:
-    asked, holder = await _body(request, RecommendRequest), _holder(request)
+    asked, deadline = await _body(request, RecommendRequest), _deadline(request)
+    metrics = _holder(request).metrics
     async with _turn(request):
-        answer = holder.replica.recommend(asked)
-    holder.metrics.candidates("recommend", answer.candidates)
+        answer = _holder(request).replica.recommend(asked, deadline=deadline)
+    metrics.candidates("recommend", answer.candidates)
+    metrics.answered("recommend", answer.degraded)
+    return _json(answer)
+
+
+async def _similar(request: Request) -> Response:
+    asked, item = _query(request, SimilarQuery), request.path_params["id"]
+    if not 1 <= len(item) <= MAX_ID_CHARS:
+        raise Refused(INVALID, f"Expected an id of 1 to {MAX_ID_CHARS} characters - at `id`")
+    async with _turn(request):
+        answer = _holder(request).replica.similar(item, asked)
     return _json(answer)
 
 
 async def _model(request: Request) -> Response:
-    try:
-        asked = msgspec.convert(dict(request.query_params), ModelQuery, strict=False)
-    except msgspec.ValidationError as error:
-        raise HTTPException(422, str(error)) from None
-    holder = _holder(request)
+    asked, holder = _query(request, ModelQuery), _holder(request)
     if asked.wait_ms:
         await holder.newer_than(asked.newer_than, asked.wait_ms / 1000)
     return _json(holder.replica.info())
@@ -85,7 +137,9 @@ async def _healthz(request: Request) -> Response:
 
 async def _readyz(request: Request) -> Response:
     reason = _not_ready_because(_holder(request), request.app.state.max_age_ms, request.app.state.clock())
-    return _json({"error": reason}, 503, _RETRY) if reason else _json({"ok": True})
+    if reason:
+        raise NotReady(reason)
+    return _json({"ok": True})
 
 
 def _not_ready_because(holder: Holder, max_age_ms: int, now_s: float) -> str:
@@ -104,68 +158,84 @@ async def _metrics(request: Request) -> Response:
     return Response(metrics.text(), media_type=metrics.content_type)
 
 
+async def _openapi(request: Request) -> Response:
+    return Response(request.app.state.openapi, media_type="application/json")
+
+
+async def _docs(request: Request) -> Response:
+    return HTMLResponse(request.app.state.docs)
+
+
 async def _body(request: Request, type_: type[T]) -> T:
-    """The request's body as `type_`. Raises HTTPException 400, 413 or 422."""
+    """The request's body as `type_`. Raises Refused (400, 408, 413, 422), GoneAway."""
+    limits: Limits = request.app.state.limits
     try:
-        return msgspec.json.decode(await _read(request), type=type_)
+        async with asyncio.timeout(limits.body_ms / 1000):
+            body = await _read(request)
+        return msgspec.json.decode(body, type=type_)
+    except TimeoutError:
+        late = f"the body was not there after {limits.body_ms:,} ms"
+        raise Refused(BODY_TIMEOUT, late, {"Connection": "close"}) from None
     except msgspec.ValidationError as error:
-        raise HTTPException(422, str(error)) from None
+        raise Refused(INVALID, str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HTTPException(400, f"the body is not JSON: {error}") from None
+        raise Refused(NOT_JSON, f"the body is not JSON: {error}") from None
     except ClientDisconnect:
-        raise HTTPException(400, "the client went away before the body's end") from None
+        raise GoneAway from None
 
 
 async def _read(request: Request) -> bytes:
-    """The whole body; refused as soon as it is known to be too large, so that it is never held in memory."""
-    body = bytearray()
+    """The whole body; no more of it than is allowed is ever held in memory."""
+    body, size = bytearray(), 0
+    too_large = f"the body is larger than {MAX_BODY_BYTES:,} bytes"
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
+        size += len(chunk)
+        if size <= MAX_BODY_BYTES:
+            body += chunk
+        elif size > READ_ON * MAX_BODY_BYTES:
+            raise Refused(BODY_TOO_LARGE, too_large, {"Connection": "close"})
+    if size > MAX_BODY_BYTES:
+        raise Refused(BODY_TOO_LARGE, too_large)
     return bytes(body)
 
 
-@asynccontextmanager
-async def _turn(request: Request) -> AsyncIterator[None]:
-    """One request is scored at a time, and between two the loop looks at its sockets: where more come than can be
-    answered they wait for each other, and versions for one of them."""
-    async with request.app.state.turn:
-        await asyncio.sleep(0)
-        yield
+def _query(request: Request, type_: type[T]) -> T:
+    """The parameters after the question mark as `type_`. Raises Refused."""
+    try:
+        return msgspec.convert(dict(request.query_params), type_, strict=False)
+    except msgspec.ValidationError as error:
+        raise Refused(INVALID, str(error)) from None
+
+
+def _deadline(request: Request) -> float:
+    """When the answer should be there, time.perf_counter seconds: what is spent on waiting is spent."""
+    return time.perf_counter() + request.app.state.limits.deadline_ms / 1000
+
+
+def _turn(request: Request) -> AbstractAsyncContextManager[None]:
+    """The turn of this request; it is called once its body has been read, so that slow clients hold up nobody."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    return request.app.state.turns.turn(gone)
 
 
 def _holder(request: Request) -> Holder:
     return request.app.state.holder
 
 
-_RETRY = {"Retry-After": "1"}
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
+class App:
+    """The app, counting each request by route and status. Unknown paths share one label: strangers must not make
+    metrics. `turns`: who waits."""
 
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    line = " ".join(error.detail.split())[:MAX_ERROR_CHARS]  # it may quote what was sent
-    return _json({"error": line}, error.status_code, dict(error.headers or {}))
-
-
-async def _not_ready(request: Request, error: Exception) -> Response:
-    return _json({"error": str(error)}, 503, _RETRY)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    # The traceback goes to the server's log (starlette raises it again after this answer), never to the client.
-    return _json({"error": "internal error: see the replica's log"}, 500)
-
-
-class _Measured:
-    """Counts each request by route and status. Unknown paths share one label: strangers must not make metrics."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
-        self._app, self._metrics, self._routes = app, metrics, routes
+    def __init__(self, app: ASGIApp, metrics: Metrics, turns: Turns) -> None:
+        self._app, self._metrics, self.turns = app, metrics, turns
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -185,5 +255,6 @@ class _Measured:
             status = 499  # the client went away during a long poll
             raise
         finally:
-            route = scope["path"] if scope["path"] in self._routes else "other"
-            self._metrics.request(route, status, time.perf_counter() - start)
+            route = scope.get("route")
+            label = route.path_format if isinstance(route, Route) else "other"
+            self._metrics.request(label, status, time.perf_counter() - start)

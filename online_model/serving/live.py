@@ -4,8 +4,8 @@ A user's row holds the joiner's state (history.py) as of its version's positions
 the partition is below `next` and its ts below `watermark` (Coverage). LiveUsers keeps the actions of the topic `events`
 itself, and folds those that a row does not hold into it, in the joiner's order, with the joiner's UserHistory.
 
-Actions are kept whether rows hold them or not, until room is needed. So the same LiveUsers serves whatever replica comes
-next, newer or older, and tells users who have no row.
+Actions are kept whether rows hold them or not, until room is needed. So the same LiveUsers serves whatever replica
+comes next, newer or older, and tells users who have no row.
 """
 
 from __future__ import annotations

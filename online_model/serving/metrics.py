@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,6 +35,13 @@ class Metrics:
             "headrace_serve_candidates", "Items scored per request", ["route"], buckets=CANDIDATES,
             registry=self.registry,
         )  # fmt: skip
+        self._refused = Counter(
+            "headrace_serve_refused", "Requests refused, by the problem said", ["reason"], registry=self.registry
+        )
+        self._waiting = Gauge("headrace_serve_waiting", "Requests that wait for their turn", registry=self.registry)
+        self._degraded = Counter(
+            "headrace_serve_degraded", "Answers cut short by the deadline", ["route"], registry=self.registry
+        )
         self._applied = Counter("headrace_replica_versions_applied", "Versions applied", registry=self.registry)
         self._swaps = Counter("headrace_replica_swaps", "Snapshots put in place", registry=self.registry)
         self._apply_seconds = Histogram(
@@ -52,6 +59,16 @@ class Metrics:
 
     def candidates(self, route: str, n: int) -> None:
         self._candidates.labels(route).observe(n)
+
+    def watch_waiting(self, waiting: Callable[[], int]) -> None:
+        """Read from this how many requests wait for their turn."""
+        self._waiting.set_function(waiting)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
+
+    def answered(self, route: str, degraded: bool) -> None:
+        self._degraded.labels(route).inc(degraded)
 
     def applied(self, seconds: float) -> None:
         self._applied.inc()

@@ -71,8 +71,8 @@ class Replica:
         live: LiveUsers | None = None,
     ) -> None:
         """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info). `timer`: seconds,
-        of the deadlines. `live`: what users did that no version holds yet; it may be shared with the replicas before and
-        after this one."""
+        of the deadlines. `live`: what users did that no version holds yet; the replicas before and after this one may
+        share it."""
         self.settings = settings
         self.coverage = Coverage()
         self.policy = PolicyInForce(settings)  # of its own until a holder gives it that of the process

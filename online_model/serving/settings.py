@@ -63,11 +63,14 @@ class Arm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
 
 
 class Limits(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What a replica takes on. Past it requests are refused with 429 or 503 and a Retry-After."""
+    """What a replica takes on. Past it requests are refused, with a Retry-After where that helps (429, 503)."""
 
     waiting: Annotated[int, Meta(ge=1, description="requests that wait for their turn; more are refused (429)")] = 64
-    deadline_ms: Annotated[int, Meta(ge=1, description="an answer that would take longer is cut short: degraded")] = 250
+    deadline_ms: Annotated[
+        int, Meta(ge=1, description="after the request's end; an answer that would take longer is cut short: degraded")
+    ] = 250
     give_up_ms: Annotated[int, Meta(ge=1, description="a request that waited so long is refused (503)")] = 1_000
+    body_ms: Annotated[int, Meta(ge=1, description="a body that is not there by then is refused (408)")] = 5_000
 
 
 class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -18,8 +19,11 @@ from embedding_store.delta import Version
 from online_model.serving.api import MAX_BODY_BYTES
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
+from online_model.serving.problems import KINDS, Problem
 from online_model.serving.replica import Replica
 from tests.online_model.serving.world import NOW, delta, rank, replica, world
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
 
 
 @contextlib.asynccontextmanager
@@ -42,14 +46,16 @@ def asks(
     return asyncio.run(run())
 
 
-def assert_refused(response: httpx.Response, status: int, words: str = "") -> None:
+def assert_refused(response: httpx.Response, status: int, words: str = "", type_: str = "") -> None:
+    """By a problem document; `type_`: of which kind."""
     assert response.status_code == status
-    assert response.headers["content-type"] == "application/json"
-    body = response.json()
-    assert set(body) == {"error"}
-    assert words in body["error"]
-    assert "\n" not in body["error"]
-    assert len(body["error"]) <= 300
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = msgspec.convert(response.json(), Problem, strict=True)
+    assert problem.status == status
+    assert problem.type == "about:blank" or problem.type in {kind.type for kind in KINDS if kind.status == status}
+    assert type_ in problem.type
+    assert words in problem.detail
+    assert "\n" not in problem.detail
 
 
 ANSWER = {
@@ -316,7 +322,7 @@ def test_metrics_count_what_happened():
 
 def test_a_broken_replica_is_an_error_without_a_traceback():
     class Broken(Replica):
-        def rank(self, *args):
+        def rank(self, *args, **kwargs):
             raise RuntimeError("secret inside")
 
     made = replica(world())
@@ -339,9 +345,9 @@ def test_where_many_ask_at_once_versions_come_in_between():
     done: list[str] = []
 
     class Noting(Replica):
-        def rank(self, *args):
+        def rank(self, *args, **kwargs):
             done.append("scored")
-            return super().rank(*args)
+            return super().rank(*args, **kwargs)
 
     made = replica(world())
     made.__class__ = Noting
