@@ -123,6 +123,33 @@ def scale(
             raise BenchError(f"two ranks learn otherwise than one: their losses differ by {result['loss_difference']}")
 
 
+@app.command(epilog="Example: headrace bench serve --runs 3, or for the memory: --share 0.8 --seconds 1000 --runs 1")
+def serve(
+    items: Annotated[int, typer.Option(min=1_000, help="Items of the model.")] = 100_000,
+    users: Annotated[int, typer.Option(min=1_000, help="Its users, all with histories.")] = 200_000,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second; 0: a share of the knee.")] = 0.0,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the knee, where p99 goes past 25 ms.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a run.")] = 30.0,
+    poisson: Annotated[bool, typer.Option("--poisson", help="Requests come at random, not at even distances.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; the figures are of the best.")] = 3,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """A replica on one core, asked to rank 500 candidates, while versions come: beside the bare forward.
+
+    Without --bootstrap an embedded broker is started for it, and removed.
+    """
+    with Output(json) as out:
+        from deploy.bench.serve import bench_serve
+
+        arrivals = "poisson" if poisson else "even"
+        with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
+            result = bench_serve(
+                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
+            )
+        out.result(result, _table("serve", result))
+
+
 @contextmanager
 def _broker(bootstrap: str | None) -> Iterator[str]:
     """The named broker, or one of our own for as long as it is needed."""
@@ -143,10 +170,27 @@ def _table(name: str, result: dict[str, Any]) -> Table:
     table = Table(title=f"{name}: {machine()}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    flat = {f"{k} {sub}".strip(): v for k, value in result.items()
-            for sub, v in (value.items() if isinstance(value, dict) else [("", value)])}  # fmt: skip
-    for key, value in flat.items():
-        digits = 1 if isinstance(value, float) and value >= 10 else 2
-        table.add_row(key, f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
-                      if not isinstance(value, bool) else str(value).lower())  # fmt: skip
+    for key, value in _flat("", result):
+        table.add_row(key, _cell(value))
     return table
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, figure) of all that is in it."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    inside = value.items() if isinstance(value, dict) else enumerate(value, 1)
+    for key, part in inside:
+        yield from _flat(f"{name} {key}".strip(), part)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:,.{1 if value >= 10 else 2}f}"
+        case int():
+            return f"{value:,}"
+    return "–" if value is None else str(value)
