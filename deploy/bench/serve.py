@@ -17,7 +17,6 @@ nor client can help. The figures are of the best run, that with the smallest p99
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -31,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.common import BenchError, on_cores, part_command, run_part
 from deploy.processes import ends_with_parent, free_port, terminate
+from deploy.prometheus import histogram, quantile
 from deploy.settings import Settings, dump
 from deploy.workers import Worker
 from streams.topics import create_topics, delete_topics
@@ -185,29 +184,6 @@ class _Replica:
     def _versions(self) -> tuple[float, dict[float, float]]:
         """(versions applied, of these those that took at most so many seconds), by the replica's metrics."""
         return histogram(self._get("/metrics") or "", APPLY_SECONDS)
-
-
-def histogram(text: str, name: str) -> tuple[float, dict[float, float]]:
-    """(count, {upper bound: how many are at most that}) of a histogram without labels in Prometheus' text."""
-    for family in text_string_to_metric_families(text):
-        if family.name == name:
-            buckets = {float(s.labels["le"]): s.value for s in family.samples if s.name == f"{name}_bucket"}
-            return buckets.get(float("inf"), 0.0), buckets
-    return 0.0, {}
-
-
-def quantile(share: float, buckets: dict[float, float]) -> float:
-    """A quantile of a histogram, linear inside a bucket (as PromQL's `histogram_quantile`); 0 where it is empty.
-
-    >>> quantile(0.5, {0.01: 0.0, 0.02: 10.0, float("inf"): 10.0})
-    0.015
-    """
-    wanted, below, lower = share * buckets.get(float("inf"), 0.0), 0.0, 0.0
-    for bound, count in sorted(buckets.items()):
-        if count >= wanted > 0:
-            return lower if bound == float("inf") else lower + (bound - lower) * (wanted - below) / (count - below)
-        below, lower = count, bound
-    return 0.0
 
 
 def _memory(samples: list[list[float]]) -> dict[str, Any]:

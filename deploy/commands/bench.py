@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.commands.common import BootstrapOption, JsonOption, Output, progress
+from deploy.commands.common import BootstrapOption, JsonOption, Output, progress, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,6 +148,29 @@ def serve(
                 server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
             )
         out.result(result, _table("serve", result))
+
+
+@app.command(epilog="Example: headrace bench freshness --rate 5000 --runs 3")
+def freshness(
+    rate: Annotated[float, typer.Option(min=10, max=1_000_000, help="Events a second of the standard mix.")] = 5_000.0,
+    seconds: Annotated[float, typer.Option(min=2, help="Of a run; some 80 probes a second.")] = 30.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the first run.")] = 15.0,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; the figures are of that with the median p99.")] = 1,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """From an event to the replica that has learned of it: Kafka and all workers on two cores, by probes.
+
+    Without --bootstrap an embedded broker is started for it, and removed.
+    """
+    with Output(json) as out:
+        from deploy.bench.freshness import bench_freshness
+
+        with _broker(bootstrap) as server, progress("freshness", 1 + runs) as (bar, task):
+            result = bench_freshness(server, rate, seconds, runs, warm_up, lambda: bar.advance(task))
+        out.result(result, _table("freshness", result))
+        if not result["keeps_up"]:
+            say(f"the system falls behind: of {result['rate']:,.0f} events/s it handles {result['handled_per_s']:,.0f}")
 
 
 @contextmanager
