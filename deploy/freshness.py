@@ -1,4 +1,4 @@
-"""Freshness from outside: ticks into each partition, timed until a replica says that it is past them."""
+"""Freshness from outside: probes into each partition, timed until a replica says that it is past them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
-from streams.events import Tick, encode
+from streams.events import Event, Refund, Tick, encode
 
 PROBE_S = 0.05  # between two rounds of probes
 POLL_MS = 1_000  # a long poll
@@ -84,12 +84,26 @@ def quantiles(probes: Iterable[Probe]) -> dict[str, float | int | None]:
     return {"p50": p50, "p95": p95, "p99": p99, "count": len(took)}
 
 
-class Prober:
-    """Sends probes: rounds of a tick into each partition of `topic`. An async context."""
+def tick(name: str, ts: int) -> Event:
+    """A probe that is no event: it waits for the events before it, and for nothing where none of them is held."""
+    return Tick(event_id=name, ts=ts)
 
-    def __init__(self, freshness: Freshness, bootstrap: str, topic: str, partitions: int) -> None:
+
+def refund(name: str, ts: int) -> Event:
+    """A probe that is held as all events are. Of something that nobody bought: it has no effect but to be counted."""
+    return Refund(event_id=name, ts=ts, user="probe", item="probe")
+
+
+class Prober:
+    """Sends probes: rounds of one into each partition of `topic`. An async context."""
+
+    def __init__(
+        self, freshness: Freshness, bootstrap: str, topic: str, partitions: int,
+        probe: Callable[[str, int], Event] = tick,
+    ) -> None:
+        """`probe`: makes one of its name and its time (ms UTC)."""
         self._freshness, self._bootstrap, self._topic, self._partitions = freshness, bootstrap, topic, partitions
-        self._rounds = 0
+        self._probe, self._rounds = probe, 0
 
     async def __aenter__(self) -> Prober:
         """Raises BrokerError."""
@@ -107,10 +121,10 @@ class Prober:
         """A round of probes that say it is `ts` (ms UTC). Raises BrokerError."""
         self._rounds += 1
         for partition in range(self._partitions):
-            tick = encode(Tick(event_id=f"probe-{partition}-{self._rounds}", ts=ts))
+            probe = encode(self._probe(f"probe-{partition}-{self._rounds}", ts))
             at = time.monotonic()
             try:
-                waiting = await self._producer.send(self._topic, tick, partition=partition)
+                waiting = await self._producer.send(self._topic, probe, partition=partition)
             except KafkaError as error:
                 raise BrokerError(f"Kafka does not take probes ({error}): is the broker running?") from None
             waiting.add_done_callback(lambda done, p=partition, at=at: self._sent(done, p, at))

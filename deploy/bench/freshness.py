@@ -1,9 +1,13 @@
 """`headrace bench freshness`: from an event to the replica that has learned of it, everything real, on two cores.
 
-Kafka, a join, a train and a serve worker with the settings that everybody starts from, and a producer in a process of
-its own that sends the standard mix (an impression of k items counts k) at `rate`, each event when its time has come.
-Probes are ticks into each partition every 50 ms; a probe has returned when `/v1/model` of the replica, which is long
-polled, shows a position of its partition past it. A warm-up is over before any of them counts.
+Kafka, a join, a train and a serve worker, and a producer in a process of its own that sends the standard mix (an
+impression of k items counts k) at `rate`, each event when its time has come. The settings are those that everybody
+starts from, but for the guard: clicks of the mix are drawn, no model is better than none there, and a guard that knows
+its trade holds versions back.
+
+Probes are events into each partition every 50 ms, held for L as all are (refunds of what nobody bought, which change
+nothing; ticks are not held where no event is, as at a low rate). A probe has returned when `/v1/model` of the replica,
+which is long polled, shows a position of its partition past it. A warm-up is over before any of them counts.
 
 The stages of a probe are told apart afterwards, by what the topics and the replica's answers hold (all of one machine's
 clock, so that nothing is in the way while it is measured):
@@ -19,6 +23,9 @@ clock, so that nothing is in the way while it is measured):
     answer   from `applied_ms` until the answer was here
 
 `stages` are medians, and so add up to something near the median alone; `shares` are of the mean, and add up to 1.
+
+`cores`: what each process used of them, by its processor time: where the sum comes near to 2, or others use the machine
+too, nothing else needs to be explained.
 
 `rate` is what was sent; `handled_per_s` what the replica was seen to move past meanwhile. Where that is less,
 `keeps_up` is false: the system falls behind, and freshness is then a matter of for how long. Of several runs, windows
@@ -44,11 +51,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from deploy.bench.common import BenchError, finish, on_cores, part_command
 from deploy.bench.mix import timed_mix
 from deploy.demo.figures import Model
-from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles
-from deploy.processes import ends_with_parent, free_port, terminate
+from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles, refund
+from deploy.processes import ends_with_parent, free_port, listening, terminate
 from deploy.prometheus import histogram, quantile
 from deploy.settings import Settings, dump
 from deploy.workers import Worker
@@ -70,23 +79,25 @@ class Seen(NamedTuple):
     at: float  # time.monotonic()
     sequence: int
     applied: float  # wall clock
-    handled: int  # events that its version has the effect of
+    handled: int  # events that its version has the effect of, probes among them
 
 
 @dataclass
 class Window:
-    """A run: what began and ended when (time.monotonic()), and the histogram of the replica's applies meanwhile."""
+    """A run: what began and ended when (time.monotonic()), the histogram of the replica's applies meanwhile, and the
+    cores that each process used."""
 
     begin: float
     end: float = 0.0
     applies: dict[float, float] = field(default_factory=dict)
+    cores: dict[str, float] = field(default_factory=dict)
 
 
 def bench_freshness(
     bootstrap: str, rate: float, seconds: float, runs: int, warm_up: float = WARM_UP_S,
     step: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The figures of the command. `step` is called after the warm-up and after each run."""  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of the command. `step` is called after the warm-up and after each run."""
     cores = sorted(os.sched_getaffinity(0))[:CORES]
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder, on_cores(cores):
         system = _System(bootstrap, Path(folder))
@@ -101,7 +112,7 @@ class _System:
         self._folder, self._freshness, self._seen = folder, Freshness(), list[Seen]()
         self._settings = Settings([]).with_flags({
             "data_dir": folder, "bootstrap": bootstrap, "serve.port": free_port(),
-            "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.",
+            "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.", "model.guard.tasks": [],
         })  # fmt: skip
         self._url = f"http://127.0.0.1:{self._settings.serve.port}"
         config = str(folder / "headrace.toml")
@@ -130,7 +141,7 @@ class _System:
         """Load, probes and windows; then the stages."""
         settings, topics = self._settings, self._settings.topics
         async with Follower(self._url) as replica, Prober(
-            self._freshness, settings.bootstrap, topics.events, topics.partitions
+            self._freshness, settings.bootstrap, topics.events, topics.partitions, refund
         ) as prober:  # fmt: skip
             tasks = [asyncio.create_task(self._follow(replica)), asyncio.create_task(self._probe(prober))]
             try:
@@ -165,9 +176,7 @@ class _System:
             at, self._model = time.monotonic(), Model(answer)
             self._freshness.served(self._model.positions, at)
             counts = self._model.counts()
-            self._seen.append(
-                Seen(at, self._model.sequence, answer["applied_ms"] / 1e3, counts.events_in)
-            )
+            self._seen.append(Seen(at, self._model.sequence, answer["applied_ms"] / 1e3, counts.events_in))
 
     async def _probe(self, prober: Prober) -> None:
         due = time.monotonic()
@@ -214,13 +223,25 @@ class _System:
             await asyncio.sleep(min(left, 0.5))
 
     async def _window(self, seconds: float, producer: subprocess.Popen) -> Window:
-        before = await asyncio.to_thread(self._applies)
+        applied, used = await asyncio.to_thread(self._applies), self._processor_s(producer)
         window = Window(time.monotonic())
         await self._watch(seconds, producer)
         window.end = time.monotonic()
+        now, passed = self._processor_s(producer), window.end - window.begin
+        window.cores = {name: (now[name] - used[name]) / passed for name in now}
         after = await asyncio.to_thread(self._applies)
-        window.applies = {bound: n - before.get(bound, 0.0) for bound, n in after.items()}
+        window.applies = {bound: n - applied.get(bound, 0.0) for bound, n in after.items()}
         return window
+
+    def _processor_s(self, producer: subprocess.Popen) -> dict[str, float]:
+        """Processor time so far of all that takes part, s; Kafka's only where it can be seen."""
+        pids = {worker.name: worker.process.pid for worker in self._workers if worker.process is not None}
+        processes = {name: psutil.Process(pid) for name, pid in (pids | {"producer": producer.pid}).items()}
+        processes["probes"] = psutil.Process()
+        broker = listening(int(self._settings.bootstrap.rpartition(":")[2]))
+        if broker is not None:
+            processes["kafka"] = broker
+        return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
 
     async def _returned(self) -> None:
         """The probes under way have come back, or will not while it is of interest."""
@@ -239,7 +260,8 @@ class _System:
         late = [Probe(p, offset, at, now) for p, queue in waiting.items() for offset, at in queue if at < window.end]
         took = quantiles([*probes, *late])
         rate = _per_s([(at, count) for at, count in sent], window)
-        handled = _per_s([(seen.at, seen.handled) for seen in self._seen], window)
+        probing = len(probes) / (window.end - window.begin)  # probes are events too
+        handled = _per_s([(seen.at, seen.handled) for seen in self._seen], window) - probing
         hold_ms, apply_ms = self._settings.join.join.disorder_ms, 1e3 * quantile(0.5, window.applies)
         stages = [journeys.stages(probe, hold_ms, apply_ms) for probe in probes]
         columns = {name: [stage[name] for stage in stages] for name in STAGES} if stages else {}
@@ -251,6 +273,7 @@ class _System:
             "stages": {name: statistics.median(column) for name, column in columns.items()},
             "shares": {name: sum(column) / total for name, column in columns.items()},
             "stages_p99": {name: statistics.quantiles(c, n=100)[98] for name, c in columns.items() if len(c) > 1},
+            "cores": window.cores,
             "handled_per_s": handled,
             "keeps_up": handled >= KEEPS_UP * rate,
             "unreturned": len(late),

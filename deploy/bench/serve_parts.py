@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Model:
     """A made model of the default settings: all of its ids and, by a seed, rows of them that look like learned ones."""
 
     def __init__(self, items: int, users: int) -> None:
-        raw = {
+        raw: dict[str, Sequence[str | int]] = {
             USER: [f"u{i}" for i in range(users)], ITEM: range(items), CATEGORY: range(CATEGORIES),
             SELLER: range(SELLERS), WORD: [f"w{i}" for i in range(WORDS)],
         }  # fmt: skip
@@ -197,7 +197,7 @@ class _Requests:
         return msgspec.json.decode(self.body(), type=RankRequest)
 
 
-class _Load:
+class Load:
     """Requests to a replica, timed from when they were due to the last byte of their answers."""
 
     def __init__(self, port: int, items: int, users: int, seed: int) -> None:
@@ -267,14 +267,14 @@ def _load(
             memory.append((time.perf_counter() - began, process.memory_info().rss / 1e6))
             await asyncio.sleep(RSS_EVERY_S)
 
-    async def run(load: _Load) -> None:
+    async def run(load: Load) -> None:
         watching = asyncio.create_task(watch())
         timeout = aiohttp.ClientTimeout(TIMEOUT_S)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
             await (load.open(session, seconds, rate, arrivals) if rate else load.closed(session, seconds))
         watching.cancel()
 
-    load, module = _Load(port, items, users, seed), "deploy.bench.serve_parts"
+    load, module = Load(port, items, users, seed), "deploy.bench.serve_parts"
     with subprocess.Popen(
         part_command(module, "sleeper", seconds=seconds), stdout=subprocess.PIPE, preexec_fn=ends_with_parent()
     ) as sleeper:
