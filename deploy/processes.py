@@ -77,13 +77,22 @@ def free_port(*, besides: int | None = None) -> int:
 
 def listener(port: int) -> str:
     """Who listens on a TCP port of this machine, as " (pid 12, java)"; "" when that cannot be seen."""
+    process = listening(port)
+    try:
+        return f" (pid {process.pid}, {process.name()})" if process is not None else ""
+    except psutil.Error:
+        return ""
+
+
+def listening(port: int) -> psutil.Process | None:
+    """The process that listens on a TCP port of this machine; None where that cannot be seen."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return f" (pid {connection.pid}, {psutil.Process(connection.pid).name()})"
+                return psutil.Process(connection.pid)
     except psutil.Error:
         pass
-    return ""
+    return None
 
 
 def write_atomically(path: Path, text: str) -> None:

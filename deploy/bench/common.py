@@ -8,7 +8,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ class BenchError(HeadraceError):
     """A measured part failed, or what it computed is wrong: there is no figure."""
 
 
-def run_part(module: str, part: str, cores: int = 1, **arguments: Any) -> dict[str, Any]:
-    """Run `part` of a benchmark in a process of its own, on the last `cores` that we may use: what it returned.
+def run_part(module: str, part: str, cores: int | Sequence[int] = 1, **arguments: Any) -> dict[str, Any]:
+    """Run `part` of a benchmark in a process of its own, on these cores, or on the last so many that we may use: what
+    it returned.
 
     Raises BenchError with the last line it said if it failed.
     """
-    last = sorted(os.sched_getaffinity(0))[-cores:]
+    mine = sorted(os.sched_getaffinity(0))[-cores:] if isinstance(cores, int) else cores
     tied = ends_with_parent()
 
     def in_child() -> None:
         tied()
-        os.sched_setaffinity(0, last)
+        os.sched_setaffinity(0, mine)
 
-    command = [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
+    command = part_command(module, part, **arguments)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=CHILD_SECONDS, preexec_fn=in_child, check=False
@@ -47,6 +49,22 @@ def run_part(module: str, part: str, cores: int = 1, **arguments: Any) -> dict[s
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise BenchError(f"the benchmark's part `{part}` failed: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def part_command(module: str, part: str, **arguments: Any) -> list[str]:
+    """What starts a part."""
+    return [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
+
+
+@contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """This thread, and whatever it starts meanwhile, on these cores only."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def finish(result: dict[str, Any]) -> None:

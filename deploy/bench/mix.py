@@ -23,7 +23,13 @@ def _ranks(dice: random.Random, exponent: float) -> Iterator[int]:
 
 
 def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterator[bytes]:
-    """Records with `events` events in all (to within one page), spread evenly over `span_ms` of event time, in order.
+    """The records of `timed_mix` alone."""
+    return (record for _, _, record in timed_mix(events, page, START_MS, span_ms, seed))
+
+
+def timed_mix(events: int, page: int, start_ms: int, span_ms: int, seed: int = 1) -> Iterator[tuple[int, str, bytes]]:
+    """(its time, its user, the record) of `events` events in all (to within one page), spread evenly over `span_ms` of
+    event time from `start_ms` (ms UTC) on, in order.
 
     `page`: items of an impression. Of USERS users the n-th most active has a share of n^-0.7, the first one 0.9 %; of
     as many items the n-th of n^-1. An action is on an impression that was shown some seconds to `REMEMBERED_MS` before.
@@ -35,7 +41,7 @@ def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterato
     shown: deque[tuple[int, str, str, list[str]]] = deque()
     done = number = 0
     while done < events:
-        ts = START_MS + span_ms * done // events
+        ts = start_ms + span_ms * done // events
         while shown and shown[0][0] < ts - REMEMBERED_MS:
             shown.popleft()
         number += 1
@@ -53,4 +59,4 @@ def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterato
             if kind == "watch":
                 event |= {"play_ms": dice.randrange(30_000), "duration_ms": 30_000}
         done += page if kind == "impression" else 1
-        yield orjson.dumps(event)
+        yield ts, user, orjson.dumps(event)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.commands.common import BootstrapOption, JsonOption, Output, progress
+from deploy.commands.common import BootstrapOption, JsonOption, Output, progress, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,6 +123,56 @@ def scale(
             raise BenchError(f"two ranks learn otherwise than one: their losses differ by {result['loss_difference']}")
 
 
+@app.command(epilog="Example: headrace bench serve --runs 3, or for the memory: --share 0.8 --seconds 1000 --runs 1")
+def serve(
+    items: Annotated[int, typer.Option(min=1_000, help="Items of the model.")] = 100_000,
+    users: Annotated[int, typer.Option(min=1_000, help="Its users, all with histories.")] = 200_000,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second; 0: a share of the knee.")] = 0.0,
+    share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the knee, where p99 goes past 25 ms.")] = 0.4,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a run.")] = 30.0,
+    poisson: Annotated[bool, typer.Option("--poisson", help="Requests come at random, not at even distances.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; the figures are of the best.")] = 3,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """A replica on one core, asked to rank 500 candidates, while versions come: beside the bare forward.
+
+    Without --bootstrap an embedded broker is started for it, and removed.
+    """
+    with Output(json) as out:
+        from deploy.bench.serve import bench_serve
+
+        arrivals = "poisson" if poisson else "even"
+        with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
+            result = bench_serve(
+                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
+            )
+        out.result(result, _table("serve", result))
+
+
+@app.command(epilog="Example: headrace bench freshness --rate 5000 --runs 3")
+def freshness(
+    rate: Annotated[float, typer.Option(min=10, max=1_000_000, help="Events a second of the standard mix.")] = 5_000.0,
+    seconds: Annotated[float, typer.Option(min=2, help="Of a run; some 80 probes a second.")] = 30.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the first run.")] = 15.0,
+    runs: Annotated[int, typer.Option(min=1, help="Runs; the figures are of that with the median p99.")] = 1,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """From an event to the replica that has learned of it: Kafka and all workers on two cores, by probes.
+
+    Without --bootstrap an embedded broker is started for it, and removed.
+    """
+    with Output(json) as out:
+        from deploy.bench.freshness import bench_freshness
+
+        with _broker(bootstrap) as server, progress("freshness", 1 + runs) as (bar, task):
+            result = bench_freshness(server, rate, seconds, runs, warm_up, lambda: bar.advance(task))
+        out.result(result, _table("freshness", result))
+        if not result["keeps_up"]:
+            say(f"the system falls behind: of {result['rate']:,.0f} events/s it handles {result['handled_per_s']:,.0f}")
+
+
 @contextmanager
 def _broker(bootstrap: str | None) -> Iterator[str]:
     """The named broker, or one of our own for as long as it is needed."""
@@ -143,10 +193,27 @@ def _table(name: str, result: dict[str, Any]) -> Table:
     table = Table(title=f"{name}: {machine()}", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    flat = {f"{k} {sub}".strip(): v for k, value in result.items()
-            for sub, v in (value.items() if isinstance(value, dict) else [("", value)])}  # fmt: skip
-    for key, value in flat.items():
-        digits = 1 if isinstance(value, float) and value >= 10 else 2
-        table.add_row(key, f"{value:,.{digits}f}" if isinstance(value, float) else f"{value:,}"
-                      if not isinstance(value, bool) else str(value).lower())  # fmt: skip
+    for key, value in _flat("", result):
+        table.add_row(key, _cell(value))
     return table
+
+
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, figure) of all that is in it."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    inside = value.items() if isinstance(value, dict) else enumerate(value, 1)
+    for key, part in inside:
+        yield from _flat(f"{name} {key}".strip(), part)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case float():
+            return f"{value:,.{1 if value >= 10 else 2}f}"
+        case int():
+            return f"{value:,}"
+    return "–" if value is None else str(value)

@@ -33,9 +33,9 @@ def torture(
     with Output(json) as out:
         import logging
 
-        from deploy.demo.workers import WorkerFailed
         from deploy.processes import alone
         from deploy.torture.run import Torture
+        from deploy.workers import WorkerFailed
 
         again = f"headrace torture --kills {kills} --seed {seed} --ranks {ranks}"
         logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker is to be away

@@ -8,26 +8,19 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-import aiohttp
-import orjson
 import psutil
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
 
 from deploy.demo.clicks import CLICKS_COME_S, WINDOW_S
 from deploy.demo.figures import Model, rate_of, sample
-from deploy.demo.probes import Freshness
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess
-from deploy.demo.workers import Worker
+from deploy.freshness import PROBE_S, Follower, Freshness, Prober
 from deploy.settings import Settings
-from embedding_store.errors import BrokerError, HeadraceError
-from streams.events import Tick, encode
+from deploy.workers import Worker
+from embedding_store.errors import HeadraceError
 
 T = TypeVar("T")
 
-PROBE_S = 0.05
-POLL_MS = 1_000
 READY_S = 90.0
 STALL_S = 60.0  # a drain that gets nowhere for so long has failed
 
@@ -45,6 +38,10 @@ class Live:
         self.settings, self.workers, self.boards = settings, workers, boards
         self.url = f"http://127.0.0.1:{settings.serve.port}"
         self.model, self.freshness = Model(), Freshness()
+        topics = settings.topics
+        self._prober = Prober(self.freshness, settings.bootstrap, topics.events, topics.partitions)
+        self._replica = Follower(self.url)
+        self._connected = contextlib.AsyncExitStack()
         self.traffic: ClosedLoop | LogPlay | None = None
         self.twin: TwinProcess | None = None
         self.note = "starting"
@@ -56,12 +53,8 @@ class Live:
         self._before = (self._began, 0.0, 0.0)
 
     async def __aenter__(self) -> Live:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(POLL_MS / 1000 + 5))
-        self._probes = AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap, acks="all", linger_ms=5)
-        try:
-            await self._probes.start()
-        except KafkaError as error:
-            raise BrokerError(f"Kafka at {self.settings.bootstrap} does not answer ({error}): is it running?") from None
+        for part in (self._prober, self._replica):
+            await self._connected.enter_async_context(part)
         self._tasks = [asyncio.create_task(task()) for task in (self._follow, self._probe, self._watch, self._show)]
         return self
 
@@ -69,8 +62,7 @@ class Live:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._probes.stop()
-        await self._session.close()
+        await self._connected.aclose()
 
     async def under_probes(self, traffic: Coroutine[Any, Any, T]) -> T:
         """`traffic`, with probes as long as it lasts."""
@@ -188,13 +180,7 @@ class Live:
         """Long polls: each version as soon as the replica has it."""
         while True:
             sequence = self.model.sequence
-            try:
-                async with self._session.get(
-                    f"{self.url}/v1/model", params={"newer_than": sequence, "wait_ms": POLL_MS}
-                ) as response:
-                    answer = orjson.loads(await response.read()) if response.status == 200 else None
-            except (aiohttp.ClientError, TimeoutError):
-                answer = None
+            answer = await self._replica.newer_than(sequence)
             if answer is None:
                 await asyncio.sleep(PROBE_S)  # it is starting
                 continue
@@ -209,26 +195,11 @@ class Live:
 
     async def _probe(self) -> None:
         """A tick into each partition, while the events flow."""
-        topic, sent = self.settings.topics.events, 0
         while True:
             await asyncio.sleep(PROBE_S)
-            if not self.probing:
-                continue
-            sent += 1
-            # In a log time is the player's to tell: a probe there has a time that moves nothing.
-            ts = now_ms() if isinstance(self.traffic, ClosedLoop) else 0
-            for partition in range(self.settings.topics.partitions):
-                tick = encode(Tick(event_id=f"probe-{partition}-{sent}", ts=ts))
-                at = time.monotonic()
-                try:
-                    waiting = await self._probes.send(topic, tick, partition=partition)
-                except KafkaError as error:
-                    raise BrokerError(f"Kafka does not take probes ({error}): is the broker running?") from None
-                waiting.add_done_callback(lambda done, p=partition, at=at: self._probed(done, p, at))
-
-    def _probed(self, done: asyncio.Future, partition: int, at: float) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self.freshness.sent(partition, done.result().offset, at)
+            if self.probing:
+                # In a log time is the player's to tell: a probe there has a time that moves nothing.
+                await self._prober.send(now_ms() if isinstance(self.traffic, ClosedLoop) else 0)
 
     async def _watch(self) -> None:
         """Workers that were killed are started again."""

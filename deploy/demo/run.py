@@ -24,11 +24,11 @@ from deploy.demo.figures import Model, balance
 from deploy.demo.live import Live, whole_seconds
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
-from deploy.demo.workers import Worker
 from deploy.page import LivePage
 from deploy.processes import alone, free_port, write_atomically
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
+from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError
 from online_model.features import table_specs

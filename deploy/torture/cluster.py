@@ -16,9 +16,9 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.broker import Broker
-from deploy.demo.workers import Worker, WorkerFailed
 from deploy.processes import free_port, write_atomically
 from deploy.settings import Settings, dump
+from deploy.workers import Worker, WorkerFailed
 from streams.topics import create_topics
 
 JOINERS, REPLICAS = 2, 2

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.demo.workers import Worker, WorkerFailed
 from deploy.processes import ends_with_parent
 from deploy.torture.cluster import READY_S, Cluster
 from deploy.torture.disk import Disk
 from deploy.torture.faults import Fault
+from deploy.workers import Worker, WorkerFailed
 from embedding_store.faults import VARIABLE
 from embedding_store.kept import place_of_number
 from embedding_store.rocks import in_use

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from deploy.broker import Broker
-from deploy.demo.workers import LAUNCHER, WorkerFailed
 from deploy.processes import free_port
 from deploy.settings import Layer, Settings
 from deploy.torture.cluster import Cluster
@@ -30,6 +29,7 @@ from deploy.torture.faults import GAP_S, ON_DISK, Fault, Kind, plan
 from deploy.torture.story import Story
 from deploy.torture.verdict import Outcome, outcome
 from deploy.torture.watch import Watch
+from deploy.workers import LAUNCHER, WorkerFailed
 from embedding_store.errors import BrokerError
 from replay.oracle import read_topic
 from replay.sinks import KafkaSink

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import itertools
 import json
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import orjson
 import pytest
 import torch
+from aiohttp import web
 
 from deploy.bench import join as join_bench
 from deploy.bench import scale as scale_bench
+from deploy.bench import serve_parts, train_parts
 from deploy.bench import store as store_bench
-from deploy.bench import train_parts
+from deploy.bench.freshness import STAGES as STAGES_OF_A_PROBE
 from deploy.bench.mix import SHARES, standard_mix
 from deploy.bench.train import STAGES
 from deploy.cli import run
@@ -135,3 +139,68 @@ def test_intake_reports_its_keys_from_one_run(broker: str, capfd: pytest.Capture
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["ratio_to_faust"] == pytest.approx(result["headrace_per_s"] / result["faust_per_event_per_s"])
     assert result["ratio_to_limit"] == pytest.approx(result["headrace_per_s"] / result["client_limit_per_s"])
+
+
+@pytest.mark.broker
+def test_serve_reports_its_keys_under_versions_that_come(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--items", "2000", "--users", "2000", "--rate", "10", "--seconds", "3", "--runs", "2"]
+    assert run(["bench", "serve", *sizes, "--bootstrap", broker, "--json"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["candidates"] == 500
+    assert result["errors"] == 0
+    assert result["requests"] == pytest.approx(30, abs=1), "the load is open: it does not wait for answers"
+    assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["max_ms"]
+    assert result["ratio"] == pytest.approx(result["p99_ms"] / result["bare_forward_ms"])
+    assert result["stall_p99_ms"] > 0
+    assert result["versions"] >= 1, "else nothing came in between"
+    assert 0 < result["apply_p50_ms"] <= result["apply_p99_ms"]
+    assert len(result["all"]) == 2
+    assert result["p99_ms"] == min(one["p99_ms"] for one in result["all"]), "the best is named"
+    assert result["rss_mb"] > 100
+    assert {"rps", "rss_growth_mb", "rss_slope_mb_per_h", "knee_rps", "arrivals"} <= result.keys()
+
+
+def test_a_late_answer_counts_from_when_its_request_was_due() -> None:
+    """A server that answers one request after the other, each after 20 ms, asked every 10 ms: a queue that grows."""
+
+    async def main() -> list[float]:
+        turn = asyncio.Lock()
+
+        async def rank(request: web.Request) -> web.Response:
+            async with turn:
+                await asyncio.sleep(0.02)
+            return web.Response(body=b'"item":' * 500)
+
+        app = web.Application()
+        app.router.add_post("/v1/rank", rank)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        load = serve_parts.Load(runner.addresses[0][1], 1_000, 10, seed=1)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await load.open(session, 0.5, 100.0, "even")
+        await runner.cleanup()
+        assert load.errors == {}
+        return load.took
+
+    took = asyncio.run(main())
+    assert len(took) == pytest.approx(50, abs=1)
+    assert max(took) > 0.4, "the last of them waited for all before it"
+
+
+@pytest.mark.broker
+def test_freshness_reports_its_keys_and_stages_that_add_up(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--rate", "100", "--seconds", "4", "--warm-up", "1", "--bootstrap", broker, "--json"]
+    assert run(["bench", "freshness", *arguments]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["rate"] == pytest.approx(100, rel=0.2)
+    assert result["probes"] > 100
+    assert 250 < result["p50_ms"] <= result["p95_ms"] <= result["p99_ms"], "L alone is 250 ms"
+    assert list(result["stages"]) == list(STAGES_OF_A_PROBE)
+    assert all(ms >= 0 for ms in result["stages"].values())
+    assert result["stages"]["hold"] == 250
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert sum(result["stages"].values()) == pytest.approx(result["p50_ms"], rel=0.5)
+    assert result["unreturned"] == 0
+    assert {"train", "serve", "join", "producer"} <= result["cores"].keys()

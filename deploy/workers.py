@@ -1,4 +1,4 @@
-"""The demo's worker processes: started, watched, started again when they die, and never left behind."""
+"""Worker processes: started, watched, started again when they die, and never left behind."""
 
 from __future__ import annotations
 
