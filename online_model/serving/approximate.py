@@ -93,11 +93,11 @@ class Cells:
         if among is None:
             rows = self._file.search(query[None], most)[1][0]
             return rows[rows >= 0]
-        bits = np.packbits(among, bitorder="little")
-        share = max(np.count_nonzero(among), 1) / max(self._file.ntotal, 1)
+        chosen = faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))  # type: ignore[call-arg, arg-type]
+        share = max(1, int(np.count_nonzero(among))) / max(1, self._file.ntotal)
         cells = min(self._file.nlist, int(np.ceil(self._file.nprobe / share)))
         for nprobe in (cells, self._file.nlist):
-            wanted = faiss.SearchParametersIVF(sel=faiss.IDSelectorBitmap(bits), nprobe=nprobe)  # type: ignore[arg-type]
+            wanted = faiss.SearchParametersIVF(sel=chosen, nprobe=nprobe)  # type: ignore[call-arg]
             rows = self._file.search(query[None], most, params=wanted)[1][0]
             rows = rows[rows >= 0]
             if len(rows) >= least or cells == self._file.nlist:
