@@ -187,6 +187,8 @@ class ApproximateIndex:
         self._rebuild(query.now_ms)
         if self._cells is None or self._distrusted:
             return self._exact.candidates(query)
+        if query.allowed is not None and np.count_nonzero(query.allowed.rows) <= GATHERED:
+            return self._nearest(np.flatnonzero(query.allowed.rows), wanted, query.now_ms)
         rows = self._found(self._cells, wanted, query)
         if rows is None:
             return self._exact.candidates(query)
@@ -216,8 +218,6 @@ class ApproximateIndex:
             rows = cells.search(wanted, most)
             return rows[available[rows]]
         allowed = query.allowed.rows
-        if np.count_nonzero(allowed) <= GATHERED:
-            return np.flatnonzero(allowed)
         sold_out = np.flatnonzero(allowed & ~available)
         if len(sold_out) > GATHERED:
             return None
