@@ -93,11 +93,11 @@ class Cells:
         if among is None:
             rows = self._file.search(query[None], most)[1][0]
             return rows[rows >= 0]
-        bits = np.packbits(among, bitorder="little")
-        share = max(np.count_nonzero(among), 1) / max(self._file.ntotal, 1)
+        chosen = faiss.IDSelectorBitmap(np.packbits(among, bitorder="little"))  # type: ignore[call-arg, arg-type]
+        share = max(1, int(np.count_nonzero(among))) / max(1, self._file.ntotal)
         cells = min(self._file.nlist, int(np.ceil(self._file.nprobe / share)))
         for nprobe in (cells, self._file.nlist):
-            wanted = faiss.SearchParametersIVF(sel=faiss.IDSelectorBitmap(bits), nprobe=nprobe)  # type: ignore[arg-type]
+            wanted = faiss.SearchParametersIVF(sel=chosen, nprobe=nprobe)  # type: ignore[call-arg]
             rows = self._file.search(query[None], most, params=wanted)[1][0]
             rows = rows[rows >= 0]
             if len(rows) >= least or cells == self._file.nlist:
@@ -187,6 +187,8 @@ class ApproximateIndex:
         self._rebuild(query.now_ms)
         if self._cells is None or self._distrusted:
             return self._exact.candidates(query)
+        if query.allowed is not None and np.count_nonzero(query.allowed.rows) <= GATHERED:
+            return self._nearest(np.flatnonzero(query.allowed.rows), wanted, query.now_ms)
         rows = self._found(self._cells, wanted, query)
         if rows is None:
             return self._exact.candidates(query)
@@ -216,8 +218,6 @@ class ApproximateIndex:
             rows = cells.search(wanted, most)
             return rows[available[rows]]
         allowed = query.allowed.rows
-        if np.count_nonzero(allowed) <= GATHERED:
-            return np.flatnonzero(allowed)
         sold_out = np.flatnonzero(allowed & ~available)
         if len(sold_out) > GATHERED:
             return None

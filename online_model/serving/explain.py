@@ -63,7 +63,7 @@ def moves(page: Page, rules: Rules) -> list[list[str]]:
     for at, (candidate, surprise) in enumerate(zip(page.shown, page.surprises, strict=True)):
         words, expected = [], place[candidate]
         if expected > candidate:
-            by = " and ".join(name for name in (CAP, GAP) if name in held.get(candidate, ())) or "the rules"
+            by = " and ".join(rule for rule, whom in held.items() if whom[candidate])
             words.append(f"{by} moved it from {candidate} to {expected}")
         elif expected < candidate:
             words.append(f"moved from {candidate} to {expected}: the rules held others back")
@@ -75,15 +75,15 @@ def moves(page: Page, rules: Rules) -> list[list[str]]:
     return said
 
 
-def _without_draws(rules: Rules) -> tuple[list[int], dict[int, set[str]]]:
-    """All candidates in the order of rules and scores alone, and which rules held who was next by score back."""
+def _without_draws(rules: Rules) -> tuple[list[int], dict[str, np.ndarray]]:
+    """All candidates in the order of rules and scores alone; by rule whom it held back, bool [n]: forbidden where a worse
+    one took the place."""
     order: list[int] = []
-    held: dict[int, set[str]] = {}
+    held = {rule: np.zeros(len(rules.left), bool) for rule in (CAP, GAP)}
     for _ in rules.left:
         candidate = int(rules.may_come()[0])
-        for rule in (CAP, GAP):
-            for passed in np.flatnonzero(rules.left[:candidate] & rules.forbidden(rule)[:candidate]).tolist():
-                held.setdefault(passed, set()).add(rule)
+        for rule, whom in held.items():
+            whom[:candidate] |= (rules.left & rules.forbidden(rule))[:candidate]
         order.append(candidate)
         rules.placed(candidate)
     return order, held

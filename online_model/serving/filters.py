@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embedding_store.ids import feature_id
+from embedding_store.ids import feature_ids
 from online_model.features import ITEM
 from online_model.serving.api import Filters
 from online_model.serving.state import SLOT, State
@@ -31,6 +31,6 @@ def allowed(state: State, filters: Filters, seen: np.ndarray) -> Allowed | None:
         slots &= cards.categories.among(filters.categories)[cards.category]
     if filters.region:
         slots &= cards.places.sold_in(filters.region)[cards.regions]
-    blocked = np.array([feature_id(ITEM, item) for item in filters.blocked], np.int64)
+    blocked = feature_ids(ITEM, filters.blocked)
     slots[cards.find(np.concatenate((blocked, seen)))] = False
     return Allowed(slots, slots[state.items.used(SLOT)])

@@ -16,7 +16,7 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.faults import fault
-from embedding_store.ids import feature_id
+from embedding_store.ids import feature_ids
 from online_model.features import ITEM
 from online_model.feedback import strategy
 from online_model.ranker import CLICK, PURCHASE, WATCH
@@ -138,7 +138,7 @@ class Replica:
         self._need_model()
         chosen = self.policy.of(request.user)
         asked = self._scorer.asked(request.user, request.scenario, request.context, self._clock())
-        ids = np.array([feature_id(ITEM, item) for item in request.candidates], np.int64)
+        ids = feature_ids(ITEM, request.candidates)
         weigh = chosen.scoring(request.scenario)
         scored = self._scorer.scored(asked, ids, weigh, deadline)
         order = scored.order.tolist()

@@ -19,7 +19,7 @@ class Rules:
     """The rules over one page, as it fills. `category`, `seller`: int [n] of the candidates, 0 none."""
 
     def __init__(self, settings: Reranking, category: np.ndarray, seller: np.ndarray) -> None:
-        self._settings = settings
+        self._settings, self._any = settings, bool(settings.category_gap or settings.seller_cap)
         self.left = np.ones(len(category), bool)  # not placed yet
         self._categories, self._category = np.unique(category, return_inverse=True)
         self._sellers, self._seller = np.unique(seller, return_inverse=True)
@@ -29,6 +29,8 @@ class Rules:
 
     def may_come(self) -> np.ndarray:
         """Which of the candidates left may take the next place: int64 [m] ascending, m ≥ 1 as long as one is left."""
+        if not self._any:
+            return np.flatnonzero(self.left)
         gap, cap, left = self.forbidden(GAP), self.forbidden(CAP), self.left
         for forbidden in (gap | cap, cap, gap):
             found = np.flatnonzero(left & ~forbidden)

@@ -26,7 +26,7 @@ from online_model.features import (
 from online_model.feedback import Strategy, probabilities
 from online_model.history import as_array, history_hash
 from online_model.neighbours import neighbour_numbers
-from online_model.ranker import CLICK, PURCHASE, WATCH, Contexts, Items
+from online_model.ranker import CLICK, HEADS, PURCHASE, WATCH, Contexts, Items
 from online_model.serving.api import Context, Id, Scenario
 from online_model.serving.approximate import vectors
 from online_model.serving.candidates import Query
@@ -104,6 +104,9 @@ class Scorer:
         """Item ids int64 [n] scored and put in order; ties go to what is clicked most, then to what came first in
         `ids`. Past the deadline (seconds of the timer) what is left is not scored; SLICE of them always are."""
         n = len(ids)
+        if not n:
+            nothing = np.empty(0, np.float32)
+            return Scored(ids, np.empty((0, len(HEADS)), np.float32), nothing, np.empty(0, np.int64), 0)
         if deadline is None or n <= SLICE or deadline - self._timer() > n * AMPLE_S:
             p = self.probabilities(asked.inputs, asked.mean, self.items(asked, ids))
             score = self.combined(p, ids, weigh)

@@ -127,6 +127,54 @@ def test_what_is_written_reads_back_as_the_same_settings(tmp_path: Path) -> None
     assert "# path is not set" in text
 
 
+ARMS = """
+[serve]
+experiment = "may"
+[[serve.arms]]
+name = 'of "quotes"'
+share = 0.25
+scoring = {click = 2.0, price_power = 0.5}
+[[serve.arms]]
+name = "bold"
+share = 0.5
+exploration = {policy = "thompson", seed = 4}
+reranking.seller_cap = 2
+[serve.policy.video]
+watch = 3
+"""
+
+
+def test_arms_are_lists_in_the_file_and_in_the_environment_and_read_back_as_they_were() -> None:
+    settings = load(written(ARMS))
+    replica = settings.serve.serve
+    assert [(arm.name, arm.share) for arm in replica.arms] == [('of "quotes"', 0.25), ("bold", 0.5)]
+    assert (replica.arms[0].scoring.click, replica.arms[0].scoring.watch, replica.arms[0].reranking) == (2, 0.5, None)
+    assert (replica.arms[1].exploration.policy, replica.arms[1].reranking.seller_cap) == ("thompson", 2)
+    assert (replica.policy.video.watch, replica.policy.shelf.watch) == (3, 0.5)
+    assert load(written(dump(settings))).serve.serve == replica
+    assert dump(load(written(dump(settings)))) == dump(settings)
+    environment = {"HEADRACE_SERVE_ARMS": '[{name = "a", share = 1}]', "HEADRACE_SERVE_POLICY_EXPLORATION_EPSILON": "0"}
+    replica = load(written(ARMS), environment).serve.serve
+    assert [(arm.name, arm.share) for arm in replica.arms] == [("a", 1.0)]
+    assert (replica.policy.exploration.epsilon, replica.policy.video.watch) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('arms = [{name = "a", share = 0.6}, {name = "b", share = 0.5}]', "the shares of the arms are 1.1 together"),
+        ('arms = [{name = "a", share = 0.6}, {name = "a", share = 0.1}]', "two arms have one name: a, a"),
+        ('arms = [{name = "a", shar = 0.6}]', "serve.arms"),
+        ("policy.shelf.price_power = 2", "serve.policy.shelf.price_power = 2: expected"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused_in_one_line(text: str, says: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        _ = load(written(f"[serve]\n{text}\n")).serve
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_join_worker_never_waits_for_torch() -> None:
     program = (
         "import sys; from deploy.settings import load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
@@ -151,7 +199,7 @@ def test_the_trainer_knows_how_long_the_joiner_waits_for_purchases() -> None:
     [
         ('[model]\nfeedback = "elapsed"\n', "needs a join.purchase_wait_ms"),
         ('[join]\npurchase_wait_ms = 5\n[model]\nfeedback = "weighted"\n', "needs join.purchase_wait_ms = 0, it is 5"),
-        ('[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n', "needs join.purchase_wait_ms = 0, it is 5"),
+        ("[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n", "needs join.purchase_wait_ms = 0, it is 5"),
         ('[model]\nfeedback = "none"\npurchase_wait_ms = 5\n', "set it there only"),
     ],
 )

@@ -57,8 +57,19 @@ def test_events_come_back_as_they_went(event):
 
 
 def test_items_come_back_as_they_went():
-    item = Item(item=7, title="T", category="c", created=5)
+    item = Item(item=7, title="T", category="c", created=5, price=2.5, regions=["north", "süd"])
     assert decode_item(encode(item)) == item
+
+
+def test_an_items_regions_are_at_most_64_names():
+    for regions, reason in (([""], "out_of_range"), (["x" * 65], "out_of_range"), (["r"] * 65, "out_of_range"),
+                            ([1], "wrong_type"), ("north", "wrong_type")):  # fmt: skip
+        raw = json.dumps({"kind": "item", "item": 7, "regions": regions}).encode()
+        with pytest.raises(Rejected) as refused:
+            decode_item(raw)
+        assert refused.value.reason == reason
+    most = ["r" * 64] * 64
+    assert decode_item(json.dumps({"kind": "item", "item": 7, "regions": most}).encode()).regions == most
 
 
 def test_units_count_what_was_shown():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +188,43 @@ def test_a_corrupt_version_is_refused_and_led_round(source: Source, served: Call
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 3, child=child)
     assert client.get("/readyz").status_code == 200
+
+
+def test_at_sighup_the_policy_is_read_again_and_holds_for_the_replica_that_comes_next(
+    settings: dict, source: Source, tmp_path: Path
+) -> None:
+    file = tmp_path / "again.json"
+    ask = {"user": "1", "scenario": "video", "candidates": [1, 2, 3]}
+    with running("serve", tmp_path / "log", again=str(file), **settings) as child, httpx.Client(timeout=30) as client:
+        wait_for(lambda: "serving on" in child.said, child=child)
+        address = child.said.split("serving on http://")[1].split()[0].replace(" ", ":")
+        client.base_url = httpx.URL(f"http://{address}")
+        source.send(*source.version())
+        wait_for(lambda: _sequence(client) == 1, child=child)
+        assert child.pid is not None
+
+        def hang_up(serve: dict, says: str) -> None:
+            lines = child.said.count("\n")
+            file.write_text(msgspec.json.encode(serve).decode())
+            os.kill(child.pid, signal.SIGHUP)
+            wait_for(lambda: says in "\n".join(child.said.splitlines()[lines:]), child=child)
+
+        first = client.get("/v1/model").json()["policy"]
+        everyone = [{"name": "all", "share": 1.0, "scoring": {"click": 9}}]
+        serve = {"experiment": "x", "arms": everyone, "nearest": 33}
+        hang_up({"serve": serve, "port": 81}, "needs a restart: serve.port, serve.nearest")
+        second = client.get("/v1/model").json()["policy"]
+        assert second != first
+        assert client.post("/v1/rank", json=ask).json()["arm"] == "all"
+        hang_up({"serve": {"arms": everyone * 2}}, "not taken: the shares of the arms are 2 together, more than 1")
+        assert client.get("/v1/model").json()["policy"] == second, "what is wrong changes nothing"
+        source.version()
+        source.snapshot()
+        source.send(*source.version())  # over a gap: another replica
+        wait_for(lambda: _sequence(client) == 3, child=child)
+        assert client.get("/v1/model").json()["policy"] == second
+        assert client.post("/v1/rank", json=ask).json()["arm"] == "all"
+        assert child.stop() == 0
 
 
 def test_a_port_that_is_taken_is_one_line(settings: dict, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def test_model():
         "version": "1.1", "epoch": 1, "sequence": 1, "created_ms": NOW, "applied_ms": body["applied_ms"],
         "positions": {"0": 10, "1": 20}, "info": {"rows": 7},
         "rows": {"user": 6, "item": 40, "category": 4, "seller": 2, "word": 3, "card": 40},
+        "policy": replica().policy.fingerprint,
     }  # fmt: skip
 
 
