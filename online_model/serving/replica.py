@@ -82,7 +82,7 @@ class Replica:
         """`features`, `ranker`, `feedback`: as the trainer has them (`settings` in a version's info)."""
         self.settings = settings
         self._feedback = strategy(feedback, entire=ranker.entire_space)
-        self.state = State(features, ranker, len(self._feedback.extra))
+        self.state = State(features, ranker, len(self._feedback.extra), settings.rows)
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
             self.index,
@@ -188,6 +188,10 @@ class Replica:
     def recall(self) -> float | None:
         """Of the index of items, as measured of late (`ApproximateIndex`); None while all items are scanned."""
         return self.index.recall
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes reserved for rows, by table. The index of a large catalogue takes about as much as its items."""
+        return {name: table.nbytes for name, table in self.state.tables.items()}
 
     def rows(self) -> dict[str, int]:
         """Rows held, by table; cards under "card"."""

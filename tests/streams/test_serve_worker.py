@@ -15,7 +15,7 @@ from streams.topics import TopicSettings
 from tests.streams.children import Child, running, wait_for
 from tests.streams.source import Source
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
