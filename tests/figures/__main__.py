@@ -19,12 +19,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.figures import ablation, compare, publish, replay, retrieval, store, streams, train
+from tests.figures import ablation, compare, publish, replay, replica, retrieval, store, streams, train
 from tests.figures.common import Bench, FigureError, Line, Row, say
 
 MODULES: dict[str, dict[str, Line]] = {
     "ablation": ablation.LINES, "compare": compare.LINES, "publish": publish.LINES, "replay": replay.LINES,
-    "retrieval": retrieval.LINES, "store": store.LINES, "streams": streams.LINES, "train": train.LINES,
+    "replica": replica.LINES, "retrieval": retrieval.LINES, "store": store.LINES, "streams": streams.LINES,
+    "train": train.LINES,
 }  # fmt: skip
 
 

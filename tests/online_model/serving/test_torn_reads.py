@@ -25,7 +25,7 @@ def test_a_mixture_would_be_seen() -> None:
 
 
 def test_no_read_is_of_two_versions() -> None:
-    seen = torn_reads(5_000)
+    seen = torn_reads(1_500)
     assert seen.mixed == 0
-    assert seen.versions >= 200
-    assert seen.swaps >= 4
+    assert seen.versions >= 75
+    assert seen.swaps >= 1
