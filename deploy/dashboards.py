@@ -28,6 +28,8 @@ PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
      tuple((f'histogram_quantile({q}, sum by (le, route) (rate(headrace_serve_request_seconds_bucket'
             '{route=~"/v1/(rank|recommend)"}[1m])))', f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99))),
     ("Rows held", "Rows in a replica's tables.", "short", (("headrace_replica_rows", "{{instance}} {{table}}"),)),
+    ("Memory of rows", "Bytes that a replica's tables have reserved; twice that while it loads a snapshot.", "bytes",
+     (("headrace_replica_bytes", "{{instance}} {{table}}"),)),
     ("Held back by the guard", "1: versions are not published, the trainer's log says why; rollbacks in a row.", "none",
      (("headrace_train_guard_held", "held"), ("headrace_train_guard_rollbacks", "rollbacks"))),
     ("Drift of the loss", "Changes of the log loss that were found, by task, per hour.", "none",

@@ -64,6 +64,11 @@ class RowMap:
     def free(self) -> int:
         return self._n_free
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        return self._ids.nbytes + self._free.nbytes + self._slots.nbytes
+
     def find(self, ids: np.ndarray) -> np.ndarray:
         return self._find(ids)[0]
 

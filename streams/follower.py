@@ -91,10 +91,10 @@ class Follower:
             fetch_max_wait_ms=500,  # the broker answers as soon as there is one byte
             max_partition_fetch_bytes=16 << 20,
         )
+        self._say()
 
     async def run(self) -> None:
         """Follow until cancelled. Raises BrokerError."""
-        self._say()
         try:
             await self._consumer.start()
             try:

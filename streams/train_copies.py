@@ -25,7 +25,7 @@ log = logging.getLogger("headrace")
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be kept
 LOOK_SECONDS = 0.2  # between two looks for replicas that ask for a snapshot
 REST = 4.0  # × what the last snapshot took, but …
-LEAST_REST = 2.0  # … at least so many seconds lie between two that were asked for
+LEAST_REST = 1.0  # … at least so many seconds lie between two that were asked for
 
 
 class TrainCopies:

@@ -65,13 +65,12 @@ class ExactIndex:
     def candidates(self, query: Query) -> np.ndarray:
         state, items = self._state, self._state.items
         self._refresh(query.now_ms)
-        content = torch.from_numpy(query.content)
-        scores = torch.addmv(torch.from_numpy(self._base(query)), items.weights(), torch.from_numpy(query.item))
+        scores = items.scores(query.item) + torch.from_numpy(self._base(query))
         for table, column in ((CATEGORY, CATEGORY_ROW), (SELLER, SELLER_ROW)):
-            of_group = torch.mv(state.tables[table].weights(), content)
+            of_group = state.tables[table].scores(query.content)
             scores += of_group[torch.from_numpy(items.used(column))]
         if len(state.tables[WORD]):
-            of_word = torch.mv(state.tables[WORD].weights(), content)
+            of_word = state.tables[WORD].scores(query.content)
             words = torch.from_numpy(items.used(WORD_ROWS))
             scores += of_word[words].sum(1) / (words != 0).sum(1).clamp(min=1)
         best, rows = torch.topk(scores, min(self._limit, items.end), sorted=False)

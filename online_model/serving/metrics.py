@@ -92,6 +92,10 @@ class _Gauges(Collector):
         for table, n in replica.rows().items():
             rows.add_metric([table], n)
         yield rows
+        reserved = GaugeMetricFamily("headrace_replica_bytes", "Reserved for rows", labels=["table"])
+        for table, n in replica.nbytes().items():
+            reserved.add_metric([table], n)
+        yield reserved
         yield GaugeMetricFamily("headrace_replica_epoch", "Epoch served", replica.epoch)
         yield GaugeMetricFamily("headrace_replica_sequence", "Version served; -1: none", replica.sequence)
         if replica.sequence >= 0:

@@ -77,7 +77,7 @@ class Replica:
         self.coverage = Coverage()
         self.policy = PolicyInForce(settings)  # of its own until a holder gives it that of the process
         how = strategy(feedback, entire=ranker.entire_space)
-        self.state = State(features, ranker, len(how.extra))
+        self.state = State(features, ranker, len(how.extra), settings.rows)
         self._scorer = Scorer(self.state, how, timer, live, self.coverage)
         self.index = Index(self.state, settings)
         self.sources: list[Source] = [
@@ -234,6 +234,10 @@ class Replica:
     def recall(self) -> float | None:
         """Of the index of items, as measured of late (`ApproximateIndex`); None while all items are scanned."""
         return self.index.recall
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes reserved for rows, by table. The index of a large catalogue takes about as much as its items."""
+        return {name: table.nbytes for name, table in self.state.tables.items()}
 
     def rows(self) -> dict[str, int]:
         """Rows held, by table; cards under "card"."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from embedding_store.delta import Version
+from embedding_store.encoding import Encoding
 from embedding_store.errors import CorruptRecord
 from online_model.features import CARD, CATEGORY, ITEM, SELLER, TITLE_WORDS, USER, WORD, item_numbers, table_specs
 from online_model.neighbours import Lists, lists_of, similar
@@ -28,13 +29,17 @@ _IDS = {CATEGORY: "category", SELLER: "seller", WORD: "words"}  # table → the 
 class State:
     """The model as of one version. `changes` counts the versions; an item row's STAMP is the last that touched it."""
 
-    def __init__(self, features: FeatureSettings, ranker: RankerSettings, extra_heads: int = 0) -> None:
+    def __init__(
+        self, features: FeatureSettings, ranker: RankerSettings, extra_heads: int = 0, rows: Encoding = "fp32"
+    ) -> None:
+        """rows: how the tables hold their weights."""
         self.tables = {
             spec.name: Table(
-                spec.name, spec.settings.dim, spec.extras, spec.settings.capacity, _OWN if spec.name == ITEM else {}
+                spec.name, spec.settings.dim, spec.extras, spec.settings.capacity, _OWN if spec.name == ITEM else {},
+                rows,
             )
             for spec in table_specs(features)
-        }
+        }  # fmt: skip
         self.users, self.items, self.categories = (self.tables[name] for name in (USER, ITEM, CATEGORY))
         self.cards = Catalogue(features.items)
         self.ranker = Ranker(features.dim, ranker, extra_heads).eval().requires_grad_(False)
@@ -79,10 +84,14 @@ class State:
         self.cards.remove(gone)
         self.cards.put(cards)
         touched += [self.items.find(gone), self.items.find(np.fromiter(cards, np.int64, len(cards)))]
-        if [self.tables[name].members for name in _LINKED] != known:
+        anew = [self.tables[name].members for name in _LINKED] != known
+        if anew:
             touched.append(self._relink(np.arange(1, self.items.end)))
             self.linked = self.changes
-        self._link(np.concatenate(touched))
+        rows = np.concatenate(touched)
+        if len(rows) >= self.items.end:  # as of a snapshot, by their rows and by their cards: all, in an order
+            rows = np.arange(1, self.items.end)
+        self._link(rows, linked=anew)
 
     def vectors(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(the item's weights, its content), float32 [n, D] each, of item rows int64 [n]; the sum is its vector."""
@@ -131,10 +140,11 @@ class State:
         columns = self.items.columns
         return [self.items.ids_of(rows), columns["category"][rows], columns["seller"][rows]]
 
-    def _link(self, rows: np.ndarray) -> None:
-        """Bring the replica's own columns of these item rows up to date."""
+    def _link(self, rows: np.ndarray, linked: bool) -> None:
+        """Bring the replica's own columns of these item rows up to date. linked: the rows that they refer to are."""
         rows = rows[rows > 0]
-        self._relink(rows)
+        if not linked:
+            self._relink(rows)
         columns = self.items.columns
         columns[SLOT][rows] = self.cards.find(self.items.ids_of(rows))
         columns[AVAILABLE][rows] = self.cards.available[columns[SLOT][rows]]

@@ -1,6 +1,10 @@
 """One embedding table as a replica holds it: rows by feature id, growing as ids arrive in versions.
 
 Only `put` and `remove` write. A look-up of an unknown id gives row 0, the default row, which is all zeros for ever.
+
+Weights are held in an encoding (embedding_store/encoding.py: 4, 2 or 1 byte a number, and 8 a row), once more than on
+their way: fp16 is off by 2^-11 of the value, int8 by 1/510 of what lies between the row's least and largest. What is
+looked up is float32 whatever it is; a row is put whole, so errors do not add up.
 """
 
 from __future__ import annotations
@@ -11,22 +15,31 @@ import numpy as np
 import torch
 
 from embedding_store.columns import WEIGHTS, TableRows
+from embedding_store.encoding import Encoding, decode_weights, encode_weights
 from embedding_store.errors import CorruptRecord
 from embedding_store.rows import RowMap
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # column → (dtype, shape of one row)
+_SCANNED = 1 << 15  # rows that are decoded at a time: they stay in the cache
 
 
 class Table:
-    """Columns [capacity + 1, …] of one table by row: weights float32 [dim], the `extras` that versions carry, and `own`
-    columns that the replica makes itself. Memory that no row has used is not touched.
+    """Columns [capacity + 1, …] of one table by row: weights [dim] in their encoding, the `extras` that versions carry,
+    and `own` columns that the replica makes itself. Memory that no row has used is not touched.
     """
 
-    def __init__(self, name: str, dim: int, extras: Layout, capacity: int, own: Layout | None = None) -> None:
+    def __init__(
+        self, name: str, dim: int, extras: Layout, capacity: int, own: Layout | None = None, encoding: Encoding = "fp32"
+    ) -> None:
         self.name = name
         self.carried = _dtypes({WEIGHTS: ("<f4", (dim,)), **extras})
         self._map = RowMap(capacity)
-        self.columns = {c: np.zeros((capacity + 1, *s), d) for c, (d, s) in (self.carried | _dtypes(own or {})).items()}
+        self._encoding = encoding
+        codes = encode_weights(np.zeros((1, dim), np.float32), encoding)
+        self._codes = {part: f"{WEIGHTS}.{part}" if part else WEIGHTS for part in codes}  # part of them → column
+        held = {self._codes[part]: (array.dtype, array.shape[1:]) for part, array in codes.items()}
+        held |= _dtypes({**extras, **(own or {})})
+        self.columns = {c: np.zeros((capacity + 1, *s), d) for c, (d, s) in held.items()}
         self.end = 1  # no row from here on was ever used
         self.members = 0  # moves when an id comes or goes
 
@@ -35,8 +48,9 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved for the columns."""
-        return sum(column.nbytes for column in self.columns.values())
+        """Bytes reserved for the columns and the map of ids: at most twice what the most rows ever held need, or what
+        the capacity said. What no row has used is not in memory."""
+        return self._map.nbytes + sum(column.nbytes for column in self.columns.values())
 
     def find(self, ids: np.ndarray) -> np.ndarray:
         """Rows int64 [n] of ids int64 [n]; 0 where there is none. Changes nothing."""
@@ -50,13 +64,25 @@ class Table:
         """A view of a column's rows [end, …] that were ever used, the default row first."""
         return self.columns[column][: self.end]
 
-    def weights(self) -> torch.Tensor:
-        """float32 [end, dim], sharing memory with the column."""
-        return torch.from_numpy(self.used(WEIGHTS))
+    def scores(self, vector: np.ndarray) -> torch.Tensor:
+        """float32 [end]: the inner products of all rows that were ever used with `vector` float32 [dim]."""
+        with_ = torch.from_numpy(vector)
+        if self._encoding == "fp32":
+            return torch.mv(torch.from_numpy(self.used(WEIGHTS)), with_)
+        out = torch.empty(self.end)
+        for start in range(0, self.end, _SCANNED):
+            rows = slice(start, min(start + _SCANNED, self.end))
+            torch.mv(torch.from_numpy(self._decoded(rows)), with_, out=out[rows])
+        return out
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         """Copies of the weights float32 [n, dim] in rows int64 [n]."""
-        return torch.from_numpy(self.columns[WEIGHTS].take(rows, axis=0))
+        if self._encoding == "fp32":
+            return torch.from_numpy(self.columns[WEIGHTS].take(rows, axis=0))
+        return torch.from_numpy(self._decoded(rows))
+
+    def _decoded(self, rows: np.ndarray | slice) -> np.ndarray:
+        return decode_weights({part: self.columns[name][rows] for part, name in self._codes.items()}, self._encoding)
 
     def check(self, rows: TableRows) -> None:
         """Raises CorruptRecord unless `rows` can be put: the columns carried, finite, each id once and none 0."""
@@ -81,7 +107,9 @@ class Table:
             self._grow(len(self) + new)
         index, _ = self._map.admit(rows.ids)
         self.members += new
-        for name in self.carried:
+        for part, codes in encode_weights(rows.columns[WEIGHTS], self._encoding).items():
+            self.columns[self._codes[part]][index] = codes
+        for name in self.carried.keys() - {WEIGHTS}:
             self.columns[name][index] = rows.columns[name]
         self.end = max(self.end, int(index.max(initial=0)) + 1)
         return index

@@ -87,6 +87,9 @@ def test_every_query_names_a_metric_that_a_worker_exports(tmp_path: Path) -> Non
         def rows(self) -> dict[str, int]:
             return {"item": 4}
 
+        def nbytes(self) -> dict[str, int]:
+            return {"item": 4_000}
+
         def recall(self) -> float:
             return 0.95
 

@@ -13,64 +13,18 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from kafka import KafkaProducer
 
-from embedding_store.snapshot import snapshot_of
-from online_model.settings import TrainerSettings
-from online_model.trainer import Trainer, open_trainer
 from streams.topics import TopicSettings
-from tests.online_model.logs import make_blocks, make_rows
 from tests.streams.children import Child, running, wait_for
+from tests.streams.source import Source
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
 def settings(broker: str, topics: TopicSettings, tmp_path: Path) -> dict:
     about = {"prefix": topics.prefix, "partitions": topics.partitions}
     return {"bootstrap": broker, "data_dir": tmp_path / "data", "topics": about, "port": 0}
-
-
-class Source:
-    """A trainer that makes versions, and the means to send them, or something else."""
-
-    def __init__(self, broker: str, topics: TopicSettings, folder: Path) -> None:
-        small = {"features": {"dim": 8, "users": 4_000, "items": 4_000, "categories": 100}}
-        settings = msgspec.convert(small, TrainerSettings)
-        self.trainer: Trainer = open_trainer(settings, folder / "train", lambda: time.time_ns() // 1_000_000)
-        self._blocks = {block.from_offset: block for block in make_blocks(make_rows(2_000), 100)}
-        self._snapshots = folder / "data" / "snapshots"
-        self._topic = topics.parameters
-        self._producer = KafkaProducer(bootstrap_servers=broker)
-
-    def version(self) -> list[bytes]:
-        """The parts of the next version."""
-        position = self.trainer.positions.get(0)
-        self.trainer.offer(self._blocks[position.next if position else 0], 0)
-        while self.trainer.step():
-            pass
-        parts = self.trainer.commit()
-        assert parts is not None
-        return parts
-
-    def send(self, *parts: bytes) -> None:
-        for part in parts:
-            self._producer.send(self._topic, part, partition=0)
-        self._producer.flush()
-
-    def snapshot(self) -> None:
-        snapshot_of(self.trainer.store, self._snapshots)
-
-    def go_back(self, copy: Path) -> None:
-        """The trainer's store is an older copy of itself, as after a power cut."""
-        published = self.trainer.epoch, self.trainer.sequence
-        self.trainer.store.close()
-        self.trainer = open_trainer(self.trainer.settings, copy, lambda: time.time_ns() // 1_000_000)
-        assert self.trainer.supersede(*published)
-
-    def close(self) -> None:
-        self._producer.close()
-        self.trainer.store.close()
 
 
 @pytest.fixture
