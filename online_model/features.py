@@ -190,10 +190,11 @@ def matches(
     same of the candidates, int64 [N] each; ctx: int64 [N]. Two numbers for each of the three: the recency of the newest
     entry that is alike, and the share of the entries' recency that all of those have. An id 0 is like no other.
     """
-    recency, out = past.recency[ctx], np.empty((len(ctx), MATCHES), np.float32)
+    one = len(past.recency) == 1  # then nothing needs to be copied for each candidate
+    recency, out = past.recency if one else past.recency[ctx], np.empty((len(ctx), MATCHES), np.float32)
     total = recency.sum(1) + 1e-6
     for at, (entries, own) in enumerate(zip(of_entries, of_items, strict=True)):
-        alike = recency * ((entries[ctx] == own[:, None]) & (own != 0)[:, None])
+        alike = recency * (((entries if one else entries[ctx]) == own[:, None]) & (own != 0)[:, None])
         out[:, 2 * at] = alike.max(1, initial=0)
         out[:, 2 * at + 1] = alike.sum(1) / total
     return out

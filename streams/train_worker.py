@@ -295,8 +295,9 @@ class TrainWorker:
             if not pending:
                 seconds = max(0.0, self._commit_due - time.monotonic()) if self._dirty else None
                 await self._changes(seconds, lambda: bool(self._waiting or self._items or self._draining))
-                # A step costs the same for ten rows as for two hundred: a little patience saves most of them.
-                pause = self._turned + GATHER_SECONDS - time.monotonic()
+                # A step costs the same for ten rows as for two hundred: a little patience saves most of them. But not
+                # past a commit that is due: what has come till then is to be in it, and it is not to wait for more.
+                pause = min(self._turned + GATHER_SECONDS, self._commit_due) - time.monotonic()
                 await self._changes(max(0.0, pause), lambda: self._waiting_bytes > GATHER_BYTES or self._draining)
             self._turned = time.monotonic()
             records: list[ConsumerRecord] = []
