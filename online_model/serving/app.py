@@ -20,7 +20,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from online_model.serving.admission import Turns
 from online_model.serving.api import (
@@ -234,8 +234,12 @@ class App:
     """The app, counting each request by route and status. Unknown paths share one label: strangers must not make
     metrics. `turns`: who waits."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, turns: Turns) -> None:
+    def __init__(self, app: Starlette, metrics: Metrics, turns: Turns) -> None:
         self._app, self._metrics, self.turns = app, metrics, turns
+
+    @property
+    def routes(self) -> list[Route]:
+        return [route for route in self._app.routes if isinstance(route, Route)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -3,7 +3,7 @@
     python -m tests.online_model.serving.served '{"waiting": 4}' 20
 
 serves under these limits; scoring takes 20 ms more than it would. Prints its port and serves until its input ends.
-A request with the header `x-leak` leaks: a part of its size is kept for ever.
+A request with the header `x-leak` leaks that many bytes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica
 from online_model.serving.settings import Limits
 from tests.online_model.serving.world import replica, world
-
-LEAK_BYTES = 2_000  # that a leaking request leaves behind
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,8 @@ async def _serve(limits: str, slow_ms: int) -> None:
     kept: list[bytes] = []
 
     async def leaking(scope, receive, send) -> None:
-        if scope["type"] == "http" and any(name == b"x-leak" for name, _ in scope["headers"]):
-            kept.append(os.urandom(LEAK_BYTES))
+        if leak := dict(scope.get("headers", ())).get(b"x-leak"):
+            kept.append(os.urandom(int(leak)))
         await app(scope, receive, send)
 
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import math
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -21,6 +24,7 @@ from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
 from online_model.serving.problems import KINDS, Problem
 from online_model.serving.replica import Replica
+from online_model.serving.settings import Limits
 from tests.online_model.serving.world import NOW, delta, rank, replica, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
@@ -88,6 +92,28 @@ def test_recommend():
 def test_what_is_left_out_is_as_in_the_events():
     body = asks("POST", "/v1/recommend", json={"user": 5}).json()
     assert len(body["items"]) == 10
+
+
+def test_similar():
+    """"7" and 7 are one id."""
+    body = asks("GET", "/v1/items/7/similar?k=3").json()
+    assert set(body) == {"item", "model_version", "model_age_ms", "learned_to_ms", "items"}
+    assert body["item"] == 7
+    assert body["model_version"] == "1.1"
+    assert len(body["items"]) == 3
+    assert 7 not in [alike["item"] for alike in body["items"]]
+    assert [set(alike) for alike in body["items"]] == [{"item", "score", "together", "alike"}] * 3
+    assert len(asks("GET", "/v1/items/7/similar").json()["items"]) == 10
+
+
+def test_similar_to_what_is_not_there():
+    for item in ("unknown", "07", "7%0A", "a%2Fb"):
+        assert_refused(asks("GET", f"/v1/items/{item}/similar"), 404, "", "unknown-item")
+    assert_refused(asks("GET", "/v1/items/7/similar", replica()), 503, "no model yet", "not-ready")
+    assert_refused(asks("GET", "/v1/items/7/similar?k=0"), 422, "$.k")
+    assert_refused(asks("GET", "/v1/items/7/similar?n=3"), 422, "unknown field `n`")
+    assert_refused(asks("GET", f"/v1/items/{'x' * 257}/similar"), 422, "1 to 256 characters")
+    assert_refused(asks("GET", "/v1/items//similar"), 422, "1 to 256 characters")
 
 
 def test_model():
@@ -181,7 +207,9 @@ def test_a_wrong_question_for_the_model_is_refused(query):
     ],
 )  # fmt: skip
 def test_unknown_paths_and_methods(method, path, status):
-    assert_refused(asks(method, path), status)
+    response = asks(method, path)
+    assert_refused(response, status, "see /docs", "about:blank")
+    assert ("allow" in response.headers) == (status == 405)
 
 
 json_values = st.recursive(
@@ -299,6 +327,9 @@ def test_metrics_count_what_happened():
             holder.apply(delta(2))
             holder.apply(delta(2))
             got = samples((await http.get("/metrics")).text)
+            assert got["headrace_serve_refused_total", "invalid"] == 1
+            assert got["headrace_serve_refused_total", "not-found"] == 50
+            assert got["headrace_serve_waiting",] == 0
             assert got["headrace_serve_requests_total", "/v1/recommend", "200"] == 3
             assert got["headrace_serve_requests_total", "/v1/rank", "422"] == 1
             assert got["headrace_serve_requests_total", "404", "other"] == 50
@@ -321,7 +352,7 @@ def test_metrics_count_what_happened():
     asyncio.run(run())
 
 
-def test_a_broken_replica_is_an_error_without_a_traceback():
+def test_a_broken_replica_is_an_error_without_a_traceback(caplog):
     class Broken(Replica):
         def rank(self, *args, **kwargs):
             raise RuntimeError("secret inside")
@@ -336,9 +367,35 @@ def test_a_broken_replica_is_an_error_without_a_traceback():
             response = await http.post("/v1/rank", json={"user": 1, "candidates": [1]})
             got = samples((await http.get("/metrics")).text)
             assert got["headrace_serve_requests_total", "/v1/rank", "500"] == 1
+            assert got["headrace_serve_refused_total", "internal-server-error"] == 1
             return response
 
-    assert_refused(asyncio.run(run()), 500, "internal error")
+    response = asyncio.run(run())
+    assert_refused(response, 500, "internal error", "about:blank")
+    assert response.json()["instance"] in caplog.text  # so that it can be found in the log
+    assert "secret" not in response.text
+
+
+def test_a_request_is_told_its_deadline_and_what_was_cut_short_is_counted():
+    told: list[float] = []
+
+    class Hurried(Replica):
+        def rank(self, request, deadline=math.inf):
+            told.append(deadline - time.perf_counter())
+            return dataclasses.replace(super().rank(request), degraded=len(told) > 1)
+
+    made = replica(world())
+    made.__class__ = Hurried
+
+    async def run() -> None:
+        async with client(made) as (http, _):
+            answers = [await http.post("/v1/rank", json={"user": 1, "candidates": [1]}) for _ in range(3)]
+            assert [answer.json()["degraded"] for answer in answers] == [False, True, True]
+            got = samples((await http.get("/metrics")).text)
+            assert got["headrace_serve_degraded_total", "rank"] == 2
+
+    asyncio.run(run())
+    assert all(0 < seconds <= Limits().deadline_ms / 1000 for seconds in told)
 
 
 def test_where_many_ask_at_once_versions_come_in_between():

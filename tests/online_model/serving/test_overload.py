@@ -231,7 +231,7 @@ def test_a_client_that_keeps_sending_a_byte_is_cut_off_too():
                         await asyncio.sleep(0.01)
 
             dripping = asyncio.create_task(drip())
-            with contextlib.suppress(ConnectionResetError):  # what it sent after that was not read: the answer may be lost
+            with contextlib.suppress(ConnectionResetError):  # what it sent after that hides the answer
                 assert (await reader.read()).startswith(b"HTTP/1.1 408")
             dripping.cancel()
             writer.close()
