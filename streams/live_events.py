@@ -35,8 +35,8 @@ PATIENCE_SECONDS = 10.0  # for one that has caught up: then less is to be read
 
 
 class LiveEvents:
-    """Carries events to `live`, for the holder's replica, once that has `caught_up`. `clicked`: is told each click too; `moved`: the largest ts of
-    events (ms) from time to time."""
+    """Carries events to `live`, for the holder's replica, once that has `caught_up`. `clicked` is told each click too,
+    `moved` the largest ts of events (ms) after each fetch."""
 
     def __init__(
         self,
