@@ -7,6 +7,7 @@ time, and between two the loop looks at its requests.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
@@ -30,21 +31,23 @@ SLICE = 100  # records that are taken in one go: about a millisecond
 BATCH_BYTES = 1 << 20  # of a partition
 BEFORE = 10_000  # records of a partition: their event ids must be known, or a late duplicate counts twice for a moment
 LOOK_SECONDS = 0.1  # for the first version
+PATIENCE_SECONDS = 10.0  # for one that has caught up: then less is to be read
 
 
 class LiveEvents:
-    """Carries events to `live`, for the holder's replica. `clicked`: is told each click too; `moved`: the largest ts of
-    events (ms) from time to time."""
+    """Carries events to `live`, for the holder's replica, once that has `caught_up`. `clicked` is told each click too,
+    `moved` the largest ts of events (ms) after each fetch."""
 
     def __init__(
         self,
         settings: ServeWorkerSettings,
         holder: Holder,
         live: LiveUsers,
+        caught_up: asyncio.Event,
         clicked: Callable[[Click], None] = lambda click: None,
         moved: Callable[[int], None] = lambda ts: None,
     ) -> None:
-        self._settings, self._holder, self._live = settings, holder, live
+        self._settings, self._holder, self._live, self._caught_up = settings, holder, live, caught_up
         self._clicked, self._moved = clicked, moved
         self._newest = 0
         self._begins: dict[int, Mark] = {}  # of partitions that are read from before where the rows are
@@ -52,9 +55,12 @@ class LiveEvents:
         self._counted = _Counted(holder.metrics.registry, live)
 
     async def run(self) -> None:
-        """Follow the topic from where the first version is, until cancelled. Raises BrokerError."""
+        """Follow the topic from where the rows held are, until cancelled. Raises BrokerError."""
         while self._holder.replica.sequence < 0:
             await asyncio.sleep(LOOK_SECONDS)
+        with contextlib.suppress(TimeoutError):  # what its first version lacks may be in later ones
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await self._caught_up.wait()
         topic = self._settings.topics.events
         consumer = AIOKafkaConsumer(
             topic, bootstrap_servers=self._settings.bootstrap, enable_auto_commit=False, auto_offset_reset="earliest",

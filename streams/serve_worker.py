@@ -21,6 +21,7 @@ from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica
 from streams import app
 from streams.follower import Follower
+from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
@@ -60,7 +61,13 @@ async def _serve(
         )
     )
     live = LiveUsers(settings.live_actions, settings.disorder_ms)
-    parts: list[Follower | LiveEvents] = [Follower(settings, holder, live), LiveEvents(settings, holder, live)]
+    follower = Follower(settings, holder, live)
+    events = LiveEvents(settings, holder, live, follower.caught_up)
+    parts: list[Follower | LiveEvents | ImpressionLog] = [follower, events]
+    if settings.serve.log_impressions:
+        impressions = ImpressionLog(settings, holder.metrics.registry)
+        holder.served.append(impressions.served)
+        parts.append(impressions)
     working = [asyncio.create_task(part.run()) for part in parts]
     serving = asyncio.create_task(server.serve([listening]))
     for task in (*working, serving):

@@ -131,7 +131,7 @@ class _Demo:
 
     async def _closed_loop(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
         """Simulated users for `seconds`. Returns how long it was, in seconds."""
-        users = ClosedLoop(self.settings.simulator, sink, live.url)
+        users = ClosedLoop(self.settings.simulator, sink, live.url, self.settings.serve.serve.log_impressions)
         users.open(now_ms())  # the catalogue first: a replica has nothing to recommend before
         await live.ready(stop)
         users.open(now_ms())

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -43,11 +43,12 @@ class Sent:
 
 
 class ClosedLoop:
-    """Users of a marketplace, each page of theirs filled by the replica at `url`. One asyncio task: `run`."""
+    """Users of a marketplace, each page of theirs filled by the replica at `url`. One asyncio task: `run`. `logged`:
+    the replica sends the impressions (`[serve] log_impressions`); otherwise they are sent here."""
 
-    def __init__(self, settings: SimulatorSettings, sink: KafkaSink, url: str) -> None:
+    def __init__(self, settings: SimulatorSettings, sink: KafkaSink, url: str, logged: bool = True) -> None:
         self.world, self.sink, self.clicks, self.sent = Marketplace(settings), sink, ClickRate(), Sent()
-        self._url = f"{url}/v1/recommend"
+        self._url, self._logged = f"{url}/v1/recommend", logged
         self._seconds: dict[str, int] = {}  # request → the second of the run it was shown in
         self._flying: set[asyncio.Task] = set()
 
@@ -79,7 +80,7 @@ class ClosedLoop:
         await asyncio.to_thread(self.sink.flush)
 
     async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
-        """One page: ask, show, tell."""
+        """One page: ask, show; what they do with it comes in later steps."""
         asked = {"user": request.user, "scenario": request.scenario, "k": request.k,
                  "context": {"query": request.query or ""}}  # fmt: skip
         try:
@@ -90,9 +91,9 @@ class ClosedLoop:
         except (aiohttp.ClientError, TimeoutError) as error:
             self.sent.refuse(error)  # perhaps the replica is being started again: this user saw nothing
             return
-        items = answer["items"]
+        items, request = answer["items"], replace(request, request_id=answer["request_id"])
         impression = self.world.show(
-            request, [shown["item"] for shown in items], ts=now_ms(),
+            request, [shown["item"] for shown in items], ts=answer["moment_ms"],
             propensities=[shown["propensity"] for shown in items],
             model_version=answer["model_version"], feature_hash=answer["feature_hash"],
         )  # fmt: skip
@@ -100,7 +101,8 @@ class ClosedLoop:
         self._seconds[request.request_id] = second
         self.clicks.add(second, shown=len(items))
         self.sent.events += units(impression)
-        self._send([impression])
+        if not self._logged:
+            self._send([impression])
 
     def _send(self, records: Iterable[Event | Item]) -> None:
         for record in records:

@@ -102,6 +102,7 @@ async def _rank(request: Request) -> Response:
     async with _turn(request):
         answer = _holder(request).replica.rank(asked, deadline=deadline)
     metrics.answered("rank", answer.degraded)
+    _holder(request).answered(asked, answer)
     return _json(answer)
 
 
@@ -112,6 +113,7 @@ async def _recommend(request: Request) -> Response:
         answer = _holder(request).replica.recommend(asked, deadline=deadline)
     metrics.candidates("recommend", answer.candidates)
     metrics.answered("recommend", answer.degraded)
+    _holder(request).answered(asked, answer)
     return _json(answer)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from embedding_store.delta import Version
@@ -48,13 +49,14 @@ class Serving(Protocol):
 
 class Holder:
     """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so. `policy`: that
-    of the first one, and from then on of all."""
+    of the first one, and from then on of all. `served`: who is told each request that was answered, with its answer."""
 
     def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
         self.replica, self.policy = replica, replica.policy
         self.metrics = metrics or Metrics()
         self.metrics.watch(lambda: self.replica)
         self.behind = ""
+        self.served: list[Callable[[RankRequest | RecommendRequest, Ranking | Recommendation], None]] = []
         self._closing = False
         self._changed = asyncio.Event()
 
@@ -75,6 +77,11 @@ class Holder:
         self.behind = ""
         self.metrics.swapped()
         self._announce()
+
+    def answered(self, asked: RankRequest | RecommendRequest, answer: Ranking | Recommendation) -> None:
+        """This answer goes out."""
+        for told in self.served:
+            told(asked, answer)
 
     def close(self) -> None:
         """Nobody waits any more: to be called before the server stops, which would sit out the long polls."""

@@ -6,6 +6,7 @@ but the code can make a difference.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import random
@@ -55,7 +56,7 @@ class Loop:
         users = LiveUsers(kept=100_000, disorder_ms=self.joiner.settings.disorder_ms) if live else None
         self.replica = Replica(settings, MODEL.features, MODEL.ranker, clock=lambda: self.now, live=users)
         worker = ServeWorkerSettings(bootstrap="", data_dir=store)
-        self.events = LiveEvents(worker, Holder(self.replica), users) if users is not None else None
+        self.events = LiveEvents(worker, Holder(self.replica), users, asyncio.Event()) if users is not None else None
         self.lag, self.assembler, self.versions = lag, Assembler(), []
         self.records: list[Record] = []
         self.offset = self.blocks = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from bisect import bisect_left
 from pathlib import Path
@@ -88,7 +89,7 @@ class Rows:
 
 def reader(live: LiveUsers) -> LiveEvents:
     replica = Replica(ReplicaSettings(), FeatureSettings(), RankerSettings())
-    return LiveEvents(ServeWorkerSettings(bootstrap="", data_dir=Path()), Holder(replica), live)
+    return LiveEvents(ServeWorkerSettings(bootstrap="", data_dir=Path()), Holder(replica), live, asyncio.Event())
 
 
 def truth(log: list[Record]) -> dict[int, bytes]:
