@@ -227,6 +227,7 @@ class ApproximateIndex:
             some = copy.points[np.random.default_rng(0).integers(len(copy.rows), size=QUERIES)]
             like = some[:, :dim] + some[:, dim:-1]
             queries = np.concatenate((like, like, np.ones((QUERIES, 1), np.float32)), axis=1)
+            self._queries.extend(queries)  # until there are as many of those that were asked
             threads = cores if self._coarse else 1
             self._cells = _built(copy, queries, self._settings.nearest, self._settings.least_recall, threads)
             faiss.omp_set_num_threads(1)

@@ -278,6 +278,19 @@ def test_what_was_prepared_serves_from_the_first_request_on():
     assert not later.waiting
 
 
+def test_of_very_many_items_the_first_cells_are_coarse_and_the_first_requests_begin_better_ones(monkeypatch):
+    monkeypatch.setattr("online_model.serving.approximate.QUICK_FROM", ITEMS)
+    made, later = replica(catalogue()), Later()
+    index = Index(made.state, ReplicaSettings(exact_up_to=0, nearest=LIMIT, rebuild_s=1e9, probe_every=10**9), later)
+    index.prepare(THEN)
+    assert index.approximate
+    assert recall(index, made) > 0.8
+    assert len(later.waiting) == 1
+    later.run()
+    assert recall(index, made) > 0.8
+    assert not later.waiting, "once"
+
+
 def test_a_small_catalogue_is_scanned():
     made, later = replica(world(100)), Later()
     index = Index(made.state, ReplicaSettings(exact_up_to=100), later)
