@@ -76,8 +76,8 @@ def moves(page: Page, rules: Rules) -> list[list[str]]:
 
 
 def _without_draws(rules: Rules) -> tuple[list[int], dict[str, np.ndarray]]:
-    """All candidates in the order of rules and scores alone; by rule whom it held back, bool [n]: forbidden where a worse
-    one took the place."""
+    """All candidates in the order of rules and scores alone; by rule whom it held back, bool [n]: who was
+    forbidden where a worse one took the place."""
     order: list[int] = []
     held = {rule: np.zeros(len(rules.left), bool) for rule in (CAP, GAP)}
     for _ in rules.left:

@@ -16,6 +16,7 @@ import pytest
 
 from embedding_store.delta import Assembler
 from online_model.history import unpack
+from online_model.serving.api import RecommendRequest
 from online_model.serving.replica import Replica
 from online_model.serving.settings import Exploration, Policy, ReplicaSettings
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
@@ -98,7 +99,7 @@ class Loop:
             assert self.replica.apply(self.versions.pop(0))
 
     def visit(self, request: Request) -> None:
-        answer = self.replica.recommend(request.user, request.scenario, request.k)
+        answer = self.replica.recommend(RecommendRequest(request.user, request.scenario, k=request.k))
         self.send(self.world.show(
             request, [shown.item for shown in answer.items], ts=request.ts, feature_hash=answer.feature_hash,
             propensities=[shown.propensity for shown in answer.items], model_version=answer.model_version,
