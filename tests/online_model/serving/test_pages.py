@@ -10,6 +10,7 @@ import pytest
 
 from embedding_store.delta import Version
 from online_model.features import CARD, CATEGORY, ITEM, USER
+from online_model.history import EMPTY, as_array
 from online_model.neighbours import KEPT
 from online_model.ranker import Ranker
 from online_model.serving.api import RankRequest, RecommendRequest, SimilarQuery
@@ -79,6 +80,18 @@ def test_a_features_share_is_what_the_score_falls_by_where_it_is_unknown():
     stranger = rank(made, "nobody", "video", ["no such item"], explain=True).items[0].explanation
     for name in ("user", "history", "query", "item", "content", "co-clicks", "item's counts"):
         assert stranger.features[name] == pytest.approx(0, abs=1e-6), "there is nothing to be without"
+
+
+def test_without_the_history_is_as_if_nothing_had_been_done():
+    first = world()
+    for name in ("from_moment.weight", "gate_in.weight", "wide_near"):  # what else hangs on what was done
+        first.dense[name][:] = 0
+    said = {r.item: r for r in rank(replica(first), "u1", "shelf", range(40), explain=True).items}
+    first.tables[USER].columns["history"][1] = as_array([EMPTY])[0]
+    idle = {r.item: r.score for r in rank(replica(first), "u1", "shelf", range(40)).items}
+    falls = {item: r.explanation.features["history"] for item, r in said.items()}
+    assert falls == pytest.approx({item: r.score - idle[item] for item, r in said.items()}, abs=1e-5)
+    assert max(falls.values()) > 0.01
 
 
 def test_explanations_are_of_the_best_hundred():
