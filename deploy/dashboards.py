@@ -27,6 +27,11 @@ PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Serving latency", "From a request's head to the end of its answer, without the long polls of /v1/model.", "s",
      tuple((f'histogram_quantile({q}, sum by (le, route) (rate(headrace_serve_request_seconds_bucket'
             '{route=~"/v1/(rank|recommend)"}[1m])))', f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99))),
+    ("Requests refused", "By the problem that was said, per second.", "reqps",
+     (("sum by (reason) (rate(headrace_serve_refused_total[1m]))", "{{reason}}"),)),
+    ("Waiting", "Requests that wait for their turn; answers cut short by the deadline, per second.", "none",
+     (("headrace_serve_waiting", "waiting {{instance}}"),
+      ("sum by (route) (rate(headrace_serve_degraded_total[1m]))", "degraded {{route}}"))),
     ("Rows held", "Rows in a replica's tables.", "short", (("headrace_replica_rows", "{{instance}} {{table}}"),)),
     ("Memory of rows", "Bytes that a replica's tables have reserved; twice that while it loads a snapshot.", "bytes",
      (("headrace_replica_bytes", "{{instance}} {{table}}"),)),

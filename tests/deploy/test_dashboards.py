@@ -96,6 +96,8 @@ def test_every_query_names_a_metric_that_a_worker_exports(tmp_path: Path) -> Non
     metrics = Metrics()
     metrics.watch(Replica)  # type: ignore[arg-type]
     metrics.request("/v1/rank", 200, 0.01)
+    metrics.refused("invalid")
+    metrics.answered("rank", degraded=True)
     trainer = open_trainer(SMALL, tmp_path / "store", lambda: 1)
     text = metrics.text() + generate_latest(TrainMetrics(lambda: train_values(trainer, 0, 0)).registry)
     trainer.store.close()

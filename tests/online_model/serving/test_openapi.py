@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,6 +22,7 @@ from online_model.serving.replica import Replica
 from online_model.serving.settings import Limits
 from tests.online_model.serving.world import cards, replica, world
 
+ROOT = Path(__file__).parents[3]
 DOCUMENT = document(Limits())
 EACH = [
     pytest.param(path, method, operation, id=operation["operationId"])
@@ -76,6 +79,29 @@ def test_the_examples_of_answers_are_of_their_type(path, method, operation):
                 assert content["examples"]
                 for example in content["examples"].values():
                     assert msgspec.convert(example["value"], Problem).status == int(status)
+
+
+def curls() -> list[list[str]]:
+    """The curl lines of the docs, as words."""
+    lines = (ROOT / "docs" / "serving.md").read_text().splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("curl ")]
+
+
+@pytest.mark.parametrize("words", curls(), ids=lambda words: words[2].partition("/")[2])
+def test_the_curl_lines_of_the_docs_are_answered(words):
+    curl, silent, where, *data = words
+    assert (curl, silent) == ("curl", "-s")
+    method, body = ("POST", data[1]) if data else ("GET", None)
+    response = ask(method, "/" + where.partition("/")[2], content=body)
+    assert response.status_code == 200, response.text
+
+
+def test_the_docs_tell_of_every_route_and_every_problem():
+    text = (ROOT / "docs" / "serving.md").read_text()
+    asked = {words[2].partition("/")[2].partition("?")[0].replace("items/7/", "items/{id}/") for words in curls()}
+    assert asked == {operation.path[1:] for operation in OPERATIONS}
+    for kind in KINDS:
+        assert f"| {kind.status} | `{kind.type}` |" in text
 
 
 def test_what_it_refers_to_is_there():
