@@ -310,7 +310,7 @@ class Lane:
             self._gap_end = end
 
     async def _run(self) -> None:
-        """Slice after slice: at once under load, at most every COMMIT_SECONDS otherwise, or more seldom if they cost."""
+        """Slice after slice: at once under load, else COMMIT_SECONDS apart, COMMIT_SECONDS_BUSY where they cost."""
         not_before = 0.0
         while True:
             async with self._changed:
