@@ -61,6 +61,8 @@ async def _serve(settings: ServeWorkerSettings, stop: asyncio.Event) -> None:
             log_level="warning",
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # there is none in front of the loopback
+            ws="none",
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )
