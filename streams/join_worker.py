@@ -60,7 +60,8 @@ MAX_SLICE = 2_000  # records that are joined and committed at once; about 100 ms
 MAX_WAITING = 10_000  # records of a lane in memory; the others stay in Kafka
 MAX_WAITING_BYTES = 32 << 20
 BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
-COMMIT_SECONDS = 0.15  # between two commits of a partition, while it keeps up; each costs some 7 ms of a core
+COMMIT_SECONDS, COMMIT_SECONDS_BUSY = 0.075, 0.15  # between two commits of a partition, while it keeps up …
+COMMIT_SHARE = 0.03  # … of a core's time for a partition: where slices take longer than that, they become rarer
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
 OUTAGE_SECONDS = 120.0  # so long Kafka may be away
@@ -309,7 +310,7 @@ class Lane:
             self._gap_end = end
 
     async def _run(self) -> None:
-        """Slice after slice: at once under load, at most every COMMIT_SECONDS otherwise."""
+        """Slice after slice: at once under load, else COMMIT_SECONDS apart, COMMIT_SECONDS_BUSY where they cost."""
         not_before = 0.0
         while True:
             async with self._changed:
@@ -326,9 +327,10 @@ class Lane:
                 records, aside = self._next_slice()
                 self._waiting_bytes -= sum(len(record.value or b"") for record in records)
                 self._changed.notify_all()
-            not_before = time.monotonic() + COMMIT_SECONDS
+            began = time.monotonic()
             async with self._between_slices:
-                await self._advance(records, aside)
+                seconds = await self._advance(records, aside)
+            not_before = began + min(max(COMMIT_SECONDS, seconds / COMMIT_SHARE), COMMIT_SECONDS_BUSY)
 
     def _next_slice(self) -> tuple[list[ConsumerRecord], bool]:
         """What waits, up to where it is sent or set aside otherwise than its first record; whether it is set aside."""
@@ -343,7 +345,9 @@ class Lane:
             records.append(self._waiting.popleft())
         return records, aside
 
-    async def _advance(self, records: list[ConsumerRecord], aside: bool) -> None:
+    async def _advance(self, records: list[ConsumerRecord], aside: bool) -> float:
+        """Joins, commits and publishes a slice; how long it took until it was committed, in seconds."""
+        began = time.monotonic()
         joined = self._joiner.process((Record(r.offset, r.timestamp, r.value) for r in records), set_aside=aside)
         block = encode_block(joined.block)
         outbox: list[bytes | DeadLetter] = [block, *joined.dead] if joined.block.to_offset > self._sent else []
@@ -351,6 +355,7 @@ class Lane:
         with metrics.commit.time():
             self._store.commit(joined, outbox)
         self._joiner.trim(self._settings.in_memory)
+        seconds = time.monotonic() - began
         if outbox:
             with metrics.publish.time():
                 await self._publish(outbox, joined.block)
@@ -365,6 +370,7 @@ class Lane:
             self._slice = max(1, self._slice // 2)
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
+        return seconds
 
     async def _publish(self, outbox: list[bytes | DeadLetter], block: Block) -> None:
         """The outbox (of this block), the group's offset and what was set aside, in one transaction.

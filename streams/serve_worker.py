@@ -57,6 +57,8 @@ async def _serve(
             log_level="warning",
             access_log=False,
             lifespan="off",
+            proxy_headers=False,  # there is none in front of the loopback
+            ws="none",
             timeout_graceful_shutdown=DRAIN_SECONDS,
         )
     )

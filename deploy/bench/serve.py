@@ -11,6 +11,7 @@ answer. The knee is the largest rate at which p99 is at most KNEE_MS and nothing
 at a share of it. Before each run the bare forward: the ranker alone, on the core of the replica and one thread, on what
 a replica hands to it for such requests (Replica.rank is asked, and the ranker's arguments are caught).
 
+`cpu_ms_a_request` is the replica's processor time, versions and all, over the requests.
 `stall_p99_ms`: by how much a sleep of 1 ms was too long in the sleeper, which does nothing else: what neither replica
 nor client can help. The figures are of the best run, that with the smallest p99; `all` has the others.
 """
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from deploy.bench.common import BenchError, on_cores, part_command, run_part
 from deploy.processes import ends_with_parent, free_port, terminate
@@ -137,8 +139,9 @@ class _Replica:
     def measured(self, seconds: float, rate: float, arrivals: str, number: int) -> dict[str, Any]:
         """One run: the bare forward, then the load."""
         bare = run_part(PARTS, "forward", cores=self._core, snapshots=self._snapshots, **self._sizes)
-        before = self._versions()
+        before, used = self._versions(), self._processor_s()
         seen = self.load(seconds, rate, arrivals, 1_000 + number)
+        used = self._processor_s() - used
         if seen.pop("why") and seen["errors"] == seen["requests"]:
             raise BenchError(f"no request was answered: see {self._worker.last_line()}")
         (count, buckets), (count_before, buckets_before) = self._versions(), before
@@ -148,6 +151,7 @@ class _Replica:
             **bare,
             "ratio": seen["p99_ms"] / bare["bare_forward_ms"],
             **{key: seen[key] for key in ("stall_p99_ms", "errors", "requests")},
+            "cpu_ms_a_request": 1e3 * used / seen["requests"],
             "versions": int(count - count_before),
             "apply_p50_ms": 1e3 * quantile(0.50, grown),
             "apply_p99_ms": 1e3 * quantile(0.99, grown),
@@ -161,6 +165,11 @@ class _Replica:
             PARTS, "load", cores=sorted(os.sched_getaffinity(0)), port=self._settings.serve.port,
             pid=self._worker.process.pid, seconds=seconds, rate=rate, arrivals=arrivals, seed=seed, **self._sizes,
         )  # fmt: skip
+
+    def _processor_s(self) -> float:
+        """The replica's processor time so far, s."""
+        assert self._worker.process is not None
+        return sum(psutil.Process(self._worker.process.pid).cpu_times()[:2])
 
     def _until_ready(self) -> None:
         self._until(lambda: self._get("/readyz") is not None, "the replica is not ready")

@@ -82,7 +82,7 @@ class Explanation:
     rules: list[str]  # and draws that moved it, in words
 
 
-@dataclass(slots=True)
+@dataclass  # no slots, here and in what follows from it: orjson takes three times as long to read those
 class Ranked:
     """An item's score and the probabilities behind it (watch, purchase: given a click)."""
 
@@ -94,7 +94,7 @@ class Ranked:
     explanation: Explanation | None = None
 
 
-@dataclass(slots=True)
+@dataclass
 class Shown(Ranked):
     """An item in its place; `propensity`: the probability that it was put there, given the places before it; None:
     where the policy cannot say."""
