@@ -149,7 +149,8 @@ class DiskFaults:
         if self._refuses(worker, lambda: replica.sequence not in (None, -1)):
             raise WorkerFailed(f"{worker.name} ended on a damaged snapshot: {worker.last_line()}")
         said = self._said(since)
-        self._judge(f"serving snapshot {newest.name}" in said, str(newest) in said, newest)
+        refused = str(newest) in said  # the replica may ask for it to be written anew then, and serve that
+        self._judge(not refused and f"serving snapshot {newest.name}" in said, refused, newest)
         shutil.rmtree(newest, ignore_errors=True)  # unless the trainer was quicker
         return True
 
