@@ -20,6 +20,7 @@ from streams.blocks import decode_block, encode_block
 from streams.join_caches import key_of
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, JoinSettings, Record
+from tests.online_model.serving.world import rank
 
 T0 = 1_700_000_000_000
 JOIN = JoinSettings(disorder_ms=0, wait_ms=1_000, open_ms=60_000, purchase_wait_ms=10_000, purchase_window_ms=100_000)
@@ -125,14 +126,14 @@ def test_a_forgotten_user_is_nowhere_and_starts_anew(system: System) -> None:
     system.send(tick(2_000))
     assert system.knows(GOES) == system.knows(STAYS) == dict.fromkeys(("joiner", "trainer", "store", "replica"), True)
     assert system.files_with(GOES), "the search finds what is there"
-    unknown = [r.click for r in system.replica.rank("somebody else", "shelf", ["i1", "i2"]).items]
-    assert [r.click for r in system.replica.rank(GOES, "shelf", ["i1", "i2"]).items] != unknown
+    unknown = [r.click for r in rank(system.replica, "somebody else", "shelf", ["i1", "i2"]).items]
+    assert [r.click for r in rank(system.replica, GOES, "shelf", ["i1", "i2"]).items] != unknown
 
     system.send(forget(GOES, 2_100), tick(2_200))
     assert not any(system.knows(GOES).values())
     assert all(system.knows(STAYS).values())
-    unknown = [r.click for r in system.replica.rank("somebody else", "shelf", ["i1", "i2"]).items]
-    assert [r.click for r in system.replica.rank(GOES, "shelf", ["i1", "i2"]).items] == unknown
+    unknown = [r.click for r in rank(system.replica, "somebody else", "shelf", ["i1", "i2"]).items]
+    assert [r.click for r in rank(system.replica, GOES, "shelf", ["i1", "i2"]).items] == unknown
     assert (system.trainer.positions[0].rows, system.trainer.erasures) == (len(system.rows), 1)
 
     system.send(tick(90_000))  # the time is over in which late events of the user would have to be known as such
