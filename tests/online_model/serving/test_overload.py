@@ -60,10 +60,9 @@ def test_a_flood_is_refused_with_a_time_to_come_back_and_then_all_is_well():
         statuses = Counter(status for status, _, _ in seen)
         assert set(statuses) == {200, 429, 503}, statuses
         assert all(after == b"1" for status, _, after in seen if status != 200)
-        took = sorted(seconds for status, seconds, _ in seen if status == 200)
         # Behind all the others an answer would take clients × scoring_ms = 3 s. Where the loop goes round but once
-        # between two requests, connections wait unaccepted: 1.4 s. This is 0.4 s.
-        assert took[int(len(took) * 0.95)] < 0.9, took
+        # between two requests, connections may wait unaccepted, up to 2.4 s. This is 0.45 s, on a busy machine too.
+        assert max(seconds for _, seconds, _ in seen) < 0.9
         assert statuses[200] >= 0.3 * lasts_s * 1000 / scoring_ms, statuses  # refusing costs little: it goes on scoring
         with httpx.Client(base_url=it.url, timeout=5) as http:
             for _ in range(20):
@@ -114,6 +113,38 @@ def test_turns_come_in_the_order_of_asking_and_one_at_a_time():
             return order
 
     assert asyncio.run(asyncio.wait_for(run(), 10)) == list(range(50))
+
+
+def test_between_two_turns_the_loop_goes_round_as_often_as_there_is_work():
+    """A connection is accepted in one round, its request read in the next: who has come is seen before the turn."""
+
+    async def run() -> int:
+        turns, rounds = turns_of(waiting=64), 0
+
+        async def others() -> None:
+            nonlocal rounds
+            for _ in range(20):
+                until_then = time.perf_counter() + 200e-6
+                while time.perf_counter() < until_then:
+                    pass
+                rounds += 1
+                await asyncio.sleep(0)
+
+        async def comes_in() -> None:
+            async with turns.turn(never):
+                pass
+
+        first = await hold(turns)
+        second = asyncio.create_task(comes_in())
+        await until(lambda: turns.waiting == 1)
+        busy = asyncio.create_task(others())
+        first.set()
+        await second
+        seen = rounds
+        await busy
+        return seen
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == 20
 
 
 def test_where_too_many_wait_the_next_is_refused_at_once():
@@ -244,8 +275,13 @@ def test_the_reason_of_a_body_that_is_too_large_can_be_read():
 
     async def run() -> None:
         async with serving() as it:
-            response = await it.http.post("/v1/rank", content=b" " * 3_000_000)
-            assert response.status_code == 413
+            reader, writer = await it.raw(b"", 3_000_000)
+            for _ in range(6):
+                writer.write(b" " * 500_000)
+                await writer.drain()
+                await asyncio.sleep(0.05)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413")
+            writer.close()
             assert (await it.http.post("/v1/rank", json=ASK)).status_code == 200
 
     asyncio.run(asyncio.wait_for(run(), 30))
