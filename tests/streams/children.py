@@ -21,7 +21,9 @@ from tests.processes import processes
 class Child:
     """A worker process; its stderr is kept in a file. environment: variables of its own."""
 
-    def __init__(self, kind: str, log: Path, environment: Mapping[str, object] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, kind: str, log: Path, environment: Mapping[str, object] | None = None, **settings: Any
+    ) -> None:
         self.log, variables = log, {name: str(value) for name, value in (environment or {}).items()}
         self._arguments = (kind, str(log), variables, json.dumps(settings, default=str))
         self.start()
@@ -98,7 +100,9 @@ def read_all(bootstrap: str, topic: str, committed: bool = True) -> dict[int, li
 
 async def _read_all(bootstrap: str, topic: str, committed: bool) -> dict[int, list[ConsumerRecord]]:
     level = "read_committed" if committed else "read_uncommitted"
-    consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, isolation_level=level, auto_offset_reset="earliest")
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=bootstrap, isolation_level=level, auto_offset_reset="earliest"
+    )
     async with consumer:
         partitions = sorted(consumer.assignment())
         ends = await consumer.end_offsets(partitions)
@@ -160,16 +164,8 @@ class FileFeed:
             self._next.pop(partition, None)
 
 
-def _feed(
-    bootstrap: str,
-    topic: str,
-    group: str,
-    folder: str,
-    fail_at: int = -1,
-    hole_at: int = -1,
-    member: str | None = None,
-    prepare: Any = None,
-) -> None:
+def _feed(bootstrap: str, topic: str, group: str, folder: str, fail_at: int = -1, hole_at: int = -1,
+    member: str | None = None, prepare: Any = None) -> None:
     from streams import app, batches
 
     feed = FileFeed(Path(folder), fail_at, hole_at)
