@@ -155,7 +155,7 @@ class _Replica:
             "versions": int(count - count_before),
             "apply_p50_ms": 1e3 * quantile(0.50, grown),
             "apply_p99_ms": 1e3 * quantile(0.99, grown),
-            **_memory(seen["memory"]),
+            **memory(seen["memory"]),
         }
 
     def load(self, seconds: float, rate: float, arrivals: str, seed: int) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class _Replica:
         return histogram(self._get("/metrics") or "", APPLY_SECONDS)
 
 
-def _memory(samples: list[list[float]]) -> dict[str, Any]:
+def memory(samples: list[list[float]]) -> dict[str, Any]:
     """The replica's resident memory, MB: at the end, growth and slope since STEADY_S (of a short run: its middle)."""
     at, mb = np.array(samples).T
     steady = at >= min(STEADY_S, at[-1] / 2)

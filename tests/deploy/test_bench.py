@@ -17,12 +17,14 @@ from aiohttp import web
 
 from deploy.bench import join as join_bench
 from deploy.bench import scale as scale_bench
+from deploy.bench import serve as serve_bench
 from deploy.bench import serve_parts, train_parts
 from deploy.bench import store as store_bench
 from deploy.bench.freshness import STAGES as STAGES_OF_A_PROBE
 from deploy.bench.mix import SHARES, standard_mix
 from deploy.bench.train import STAGES
 from deploy.cli import run
+from deploy.prometheus import histogram, quantile
 
 
 def test_the_mix_has_its_shares_of_events() -> None:
@@ -157,7 +159,7 @@ def test_serve_reports_its_keys_under_versions_that_come(broker: str, capfd: pyt
     assert len(result["all"]) == 2
     assert result["p99_ms"] == min(one["p99_ms"] for one in result["all"]), "the best is named"
     assert result["rss_mb"] > 100
-    assert {"rps", "rss_growth_mb", "rss_slope_mb_per_h", "knee_rps", "arrivals"} <= result.keys()
+    assert {"rps", "rss_growth_mb", "rss_slope_mb_per_h", "knee_rps", "arrivals", "cpu_ms_a_request"} <= result.keys()
 
 
 def test_a_late_answer_counts_from_when_its_request_was_due() -> None:
@@ -187,6 +189,22 @@ def test_a_late_answer_counts_from_when_its_request_was_due() -> None:
     took = asyncio.run(main())
     assert len(took) == pytest.approx(50, abs=1)
     assert max(took) > 0.4, "the last of them waited for all before it"
+
+
+def test_a_quantile_of_a_histogram_is_linear_inside_its_bucket() -> None:
+    text = 'x_bucket{le="0.01"} 2\nx_bucket{le="0.02"} 10\nx_bucket{le="+Inf"} 11\nx_count 11\nx_sum 1\n'
+    count, buckets = histogram("# TYPE x histogram\n" + text, "x")
+    assert count == 11
+    assert quantile(0.5, buckets) == pytest.approx(0.01 + 0.01 * (5.5 - 2) / 8)
+    assert quantile(0.99, buckets) == 0.02, "past the last bound nothing is known"
+    assert quantile(0.5, {}) == 0
+
+
+def test_memory_counts_from_after_the_first_minute() -> None:
+    grown = serve_bench.memory([[0.0, 100.0], [60.0, 500.0], [120.0, 501.0], [180.0, 502.0]])
+    assert grown["rss_growth_mb"] == 2
+    assert grown["rss_slope_mb_per_h"] == pytest.approx(60)
+    assert serve_bench.memory([[0.0, 100.0], [2.0, 101.0], [4.0, 101.0]])["rss_growth_mb"] == 0, "or half of it"
 
 
 @pytest.mark.broker
