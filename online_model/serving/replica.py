@@ -16,7 +16,7 @@ import torch
 
 from embedding_store.delta import Version
 from embedding_store.faults import fault
-from embedding_store.ids import feature_ids
+from embedding_store.ids import feature_id, feature_ids
 from online_model.features import ITEM
 from online_model.feedback import strategy
 from online_model.ranker import CLICK, PURCHASE, WATCH
@@ -191,7 +191,8 @@ class Replica:
                 pairs.slots.tolist(), pairs.together.tolist(), pairs.alike.tolist(), strict=True
             )
         ]
-        return SimilarItems(item, **self._model(now_ms), items=items)
+        slot = self.state.cards.find(np.array([feature_id(ITEM, item)], np.int64))[0]
+        return SimilarItems(raw[slot] if slot else item, **self._model(now_ms), items=items)
 
     def _draw(self, chosen: Chosen, scored: Scored, weigh: Scoring, k: int) -> Draw:
         """Of the candidates that are scored, the best first."""
