@@ -141,6 +141,7 @@ class Learner:
         self._clip, self._bf16 = clip, bf16
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
+        self._weights = list(ranker.parameters())
         wide = ranker.wide_parameters()
         ids = {id(p) for p in wide}
         deep = [p for p in ranker.parameters() if id(p) not in ids]
@@ -180,11 +181,10 @@ class Learner:
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        finite = (bool(torch.isfinite(g).all()) for g in grads)
         mean = self._mean(loss.detach(), len(c.item))
-        learned = self._gathered(bool(torch.isfinite(loss)) and all(finite)) and mean <= most
+        learned = self._gathered(_finite([loss.detach(), *grads])) and mean <= most
         if learned:
-            for w in self._weights():
+            for w in self._weights:
                 if w.grad is not None:
                     w.grad /= len(c.item)  # tables learn from sums, the ranker from means
             if (share_of := self._clip_share()) < 1:
@@ -225,7 +225,7 @@ class Learner:
         have the same gradient of it, and what goes to the tables takes the same share."""
         if not self._clip:
             return 1.0
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights(), self._clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._weights, self._clip))
         return min(1.0, self._clip / max(norm, 1e-12))
 
     def _mean(self, loss: torch.Tensor, n: int) -> float:
@@ -235,17 +235,17 @@ class Learner:
     def _gathered(self, sound: bool) -> bool:
         """Adds up the ranker's gradients over the ranks. Whether all of them are finite, and all ranks are `sound`."""
         if self.tables.ranks.size > 1:
-            for w in self._weights():
+            for w in self._weights:
                 if w.grad is None:
                     w.grad = torch.zeros_like(w)
             said = torch.tensor([float(not sound)], device=self._device)
-            flat = torch.cat([w.grad.ravel() for w in self._weights() if w.grad is not None] + [said])
+            flat = torch.cat([w.grad.ravel() for w in self._weights if w.grad is not None] + [said])
             self.tables.ranks.add_up(flat)
             sound = float(flat[-1]) == 0
-            parts = flat[:-1].split([w.numel() for w in self._weights()])
-            for w, gradient in zip(self._weights(), parts, strict=True):
+            parts = flat[:-1].split([w.numel() for w in self._weights])
+            for w, gradient in zip(self._weights, parts, strict=True):
                 w.grad = gradient.view_as(w).clone()
-        return sound and all(bool(torch.isfinite(w.grad).all()) for w in self._weights() if w.grad is not None)
+        return sound and _finite([w.grad for w in self._weights if w.grad is not None])
 
     def _of_all(self, p: np.ndarray, part: np.ndarray | slice, n: int) -> np.ndarray:
         """The probabilities of all n candidates, where `p` are those of this rank's part."""
@@ -444,8 +444,12 @@ class Learner:
             np.minimum.at(created, which, np.maximum(ts[new], 1))
             self.tables.set(ITEM, "created", distinct, created)
 
-    def _weights(self) -> list[torch.nn.Parameter]:
-        return list(self.ranker.parameters())
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def _finite(tensors: list[torch.Tensor]) -> bool:
+    """Whether all numbers in them are: one question, as each costs a step some microseconds."""
+    largest = torch.nn.utils.get_total_norm([t for t in tensors if t.numel()], math.inf)
+    return bool(torch.isfinite(largest))

@@ -6,7 +6,7 @@
     while …:
         trainer.offer(block, source_offset)            # from trainer.positions[partition].source_offset on
         trainer.step()                                 # until it returns 0
-        parts = trainer.commit()                       # when its time has come, or trainer.commit_due; publish them,
+        parts = trainer.commit()                       # when its time has come, or trainer.commit_due(); publish them,
                                                        # trainer.store.acknowledge(sequence) once the broker has them
 
 Effectively once: what a step learned and the position behind it are committed in one write, and a block is taken only
@@ -214,16 +214,16 @@ class Trainer:
         """Changes of the loss that were found, by task."""
         return {task: drift.found for task, drift in self._evaluation.drift.items()}
 
-    @property
-    def commit_due(self) -> bool:
-        """Whether the next step may find a table full of rows that only a commit lets go of: commit before it.
+    def commit_due(self, rows: int = 0) -> bool:
+        """Whether the next step (of so many rows) may find a table full of rows that only a commit lets go of: commit
+        before it.
 
         An id that gets no row is learned by nobody, and counted in `no_room`.
         """
-        most = self.settings.batch_size
+        most = rows or self.settings.batch_size
         users = most + self._intake.users_finished_by(most)
-        rows = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
-        return self._changed and self._short_of(rows)
+        new = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
+        return self._changed and self._short_of(new)
 
     def short_of(self, rows: int) -> bool:
         """Whether so many new ids may find a table full of rows that only a commit lets go of."""
@@ -245,8 +245,9 @@ class Trainer:
         return taken
 
     @on_all_ranks
-    def step(self, drain: bool = False) -> int:
-        """Scores, measures and learns the next batch. Returns its rows, 0 where there is nothing to do.
+    def step(self, drain: bool = False, rows: int = 0) -> int:
+        """Scores, measures and learns the next batch, of `rows` at most (0: `batch_size`). Returns how many it had, 0
+        where there is nothing to do.
 
         1. Negatives are drawn for positives without impressions. 2. All candidates are scored with the model and the
         statistics from before the batch, and the scores are measured. 3. The model learns from the very same scores.
@@ -258,14 +259,14 @@ class Trainer:
         After an exception the trainer is spent: open it again from the store.
         """
         with self._whole():
-            rows = self._intake.take(self.settings.batch_size, drain)
-            if rows is not None:
+            batch = self._intake.take(rows or self.settings.batch_size, drain)
+            if batch is not None:
                 self._changed = True
-                examples = rows.part != Part.FORGET
+                examples = batch.part != Part.FORGET
                 if examples.any():
-                    self._learn(rows if examples.all() else rows.take(examples))
+                    self._learn(batch if examples.all() else batch.take(examples))
             self._finish_blocks()
-        return 0 if rows is None else len(rows)
+        return 0 if batch is None else len(batch)
 
     @on_all_ranks
     def score(self, candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:

@@ -139,7 +139,7 @@ class DirectReplay:
 
     def _learn(self, drain: bool) -> None:
         while True:
-            if self._trainer.commit_due:
+            if self._trainer.commit_due():
                 self._commit()
             if not self._trainer.step(drain):
                 return

@@ -66,6 +66,7 @@ GATHER_BYTES = 100_000  # … unless so much has come
 TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
+LARGEST_BATCHES = 4  # times `batch_size`: rows learned at once at most, where many wait
 VERSIONS_AHEAD = 4  # committed and not yet published
 
 
@@ -330,12 +331,21 @@ class TrainWorker:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
         end, self._stalled = time.monotonic() + TURN_SECONDS, False
-        while time.monotonic() < end and trainer.pending and not trainer.commit_due and not self._stalled:
+        while time.monotonic() < end and trainer.pending and not trainer.commit_due() and not self._stalled:
             with self._metrics.step.time():
-                self._stalled = not trainer.step()
-        if last or trainer.commit_due or (self._dirty and time.monotonic() >= self._commit_due):
+                self._stalled = not trainer.step(rows=self._rows_a_step())
+        if last or trainer.commit_due() or (self._dirty and time.monotonic() >= self._commit_due):
             versions += self._commit(everything=last)
         return versions
+
+    def _rows_a_step(self) -> int:
+        """The more wait the more are learned at once: a step costs the same for many rows as for few, and where it
+        falls behind freshness is worth more than that each batch knows the one before."""
+        size = self.settings.model.batch_size
+        rows = min(self._trainer.pending // 2, LARGEST_BATCHES * size)
+        if self.settings.deterministic or rows <= size or self._trainer.commit_due(rows):
+            return size
+        return rows
 
     def _commit(self, everything: bool = False) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""

@@ -52,7 +52,7 @@ def _learn_the_rest(trainer: Trainer, settings: Settings) -> None:
                 trainer.commit()
             trainer.offer(block, offset)
     while trainer.step(drain=True):
-        if trainer.commit_due:
+        if trainer.commit_due():
             trainer.commit()
     trainer.commit()
     trainer.store.acknowledge(trainer.sequence)

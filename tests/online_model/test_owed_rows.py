@@ -77,7 +77,7 @@ class Run:
     def _offer(self, number: int) -> None:
         self.trainer.offer(self.log[number], number)
         while True:
-            if self.trainer.commit_due:
+            if self.trainer.commit_due():
                 self.commit(0)
             if not self.trainer.step():
                 return

@@ -282,7 +282,7 @@ def test_a_model_larger_than_memory_is_the_same_model(tmp_path, optimizer):
         for number, block in enumerate(blocks):
             trainer.offer(block, number)
             while trainer.step():
-                if trainer.commit_due:
+                if trainer.commit_due():
                     trainer.commit()
         trainer.commit()
         assert trainer.info()["no_room"] == dict.fromkeys(EXTRAS, 0)
@@ -321,7 +321,7 @@ def test_which_rows_there_are_hangs_on_the_log_alone(tmp_path):
         for number, block in enumerate(blocks):
             trainer.offer(block, number)
             while trainer.step():
-                if trainer.commit_due:
+                if trainer.commit_due():
                     parts.append(trainer.commit())
             if number % every == every - 1 or number in restarts:
                 parts.append(trainer.commit())
