@@ -26,6 +26,7 @@ log = logging.getLogger("headrace")
 
 TAIL = 1_000  # records at the end of each partition in which impressions are looked for
 READ_SECONDS = 5.0  # for as long
+PAUSE_SECONDS = 0.002  # between two, for versions, and for those who do not ask whether it is ready
 
 
 class WarmUp:
@@ -47,7 +48,7 @@ class WarmUp:
         for asked in requests or made_up(wanted):
             answered += self._answer(asked)
             first_ms = first_ms or (time.perf_counter() - start) * 1e3
-            await asyncio.sleep(0)  # those who do not ask whether it is ready come in between
+            await asyncio.sleep(PAUSE_SECONDS)
         self._holder.cold = ""
         log.info(
             "warm after %s requests (%s) in %.0f ms, the first of them took %.0f ms",

@@ -115,7 +115,7 @@ def test_versions_are_served_as_they_come(source: Source, served: Callable) -> N
             assert poll.result().json()["sequence"] == sequence
             ages.append(time.monotonic() - start)
     assert min(ages) < 0.2, "a version is served as soon as it is there"
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     answer = client.post("/v1/rank", json={"user": "1", "scenario": "video", "candidates": [1, 2, 3]}).json()
     assert len(answer["items"]) == 3
     with ThreadPoolExecutor(1) as pool:
@@ -132,7 +132,7 @@ def test_a_replica_starts_from_the_newest_snapshot(source: Source, served: Calla
     source.send(*source.version())
     _, client = served()
     wait_for(lambda: _sequence(client) == 4)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_over_a_gap_leads_only_a_snapshot(source: Source, served: Callable) -> None:
@@ -149,7 +149,7 @@ def test_over_a_gap_leads_only_a_snapshot(source: Source, served: Callable) -> N
     wait_for(lambda: _sequence(client) == 4, child=child)
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 5, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
@@ -167,7 +167,7 @@ def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
     assert "version 2.3 goes on from 1.2, this replica holds 1.3" in child.said
     source.snapshot()
     wait_for(lambda: "serving snapshot 2-3" in child.said, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     assert client.get("/v1/model").json()["epoch"] == 2
     assert "serving snapshot 1-2" not in child.said, "though the version goes on from that"
 
@@ -185,7 +185,7 @@ def test_a_corrupt_version_is_refused_and_led_round(source: Source, served: Call
     source.snapshot()
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 3, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_a_port_that_is_taken_is_one_line(settings: dict, tmp_path: Path) -> None:
