@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
 from online_model.serving.holder import Holder
 from online_model.serving.live import LiveUsers
-from online_model.serving.replica import Replica, ReplicaSettings
+from online_model.serving.replica import Replica, ReplicaSettings, wall_clock_ms
 from online_model.settings import Feedback
 from streams.early import Early, Place, place
 from streams.settings import ServeWorkerSettings
@@ -55,13 +55,22 @@ class Follower:
     """Feeds a holder's replica from the topic `parameters` and the snapshots. `caught_up` is set once it is where the
     topic ended when it was started, or past it; until then `holder.behind` says how far it is."""
 
-    def __init__(self, settings: ServeWorkerSettings, holder: Holder, live: LiveUsers | None = None) -> None:
-        """`live`: for the replicas that it makes."""
-        self._live = live
+    def __init__(
+        self,
+        settings: ServeWorkerSettings,
+        holder: Holder,
+        live: LiveUsers | None = None,
+        topic: str = "",
+        folder: Path | None = None,
+        clock: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        """`live`, `clock`: for the replicas that it makes. `topic`, `folder`: of versions and of snapshots, where they
+        are not those of the settings."""
+        self._live, self._clock = live, clock
         self._settings, self._holder = settings.serve, holder
         self.caught_up = asyncio.Event()
-        self._folder = settings.data_dir / "snapshots"
-        self._partition = TopicPartition(settings.topics.parameters, 0)
+        self._folder = folder or settings.data_dir / "snapshots"
+        self._partition = TopicPartition(topic or settings.topics.parameters, 0)
         self._assembler, self._early = Assembler(), Early(EARLY_BYTES)
         self._when = 0  # records read: what is said to be "as `when`" is a moment, by this
         self._model: dict[str, Any] = {}  # settings of the trainer whose versions are held
@@ -145,7 +154,7 @@ class Follower:
                 return
             try:
                 if self._empty:
-                    self._holder.swap(_replica_of(version, self._settings, self._live))
+                    self._holder.swap(_replica_of(version, self._settings, self._live, self._clock))
                 else:
                     self._holder.apply(version)
             except CorruptRecord as error:
@@ -256,7 +265,7 @@ class Follower:
                 continue
             try:
                 version = await asyncio.to_thread(read_snapshot, path)
-                replica = await asyncio.to_thread(_replica_of, version, self._settings, self._live)
+                replica = await asyncio.to_thread(_replica_of, version, self._settings, self._live, self._clock)
                 await asyncio.to_thread(replica.prepare)
             except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
                 log.error("%s", error)
@@ -306,7 +315,9 @@ class Follower:
         self._say()
 
 
-def _replica_of(version: Version, settings: ReplicaSettings, live: LiveUsers | None) -> Replica:
+def _replica_of(
+    version: Version, settings: ReplicaSettings, live: LiveUsers | None, clock: Callable[[], int]
+) -> Replica:
     """A replica at a version that holds everything; what its model is like, the version says. Raises CorruptRecord."""
     try:
         model = version.info["settings"]
@@ -317,7 +328,7 @@ def _replica_of(version: Version, settings: ReplicaSettings, live: LiveUsers | N
         raise CorruptRecord(
             f"version {_name(version)} does not say what its model is like ({error}): it is left out"
         ) from error
-    replica = Replica(settings, features, ranker, feedback=feedback, live=live)
+    replica = Replica(settings, features, ranker, clock, feedback=feedback, live=live)
     replica.apply(version)
     return replica
 

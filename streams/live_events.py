@@ -34,21 +34,25 @@ LOOK_SECONDS = 0.1  # for the first version
 PATIENCE_SECONDS = 10.0  # for one that has caught up: then less is to be read
 
 
+async def first_version(holder: Holder, caught_up: asyncio.Event) -> None:
+    """There is one; if it can be had soon, one that has caught up."""
+    while holder.replica.sequence < 0:
+        await asyncio.sleep(LOOK_SECONDS)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            await caught_up.wait()
+
+
 class LiveEvents:
     """Carries events to `live`, for the holder's replica, once that has `caught_up`. `clicked` is told each click too,
     `moved` the largest ts of events (ms) after each fetch."""
 
     def __init__(
-        self,
-        settings: ServeWorkerSettings,
-        holder: Holder,
-        live: LiveUsers,
-        caught_up: asyncio.Event,
-        clicked: Callable[[Click], None] = lambda click: None,
-        moved: Callable[[int], None] = lambda ts: None,
+        self, settings: ServeWorkerSettings, holder: Holder, live: LiveUsers, caught_up: asyncio.Event
     ) -> None:
         self._settings, self._holder, self._live, self._caught_up = settings, holder, live, caught_up
-        self._clicked, self._moved = clicked, moved
+        self.clicked: Callable[[Click], None] = lambda click: None
+        self.moved: Callable[[int], None] = lambda ts: None
         self._newest = 0
         self._begins: dict[int, Mark] = {}  # of partitions that are read from before where the rows are
         live.watch(lambda user, action: holder.replica.holds(user, action))
@@ -56,11 +60,7 @@ class LiveEvents:
 
     async def run(self) -> None:
         """Follow the topic from where the rows held are, until cancelled. Raises BrokerError."""
-        while self._holder.replica.sequence < 0:
-            await asyncio.sleep(LOOK_SECONDS)
-        with contextlib.suppress(TimeoutError):  # what its first version lacks may be in later ones
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                await self._caught_up.wait()
+        await first_version(self._holder, self._caught_up)
         topic = self._settings.topics.events
         consumer = AIOKafkaConsumer(
             topic, bootstrap_servers=self._settings.bootstrap, enable_auto_commit=False, auto_offset_reset="earliest",
@@ -73,7 +73,7 @@ class LiveEvents:
                 while True:
                     for partition, records in (await consumer.getmany(timeout_ms=1_000, max_records=SLICE)).items():
                         self.take(partition.partition, [Record(r.offset, r.timestamp, r.value) for r in records])
-                    self._moved(self._newest)
+                    self.moved(self._newest)
                     await asyncio.sleep(0)  # what is fetched already comes without waiting
             finally:
                 await consumer.stop()
@@ -98,7 +98,7 @@ class LiveEvents:
             item, kind = (0, FORGET) if isinstance(event, Forget) else (item_id(event.item), KIND[type(event)])
             live.add(feature_id("user", event.user), partition, record.offset, ts, str(event.event_id), item, kind)
             if isinstance(event, Click):
-                self._clicked(event)
+                self.clicked(event)
         self._counted.records.inc(len(records))
 
     def begin(self, marks: Marks) -> dict[int, int]:

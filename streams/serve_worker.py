@@ -25,6 +25,8 @@ from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
+from streams.shadow import Shadow
+from streams.warm_up import WarmUp
 
 log = logging.getLogger("headrace")
 
@@ -50,9 +52,10 @@ async def _serve(
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
+    web = create_app(holder, settings.serve.max_age_ms, settings.serve.limits)
     server = _Server(
         uvicorn.Config(
-            create_app(holder, settings.serve.max_age_ms, settings.serve.limits),
+            web,
             log_config=None,
             log_level="warning",
             access_log=False,
@@ -65,7 +68,16 @@ async def _serve(
     live = LiveUsers(settings.live_actions, settings.disorder_ms)
     follower = Follower(settings, holder, live)
     events = LiveEvents(settings, holder, live, follower.caught_up)
-    parts: list[Follower | LiveEvents | ImpressionLog] = [follower, events]
+    holder.parts["live"] = live.figures
+    parts: list[Follower | LiveEvents | WarmUp | ImpressionLog | Shadow] = [
+        follower, events, WarmUp(settings, holder, follower.caught_up)
+    ]  # fmt: skip
+    if settings.shadow_topic:
+        shadow = Shadow(settings, holder, live, lambda: web.turns.busy)
+        holder.served.append(shadow.served)
+        holder.parts["shadow"] = shadow.figures
+        events.clicked, events.moved = shadow.clicked, shadow.moved
+        parts.append(shadow)
     if settings.serve.log_impressions:
         impressions = ImpressionLog(settings, holder.metrics.registry)
         holder.served.append(impressions.served)

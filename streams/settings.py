@@ -99,5 +99,10 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     live_actions: Annotated[
         int, Meta(ge=2, description="actions of users that are kept in memory until their rows hold them")
     ] = 100_000
+    shadow_topic: Annotated[
+        str, Meta(description='versions of a second model, which scores what is shown, unseen; "": none')
+    ] = ""
+    shadow_snapshots: Annotated[str, Meta(description='folder of its snapshots; "": shadow in data_dir')] = ""
+    shadow_share: Annotated[float, Meta(ge=0, le=1, description="of the requests")] = 1.0
     disorder_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 250
     future_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 60_000

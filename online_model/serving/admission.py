@@ -34,6 +34,11 @@ class Turns:
         """Requests that wait for their turn."""
         return len(self._queue)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody has a turn."""
+        return self._taken
+
     @asynccontextmanager
     async def turn(self, gone: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
         """Wait for a turn and keep it for the block. `gone`: returns when the client has gone away.

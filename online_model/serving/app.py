@@ -130,7 +130,7 @@ async def _model(request: Request) -> Response:
     asked, holder = _query(request, ModelQuery), _holder(request)
     if asked.wait_ms:
         await holder.newer_than(asked.newer_than, asked.wait_ms / 1000)
-    return _json(holder.replica.info())
+    return _json(holder.info())
 
 
 async def _healthz(request: Request) -> Response:
@@ -147,8 +147,8 @@ async def _readyz(request: Request) -> Response:
 def _not_ready_because(holder: Holder, max_age_ms: int, now_s: float) -> str:
     if holder.replica.sequence < 0:
         return "no version yet: is the trainer running?"
-    if holder.behind:
-        return holder.behind
+    if holder.behind or holder.cold:
+        return holder.behind or holder.cold
     age_ms = math.ceil(now_s * 1000) - holder.replica.created_ms
     if age_ms > max_age_ms:
         return f"the newest version is {age_ms:,} ms old, more than {max_age_ms:,}: is the trainer running?"

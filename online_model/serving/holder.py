@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 from embedding_store.delta import Version
 from online_model.serving.api import (
@@ -49,14 +50,16 @@ class Serving(Protocol):
 
 class Holder:
     """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so. `policy`: that
-    of the first one, and from then on of all. `served`: who is told each request that was answered, with its answer."""
+    of the first one, and from then on of all. `served`: who is told each request that was answered, with its answer.
+    `parts`: name → what else is said in `GET /v1/model`. `cold`: why it would answer slowly, "" if it would not."""
 
     def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
         self.replica, self.policy = replica, replica.policy
         self.metrics = metrics or Metrics()
         self.metrics.watch(lambda: self.replica)
-        self.behind = ""
+        self.behind = self.cold = ""
         self.served: list[Callable[[RankRequest | RecommendRequest, Ranking | Recommendation], None]] = []
+        self.parts: dict[str, Callable[[], dict[str, Any]]] = {}
         self._closing = False
         self._changed = asyncio.Event()
 
@@ -82,6 +85,11 @@ class Holder:
         """This answer goes out."""
         for told in self.served:
             told(asked, answer)
+
+    def info(self) -> ModelInfo:
+        """The replica's, with what `parts` say under their names."""
+        info = self.replica.info()
+        return replace(info, info=info.info | {name: part() for name, part in self.parts.items()})
 
     def close(self) -> None:
         """Nobody waits any more: to be called before the server stops, which would sit out the long polls."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from embedding_store.ids import feature_id
 from online_model.history import Kind, UserHistory, history_hash
 from online_model.serving.api import Context, Ranked, Ranking, RankRequest, Recommendation, RecommendRequest, Shown
 from streams import impressions
-from streams.events import Impression, decode
+from streams.events import Impression, decode, encode
 from streams.impressions import ImpressionLog, impression_of
 from streams.settings import ServeWorkerSettings
-from streams.topics import TopicSettings
+from streams.topics import TopicSettings, create_topics
 from tests.streams.children import read_all, wait_for
 from tests.streams.test_serve_worker import Source, served, settings, source
 
@@ -149,3 +150,76 @@ def test_answers_are_in_the_log_as_impressions(replica: tuple, broker: str, topi
     assert (event.request_id, event.feature_hash, event.ts, event.model_version, event.context) == (
         answer["request_id"], answer["feature_hash"], answer["moment_ms"], answer["model_version"], {"query": "tea"}
     )  # fmt: skip
+
+
+@pytest.mark.broker
+@pytest.mark.partitions(4)
+def test_requests_of_late_warm_it_up_and_leave_no_trace(
+    source: Source, served: Callable, broker: str, topics: TopicSettings
+) -> None:
+    shown = Impression(
+        event_id="i", user="u", ts=int(time.time() * 1000), scenario="search", request_id="r", items=[3, "x"],
+        context={"query": "tea"},
+    )  # fmt: skip
+    producer = KafkaProducer(bootstrap_servers=broker)
+    producer.send(topics.events, encode(shown), key=b"u")
+    producer.flush()
+    producer.close()
+    source.send(*source.version())
+    child, client = served()
+    wait_for(lambda: client.get("/readyz").status_code == 200, child=child)
+    assert "requests (of late) in" in child.said
+    assert sum(map(len, read_all(broker, topics.events).values())) == 1
+    assert "headrace_serve_requests_total{route=\"/v1/rank" not in client.get("/metrics").text
+
+
+@pytest.mark.broker
+@pytest.mark.partitions(4)
+def test_a_shadow_is_compared_on_what_was_shown_and_clicked(
+    settings: dict, source: Source, served: Callable, broker: str, topics: TopicSettings, tmp_path: Path
+) -> None:
+    theirs = TopicSettings(f"{topics.prefix}b.")
+    create_topics(broker, theirs)
+    settings |= {"shadow_topic": theirs.parameters, "shadow_snapshots": str(tmp_path / "b" / "data" / "snapshots")}
+    second = Source(broker, theirs, tmp_path / "b")
+    source.send(*source.version())
+    second.send(*second.version(), *second.version())
+    child, client = served()
+
+    def figures() -> dict[str, Any]:
+        return client.get("/v1/model").json()["info"]["shadow"]
+
+    wait_for(lambda: client.get("/readyz").status_code == 200 and figures()["version"] == "1.2", child=child)
+    user, asked = user_elsewhere(topics.partitions), {"candidates": [3, 4, 5], "shown": 2}
+    pages = [client.post("/v1/rank", json=asked | {"user": user}).json() for _ in range(3)]
+    producer = KafkaProducer(bootstrap_servers=broker)
+    last = pages[-1]
+    click = {"kind": "click", "event_id": "c", "user": user, "item": last["items"][0]["item"],
+             "ts": last["moment_ms"] + 1, "request_id": last["request_id"]}  # fmt: skip
+    producer.send(topics.events, orjson.dumps(click), key=user.encode())
+    producer.flush()
+    wait_for(lambda: int(time.time() * 1000) > last["moment_ms"] + 1_000)
+    tick = {"kind": "tick", "event_id": "t", "ts": int(time.time() * 1000) + 59_900}  # and not too far ahead
+    producer.send(topics.events, orjson.dumps(tick), partition=0)
+    producer.flush()
+    producer.close()
+    wait_for(lambda: figures()["requests"] == 3, child=child)
+    found = figures()
+    p = [[item["click"] for item in page["items"][:2]] for page in pages]
+    losses = [-math.log(1 - x) for page in p for x in page]
+    losses[4] = -math.log(p[2][0])
+    assert found["log_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert found["low"] < found["difference"] < found["high"]
+    assert "headrace_shadow_log_loss_difference_low" in client.get("/metrics").text
+    second.close()
+
+
+@pytest.mark.broker
+def test_a_shadow_that_fails_harms_nobody(settings: dict, source: Source, served: Callable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    settings |= {"shadow_topic": "no topic can be named so", "shadow_snapshots": str(tmp_path / "file")}
+    source.send(*source.version())
+    child, client = served()
+    wait_for(lambda: client.get("/readyz").status_code == 200, child=child)
+    assert client.post("/v1/rank", json={"user": 1, "candidates": [1, 2], "shown": 1}).status_code == 200
+    assert client.get("/v1/model").json()["info"]["shadow"]["version"] == ""

@@ -71,7 +71,7 @@ def test_versions_are_served_as_they_come(source: Source, served: Callable) -> N
             assert poll.result().json()["sequence"] == sequence
             ages.append(time.monotonic() - start)
     assert min(ages) < 0.2, "a version is served as soon as it is there"
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     answer = client.post("/v1/rank", json={"user": "1", "scenario": "video", "candidates": [1, 2, 3]}).json()
     assert len(answer["items"]) == 3
     with ThreadPoolExecutor(1) as pool:
@@ -88,7 +88,7 @@ def test_a_replica_starts_from_the_newest_snapshot(source: Source, served: Calla
     source.send(*source.version())
     _, client = served()
     wait_for(lambda: _sequence(client) == 4)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_over_a_gap_leads_only_a_snapshot(source: Source, served: Callable) -> None:
@@ -105,7 +105,7 @@ def test_over_a_gap_leads_only_a_snapshot(source: Source, served: Callable) -> N
     wait_for(lambda: _sequence(client) == 4, child=child)
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 5, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
@@ -123,7 +123,7 @@ def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
     assert "version 2.3 goes on from 1.2, this replica holds 1.3" in child.said
     source.snapshot()
     wait_for(lambda: "serving snapshot 2-3" in child.said, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
     assert client.get("/v1/model").json()["epoch"] == 2
     assert "serving snapshot 1-2" not in child.said, "though the version goes on from that"
 
@@ -141,7 +141,7 @@ def test_a_corrupt_version_is_refused_and_led_round(source: Source, served: Call
     source.snapshot()
     source.send(*source.version())
     wait_for(lambda: _sequence(client) == 3, child=child)
-    assert client.get("/readyz").status_code == 200
+    wait_for(lambda: client.get("/readyz").status_code == 200)
 
 
 def test_at_sighup_the_policy_is_read_again_and_holds_for_the_replica_that_comes_next(
