@@ -52,7 +52,7 @@ async def _serve(
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
-    web = create_app(holder, settings.serve.max_age_ms, settings.serve.limits)
+    web = create_app(holder, settings.serve.max_age_ms)
     server = _Server(
         uvicorn.Config(
             web,

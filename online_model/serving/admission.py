@@ -24,8 +24,8 @@ MOST_ROUNDS = 64
 class Turns:
     """Hands out turns, first come, first served. On one event loop."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Callable[[], Limits]) -> None:
+        self._limits = limits  # those in force
         self._taken = False
         self._queue: deque[asyncio.Future[None]] = deque()
 
@@ -56,18 +56,18 @@ class Turns:
             self._pass_on()
 
     async def _wait(self, gone: Callable[[], Awaitable[None]]) -> None:
-        if len(self._queue) >= self._limits.waiting:
+        if len(self._queue) >= self._limits().waiting:
             raise Refused(TOO_MANY_WAITING, f"{len(self._queue)} requests wait for their turn already")
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(mine)
         leaving, granted = asyncio.ensure_future(gone()), False
         try:
-            seconds = self._limits.give_up_ms / 1000
-            await asyncio.wait((mine, leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            give_up_ms = self._limits().give_up_ms
+            await asyncio.wait((mine, leaving), timeout=give_up_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 raise GoneAway
             if not mine.done():
-                raise Refused(WAITED_TOO_LONG, f"no turn within {self._limits.give_up_ms:,} ms")
+                raise Refused(WAITED_TOO_LONG, f"no turn within {give_up_ms:,} ms")
             granted = True
         finally:
             leaving.cancel()

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -67,7 +68,7 @@ register_url_convertor("headrace_id", _Id())
 
 
 def create_app(
-    holder: Holder, max_age_ms: int = 60_000, limits: Limits | None = None, clock: Callable[[], float] = time.time
+    holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], float] = time.time
 ) -> App:
     """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970."""
     app = Starlette(
@@ -85,13 +86,10 @@ def create_app(
         exception_handlers=handlers(holder.metrics.refused),
     )
     app.router.redirect_slashes = False
-    limits = limits or Limits()
-    turns = Turns(limits)
+    turns = Turns(lambda: holder.policy.limits)
     holder.metrics.watch_waiting(lambda: turns.waiting)
-    described = document(limits)
     app.state.holder, app.state.max_age_ms, app.state.clock = holder, max_age_ms, clock
-    app.state.limits, app.state.turns = limits, turns
-    app.state.openapi, app.state.docs = orjson.dumps(described), page(described)
+    app.state.turns = turns
     return App(app, holder.metrics, turns)
 
 
@@ -161,16 +159,16 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _openapi(request: Request) -> Response:
-    return Response(request.app.state.openapi, media_type="application/json")
+    return Response(_described(_limits(request))[0], media_type="application/json")
 
 
 async def _docs(request: Request) -> Response:
-    return HTMLResponse(request.app.state.docs)
+    return HTMLResponse(_described(_limits(request))[1])
 
 
 async def _body(request: Request, type_: type[T]) -> T:
     """The request's body as `type_`. Raises Refused (400, 408, 413, 422), GoneAway."""
-    limits: Limits = request.app.state.limits
+    limits = _limits(request)
     try:
         async with asyncio.timeout(limits.body_ms / 1000):
             body = await _read(request)
@@ -211,7 +209,7 @@ def _query(request: Request, type_: type[T]) -> T:
 
 def _deadline(request: Request) -> float:
     """When the answer should be there, time.perf_counter seconds: what is spent on waiting is spent."""
-    return time.perf_counter() + request.app.state.limits.deadline_ms / 1000
+    return time.perf_counter() + _limits(request).deadline_ms / 1000
 
 
 def _turn(request: Request) -> AbstractAsyncContextManager[None]:
@@ -226,6 +224,18 @@ def _turn(request: Request) -> AbstractAsyncContextManager[None]:
 
 def _holder(request: Request) -> Holder:
     return request.app.state.holder
+
+
+def _limits(request: Request) -> Limits:
+    """As they are now: they may be changed while the replica runs."""
+    return _holder(request).policy.limits
+
+
+@lru_cache(maxsize=1)
+def _described(limits: Limits) -> tuple[bytes, str]:
+    """The document of the API, and the page made of it."""
+    described = document(limits)
+    return orjson.dumps(described), page(described)
 
 
 def _json(content: Any) -> Response:

@@ -98,7 +98,8 @@ class Serving:
 async def serving(made: Replica | None = None, **limits: int) -> AsyncIterator[Serving]:
     """Over `made`, else over a replica of the usual world."""
     holder = Holder(replica(world()) if made is None else made)
-    app = create_app(holder, max_age_ms=1 << 50, limits=Limits(**limits))
+    holder.policy.limits = Limits(**limits)
+    app = create_app(holder, max_age_ms=1 << 50)
     it = Serving(app, holder)
     async with it.http:
         yield it
@@ -113,7 +114,8 @@ async def _serve(limits: str, slow_ms: int) -> None:
 
     made = replica(world())
     made.__class__ = Slow
-    app = create_app(Holder(made), max_age_ms=1 << 50, limits=msgspec.json.decode(limits, type=Limits))
+    made.policy.limits = msgspec.json.decode(limits, type=Limits)
+    app = create_app(Holder(made), max_age_ms=1 << 50)
     kept: list[bytes] = []
 
     async def leaking(scope, receive, send) -> None:

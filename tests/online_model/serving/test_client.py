@@ -101,7 +101,7 @@ def test_a_refusal_says_what_the_problem_document_says(kind):
             await ask("rank", RankRequest("u1", []))
         assert refused.value.status == 422
         assert refused.value.problem.type == "/docs#invalid"
-        with pytest.raises(Refusal, match="no item nothing") as refused:
+        with pytest.raises(Refusal, match="item 'nothing' is neither") as refused:
             await ask("similar", "nothing")
         assert (refused.value.status, refused.value.retry_after_s) == (404, None)
         assert await requests(it, "422") == await requests(it, "404") == 1  # neither was sent again

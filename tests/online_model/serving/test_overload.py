@@ -13,7 +13,7 @@ import pytest
 
 from online_model.serving.admission import Turns
 from online_model.serving.problems import GoneAway, Refused
-from online_model.serving.settings import Limits
+from online_model.serving.settings import Limits, ReplicaSettings
 from tests.online_model.serving.served import served, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +77,7 @@ def test_a_flood_is_refused_with_a_time_to_come_back_and_then_all_is_well():
 
 
 def turns_of(**limits: int) -> Turns:
-    return Turns(Limits(**limits))
+    return Turns(lambda: Limits(**limits))
 
 
 async def hold(turns: Turns, gone: Callable[[], Awaitable[None]] = never) -> asyncio.Event:
@@ -92,6 +92,23 @@ async def hold(turns: Turns, gone: Callable[[], Awaitable[None]] = never) -> asy
     let_go.task = asyncio.create_task(run())  # type: ignore[attr-defined]  # kept as long as the event
     await has.wait()
     return let_go
+
+
+def test_limits_that_are_changed_count_at_once():
+    async def run() -> None:
+        async with serving(waiting=1) as it:
+            let_go = await hold(it.app.turns)
+            first = asyncio.create_task(it.http.post("/v1/rank", json=ASK))
+            await until(lambda: it.app.turns.waiting == 1)
+            assert (await it.http.post("/v1/rank", json=ASK)).status_code == 429
+            it.holder.policy.change(ReplicaSettings(limits=Limits(waiting=2)))
+            second = asyncio.create_task(it.http.post("/v1/rank", json=ASK))
+            await until(lambda: it.app.turns.waiting == 2)
+            assert "2 requests wait" in (await it.http.get("/openapi.json")).json()["info"]["description"]
+            let_go.set()
+            assert [(await asked).status_code for asked in (first, second)] == [200, 200]
+
+    asyncio.run(run())
 
 
 def test_turns_come_in_the_order_of_asking_and_one_at_a_time():
