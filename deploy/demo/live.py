@@ -93,7 +93,17 @@ class Live:
 
         self.note = "starting the workers"
         await self._until(there, READY_S, "the replica does not answer")
+        if with_items:  # else it has no version, and is not before the log begins
+            await self.alongside(self._ready(stop))
         self.note = ""
+
+    async def _ready(self, stop: asyncio.Event) -> None:
+        """The replica is warm. It says so when it is asked only."""
+        until = time.monotonic() + READY_S
+        while not stop.is_set() and not await self._replica.is_ready():
+            if time.monotonic() > until:
+                raise HeadraceError(f"the replica is not ready within {READY_S:.0f} s: `curl {self.url}/readyz`")
+            await asyncio.sleep(PROBE_S)
 
     async def drained(self, ends: dict[int, int]) -> None:
         """The replica is past these offsets of `events`."""
