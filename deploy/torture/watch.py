@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import msgspec
 import orjson
 
 from deploy.settings import Settings
@@ -147,7 +148,7 @@ class Watch:
             published.add(name)
             for answer in self.answers.get(name, ()):
                 moment = answer["moment_ms"]
-                right = orjson.loads(orjson.dumps(seen.replica.rank(RankRequest(USER, ITEMS, SCENARIO))))
+                right = orjson.loads(msgspec.json.encode(seen.replica.rank(RankRequest(USER, ITEMS, SCENARIO))))
                 seen.torn += any(right[name] != answer[name] for name in COMPARED)
         seen.versions = len(published & set(self.answers))
         seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)

@@ -239,7 +239,7 @@ def _described(limits: Limits) -> tuple[bytes, str]:
 
 
 def _json(content: Any) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+    return Response(msgspec.json.encode(content), media_type="application/json")
 
 
 class App:

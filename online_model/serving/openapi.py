@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -71,7 +71,7 @@ _SENDING = (problems.NOT_JSON, problems.BODY_TIMEOUT, problems.BODY_TOO_LARGE, p
 OPERATIONS = (
     Operation(
         "/v1/rank", "post", "rank", "Score the candidates for a user, the best first", Ranking,
-        asdict(Ranking(**_OF_ONE, items=[Ranked("tea-7", 0.375, **_TASKS), Ranked(42, 0.375, **_TASKS)])),
+        msgspec.to_builtins(Ranking(**_OF_ONE, items=[Ranked("tea-7", 0.375, **_TASKS), Ranked(42, 0.375, **_TASKS)])),
         body=RankRequest,
         bodies={
             "simple": {"user": "u1", "candidates": ["tea-7", 42]},
@@ -84,7 +84,7 @@ OPERATIONS = (
     ),
     Operation(
         "/v1/recommend", "post", "recommend", "Choose items for a user from the whole catalogue", Recommendation,
-        asdict(Recommendation(
+        msgspec.to_builtins(Recommendation(
             **_OF_ONE, candidates=160, items=[Shown("tea-7", 0.375, **_TASKS, position=0, propensity=0.9)],
         )),
         body=RecommendRequest,
@@ -99,12 +99,12 @@ OPERATIONS = (
     ),
     Operation(
         "/v1/items/{id}/similar", "get", "similar", "Items like one", SimilarItems,
-        asdict(SimilarItems("tea-7", **_OF_ALL, items=[Alike(42, 0.75, 0.5, 0.25)])),
+        msgspec.to_builtins(SimilarItems("tea-7", **_OF_ALL, items=[Alike(42, 0.75, 0.5, 0.25)])),
         query=SimilarQuery, query_examples={"k": 5}, refusals=(problems.UNKNOWN_ITEM, problems.INVALID, *_ASKING),
     ),
     Operation(
         "/v1/model", "get", "model", "Which version is served; with `wait_ms`: wait for the next one", ModelInfo,
-        asdict(ModelInfo(
+        msgspec.to_builtins(ModelInfo(
             "1.4711", 1, 4711, 1_700_000_000_000, 1_700_000_000_020, {"0": 123_456}, {"user": 10, "item": 40},
             {"rows": 12_345},
         )),

@@ -22,7 +22,7 @@ from embedding_store.specs import Optimizer, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from tests.devices import ON
 from tests.embedding_store.test_optimizers import OPTIMIZERS
-from tests.embedding_store.test_ranks import TOGETHER
+from tests.processes import processes
 
 DIM, IDS, STEPS = 8, 200, 30
 
@@ -71,7 +71,7 @@ def _on_one_rank(device: str, optimizer: Optimizer, path: Path) -> None:
 
 def _alone(work: Callable[..., Any], *arguments: Any) -> None:
     """A process has one process group in its life: NCCL's or gloo's."""
-    process = TOGETHER.Process(target=work, args=arguments)
+    process = processes.Process(target=work, args=arguments)
     process.start()
     process.join(120)
     process.kill()
@@ -111,7 +111,7 @@ def test_two_ranks_learn_what_one_does_on_the_host(device: str, tmp_path: Path) 
         pytest.skip("needs two CUDA devices")
     _alone(_on_one_rank, "cpu", "row_wise_adagrad", tmp_path / "host.npz")
     arguments = (tmp_path / "meeting", device, tmp_path / "there.npz")
-    ranks = [TOGETHER.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
+    ranks = [processes.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
