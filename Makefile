@@ -61,7 +61,7 @@ $(READY): requirements/$(EXTRA).txt pyproject.toml
 	@echo "installing the pinned packages into $(VENV) (torch is large: a minute or two the first time)" >&2
 	@$(UV) pip sync --quiet --require-hashes --compile-bytecode requirements/$(EXTRA).txt
 	@$(UV) pip install --quiet --no-deps --no-build-isolation --editable .
-	@$(BIN)/python -c 'import embedding_store.probing, embedding_store.rowwise'
+	@$(BIN)/python -c 'import embedding_store.probing, embedding_store.rowwise, online_model.kernels'
 	@$(BIN)/headrace broker fetch
 	@rm -f $(VENV)/.ready-* && touch $@
 

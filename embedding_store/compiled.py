@@ -1,4 +1,4 @@
-"""What the compiled inner loops (`probing`, `rowwise`) share.
+"""What the compiled inner loops (`probing`, `rowwise`, `online_model.kernels`) share.
 
 Compiled by numba when they are first imported (about 2 s) and kept beside their files or, where those are read-only,
 in the user's cache; `make setup` does it ahead. Where neither can be written every process compiles for itself.

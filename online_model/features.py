@@ -16,6 +16,7 @@ import numpy as np
 
 from embedding_store.ids import GOLDEN, feature_id, finalised
 from embedding_store.specs import TableSettings, TableSpec
+from online_model import kernels
 from online_model.examples import QUERY_WORDS
 from online_model.history import COUNTED, HISTORY, HISTORY_BYTES, HORIZONS_S, MAX_SECOND, PANE_S, PANES, RECENT, unpack
 from online_model.neighbours import KEPT, NEIGHBOURS
@@ -141,15 +142,8 @@ def rates(impressions: np.ndarray, clicks: np.ndarray, interactions: np.ndarray,
     >>> rates(np.array([0]), np.array([0]), np.array([0]), 0.05).tolist()
     [[0.0, 0.0, 0.0, 1.0]]
     """
-    shown = np.asarray(impressions, np.float64)
-    clicked = np.minimum(clicks, shown)  # a late click may be of an impression that was not learned
-    strength = 1 / (rate * (1 - rate))
-    own = (clicked + rate * strength) / (shown + strength)
-    out = np.empty((len(shown), RATES), np.float32)
-    out[:, 0] = np.log(own / (1 - own)) - np.log(rate / (1 - rate))
-    out[:, 1] = np.log1p(shown) / _LOGS
-    out[:, 2] = np.log1p(np.asarray(interactions, np.float64)) / _LOGS
-    out[:, 3] = (shown == 0) & (np.asarray(interactions) == 0)
+    out = np.empty((len(impressions), RATES), np.float32)
+    kernels.rate(impressions, clicks, interactions, rate, _LOGS, out)
     return out
 
 
@@ -190,13 +184,9 @@ def matches(
     same of the candidates, int64 [N] each; ctx: int64 [N]. Two numbers for each of the three: the recency of the newest
     entry that is alike, and the share of the entries' recency that all of those have. An id 0 is like no other.
     """
-    one = len(past.recency) == 1  # then nothing needs to be copied for each candidate
-    recency, out = past.recency if one else past.recency[ctx], np.empty((len(ctx), MATCHES), np.float32)
-    total = recency.sum(1) + 1e-6
+    out = np.empty((len(ctx), MATCHES), np.float32)
     for at, (entries, own) in enumerate(zip(of_entries, of_items, strict=True)):
-        alike = recency * (((entries if one else entries[ctx]) == own[:, None]) & (own != 0)[:, None])
-        out[:, 2 * at] = alike.max(1, initial=0)
-        out[:, 2 * at + 1] = alike.sum(1) / total
+        kernels.match(past.recency, entries, own, ctx, out, 2 * at)
     return out
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from online_model.history import HISTORY, RECENT
+from online_model.kernels import similarities
 
 KEPT = 24  # neighbours of an item
 NEAR, SHRINK, HALF_LIFE_S = 0.8, 10.0, 2_592_000
 NEIGHBOURS = 2  # numbers of a candidate
-_SPARSE, _MOST_BITS = 16, 17  # entries for each id of what rules out others; its size at most
 _NEAR = NEAR ** np.concatenate((np.arange(RECENT), np.arange(HISTORY - RECENT))).astype(np.float64)
 
 
@@ -91,51 +91,12 @@ def similar(past: np.ndarray, item: np.ndarray, lists: Callable[[np.ndarray], Li
     """
     ids, column = np.unique(item, return_inverse=True)
     histories, candidates = lists(np.unique(past[past != 0])), lists(ids)
-    h, c, pairs = _pairs(histories, candidates)
-    pairs = pairs / (np.sqrt(histories.taken[h] * candidates.taken[c]) + SHRINK)
-    order = np.argsort(h, kind="stable")
-    h, c, pairs = h[order], c[order], pairs[order]
-    weights = near(past)
-    which, place = np.nonzero(weights)
-    entry = np.searchsorted(histories.ids, past[which, place])
-    start, end = np.searchsorted(h, entry), np.searchsorted(h, entry, side="right")
-    often = end - start
-    at = np.repeat(end - np.cumsum(often), often) + np.arange(often.sum())
-    total = np.repeat(weights[which, place], often) * pairs[at]
-    width = len(candidates.ids)
-    sums = np.bincount(np.repeat(which, often) * width + c[at], total, minlength=len(past) * width)
-    return sums.reshape(len(past), width).astype(np.float32), column
+    out = np.empty((len(past), len(ids)), np.float32)
+    of_histories, of_candidates = ((one.ids, one.items, one.weights, one.taken) for one in (histories, candidates))
+    similarities(past, near(past), *of_histories, *of_candidates, SHRINK, out)
+    return out, column
 
 
 def neighbour_numbers(similarity: np.ndarray) -> np.ndarray:
     """Numbers float32 [..., NEIGHBOURS] of similarities [...]: as they are, and as logarithms, which rare ones need."""
     return np.stack((similarity, np.log1p(100 * similarity) / 3), -1)
-
-
-def _pairs(histories: Lists, candidates: Lists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(place in `histories`, place in `candidates`, weight) of what either list holds of the other item: a pair may be
-    there twice, an item and itself once."""
-    h, c, there = _found(histories, candidates)
-    c2, h2, back = _found(candidates, histories)
-    two = candidates.ids[c2] != histories.ids[h2]
-    weights = histories.weights.reshape(-1)[there], candidates.weights.reshape(-1)[back[two]]
-    return np.append(h, h2[two]), np.append(c, c2[two]), np.concatenate(weights)
-
-
-def _found(lists: Lists, others: Lists) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which of the lists' neighbours are among the others: (place of the list, of the other, of the neighbour in
-    `items` as one row).
-
-    Few are: most are ruled out by the last bits of their ids, which costs a tenth of a search for each.
-    """
-    items = lists.items.reshape(-1)
-    known = np.zeros(1 << min(max(len(others.ids) * _SPARSE, 2).bit_length(), _MOST_BITS), bool)
-    known[others.ids & (len(known) - 1)] = True
-    there = np.flatnonzero(known[items & (len(known) - 1)] & (items != 0))
-    if not len(there):
-        return there, there, there
-    found = items[there]
-    at = np.minimum(np.searchsorted(others.ids, found), len(others.ids) - 1)
-    same = others.ids[at] == found
-    there = there[same]
-    return there // lists.items.shape[1], at[same], there
