@@ -97,7 +97,7 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     serve: ReplicaSettings = ReplicaSettings()
     port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
     live_actions: Annotated[
-        int, Meta(ge=2, description="actions of users that are kept in memory until their rows hold them")
+        int, Meta(ge=0, description="actions of users kept in memory until their rows hold them; 0: none")
     ] = 100_000
     shadow_topic: Annotated[
         str, Meta(description='versions of a second model, which scores what is shown, unseen; "": none')

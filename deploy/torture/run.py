@@ -217,7 +217,7 @@ class Torture:
                 "deterministic": True, "ranks": self.ranks, "metrics_port": free_port(),
                 "snapshot_interval_s": COPIES_S, "checkpoint_interval_s": 2 * COPIES_S,
             },
-            "serve": {"port": 0},
+            "serve": {"port": 0, "live_actions": 0},  # so that an answer is what its version gives, and can be checked
         }  # fmt: skip
         return Settings([Layer("torture", values)])
 

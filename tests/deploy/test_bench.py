@@ -145,7 +145,7 @@ def test_intake_reports_its_keys_from_one_run(broker: str, capfd: pytest.Capture
 
 @pytest.mark.broker
 def test_serve_reports_its_keys_under_versions_that_come(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--items", "2000", "--users", "2000", "--rate", "10", "--seconds", "3", "--runs", "2"]
+    sizes = ["--items", "2000", "--users", "2000", "--rate", "10", "--seconds", "3", "--runs", "1"]
     assert run(["bench", "serve", *sizes, "--bootstrap", broker, "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["candidates"] == 500
@@ -156,8 +156,7 @@ def test_serve_reports_its_keys_under_versions_that_come(broker: str, capfd: pyt
     assert result["stall_p99_ms"] > 0
     assert result["versions"] >= 1, "else nothing came in between"
     assert 0 < result["apply_p50_ms"] <= result["apply_p99_ms"]
-    assert len(result["all"]) == 2
-    assert result["p99_ms"] == min(one["p99_ms"] for one in result["all"]), "the best is named"
+    assert [one["p99_ms"] for one in result["all"]] == [result["p99_ms"]]
     assert result["rss_mb"] > 100
     assert {"rps", "rss_growth_mb", "rss_slope_mb_per_h", "knee_rps", "arrivals", "cpu_ms_a_request"} <= result.keys()
 

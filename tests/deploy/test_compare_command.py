@@ -77,6 +77,7 @@ def test_a_short_log_has_figures_where_there_are_any(capfd: pytest.CaptureFixtur
     assert "NaN" not in Path(found["data"]).read_text("utf-8")
 
 
+@pytest.mark.nightly
 def test_one_seed_gives_one_result(capfd: pytest.CaptureFixture[str], log: str) -> None:
     def figures(*more: str) -> dict:
         found = _json(capfd, "events", log, "--limit", "500", "--systems", "headrace,river_fm", *more)

@@ -33,6 +33,7 @@ def test_the_cache_is_made_once_and_used(cache: Path, tmp_path: Path) -> None:
         assert str(aot_cache()) in {Path(file.path).as_posix() for file in psutil.Process(broker.pid).memory_maps()}
 
 
+@pytest.mark.nightly
 def test_kafka_starts_without_and_with_a_spoiled_cache(cache: Path, tmp_path: Path) -> None:
     for spoil in (lambda: None, lambda: aot_cache().write_bytes(b"no cache")):
         spoil()

@@ -127,6 +127,7 @@ def replica(broker: str, topics: TopicSettings, home: Path, free_tcp_port: int) 
         yield model
 
 
+@pytest.mark.nightly
 def test_taken_back_to_a_kept_checkpoint_replicas_follow_and_the_balance_holds(
     broker: str, topics: TopicSettings, home: Path, blocks: list[Block], replica: Callable[[], dict]
 ) -> None:

@@ -62,7 +62,10 @@ def test_the_expected_gradient_is_zero_where_the_truth_is_served(name, wait):
     assert head.grad[PURCHASE:].abs().max() / len(rows) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["calibrated", pytest.param("weighted", marks=pytest.mark.nightly), "elapsed"])
+LONG = [pytest.param(name, marks=pytest.mark.nightly) for name in ("weighted", "elapsed")]
+
+
+@pytest.mark.parametrize("name", ["calibrated", *LONG])
 def test_purchase_rates_are_right_while_purchases_are_still_to_come(name):
     """Over four streams: of a single one chance alone makes some percent."""
     assert np.mean([measure(name, seed).ratio for seed in range(1, 5)]) == pytest.approx(1, abs=0.05)

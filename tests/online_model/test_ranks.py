@@ -113,6 +113,7 @@ def _loss(scores: dict[str, np.ndarray]) -> float:
     return -float(np.log(np.where(label, p, 1 - p)).mean())
 
 
+@pytest.mark.nightly
 def test_rows_leave_the_memory_of_both_ranks_and_come_back(tmp_path: Path) -> None:
     found = []
     for size in (1, 2):

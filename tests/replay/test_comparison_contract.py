@@ -100,6 +100,7 @@ def test_memory_is_bounded_where_it_is_claimed(name: str) -> None:
     assert system.nbytes == before < 100_000_000  # type: ignore[attr-defined]
 
 
+@pytest.mark.nightly
 def test_two_processes_give_what_one_gives() -> None:
     some = _short()
     names = ("headrace", "popularity", "river_logistic", "frozen")

@@ -45,7 +45,7 @@ def figures(name: str, path: Path, split: str) -> dict:
 # --- the held-out half of public logs: the figures of docs/simulator.md
 
 
-@pytest.mark.parametrize("split", ["time", "alternate"])
+@pytest.mark.parametrize("split", [pytest.param("time", marks=pytest.mark.nightly), "alternate"])
 def test_kuairand_s_clicks_and_watch_times(public_log: Callable[[str], Path], split: str) -> None:
     found = figures("kuairand", public_log(KUAIRAND), split)
     assert found["click_rate"] == pytest.approx(found["held_out_click_rate"], rel=0.05)

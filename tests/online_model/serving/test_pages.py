@@ -159,7 +159,7 @@ def test_similar_items_are_those_clicked_together_and_those_with_vectors_alike()
     for one in answer.items:
         assert one.score == pytest.approx(one.together + one.alike)
     assert [one.score for one in answer.items] == sorted((one.score for one in answer.items), reverse=True)
-    assert (answer.item, answer.model_version, answer.model_age_ms) == ("3", "1.1", HOUR)
+    assert (answer.item, answer.model_version, answer.model_age_ms) == (3, "1.1", HOUR)
     assert len(made.similar(3, SimilarQuery(k=4)).items) == 4
 
 
