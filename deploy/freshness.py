@@ -138,7 +138,7 @@ class Follower:
     """Long polls of a replica's `/v1/model`: each version as soon as the replica has it. An async context."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = f"{url}/v1/model"
 
     async def __aenter__(self) -> Follower:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(POLL_MS / 1000 + 5))
@@ -147,19 +147,11 @@ class Follower:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def is_ready(self) -> bool:
-        """Whether the replica says that it is."""
-        try:
-            async with self._session.get(f"{self._url}/readyz") as response:
-                return response.status == 200
-        except (aiohttp.ClientError, TimeoutError):
-            return False
-
     async def newer_than(self, sequence: int) -> dict[str, Any] | None:
         """The replica's answer, as soon as it has a newer version or POLL_MS are over; None: it gives none."""
         asked = {"newer_than": sequence, "wait_ms": POLL_MS}
         try:
-            async with self._session.get(f"{self._url}/v1/model", params=asked) as response:
+            async with self._session.get(self._url, params=asked) as response:
                 return orjson.loads(await response.read()) if response.status == 200 else None
         except (aiohttp.ClientError, TimeoutError):
             return None

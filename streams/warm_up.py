@@ -34,6 +34,7 @@ class WarmUp:
 
     def __init__(self, settings: ServeWorkerSettings, holder: Holder, caught_up: asyncio.Event) -> None:
         self._settings, self._holder, self._caught_up = settings, holder, caught_up
+        holder.parts["warm_up"] = lambda: {"cold": bool(holder.cold)}
         if settings.serve.warm_up:
             holder.cold = "warming up: requests of late are being answered"
 

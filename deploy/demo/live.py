@@ -84,26 +84,19 @@ class Live:
         return await doing
 
     async def ready(self, stop: asyncio.Event, with_items: bool = True) -> None:
-        """The replica answers, and knows items if it must. KeyboardInterrupt if `stop` is set before."""
+        """The replica answers, and, if it must, knows items and is warm. KeyboardInterrupt if `stop` is set before."""
 
         def there() -> bool:
             if stop.is_set():
                 raise KeyboardInterrupt  # nothing has happened that needed draining
-            return bool(self.model.answer) and (not with_items or bool(self.model.answer["rows"].get("card")))
+            answer = self.model.answer
+            if not answer or not with_items:  # it is cold until it has a version, and a log brings the first one
+                return bool(answer)
+            return bool(answer["rows"].get("card")) and not answer["info"]["warm_up"]["cold"]
 
         self.note = "starting the workers"
         await self._until(there, READY_S, "the replica does not answer")
-        if with_items:  # else it has no version, and is not before the log begins
-            await self.alongside(self._ready(stop))
         self.note = ""
-
-    async def _ready(self, stop: asyncio.Event) -> None:
-        """The replica is warm. It says so when it is asked only."""
-        until = time.monotonic() + READY_S
-        while not stop.is_set() and not await self._replica.is_ready():
-            if time.monotonic() > until:
-                raise HeadraceError(f"the replica is not ready within {READY_S:.0f} s: `curl {self.url}/readyz`")
-            await asyncio.sleep(PROBE_S)
 
     async def drained(self, ends: dict[int, int]) -> None:
         """The replica is past these offsets of `events`."""

@@ -59,6 +59,7 @@ def test_rows_that_differ_from_the_reference_are_a_failure(
 SMALL_STORE = ["--rows", "5000", "--largest", "10000", "--touched", "50", "--ids", "20000", "--memory", "2000"]
 
 
+@pytest.mark.nightly
 def test_store_reports_its_keys_and_tiered_rows_come_back_exactly(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "store", *SMALL_STORE, "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -111,6 +112,7 @@ def test_the_parts_of_train_learn_the_same_model(tmp_path: Path, one_thread: Non
     parts[2].store.close()
 
 
+@pytest.mark.nightly
 def test_scale_learns_on_two_ranks_what_one_does(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "scale", "--steps", "20", "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])

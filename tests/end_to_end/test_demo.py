@@ -111,6 +111,7 @@ def test_a_real_log_comes_out_exactly_with_train_and_join_killed_in_the_middle(t
     assert all(not psutil.pid_exists(pid) for pid in killed)
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_it_cleanly_and_the_next_one_can_go_on(tmp_path: Path) -> None:
     with demo(tmp_path, "--seconds", 0, "--no-page") as running:
         running.until(lambda: trained(running, 300))

@@ -160,6 +160,7 @@ def test_taken_back_to_a_kept_checkpoint_replicas_follow_and_the_balance_holds(
     wait_for(lambda: replica().get("sequence") == last.sequence)
 
 
+@pytest.mark.nightly
 def test_a_store_that_is_lost_is_not_begun_anew_while_there_is_a_way_back(
     broker: str, topics: TopicSettings, home: Path, blocks: list[Block]
 ) -> None:

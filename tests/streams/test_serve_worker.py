@@ -119,8 +119,8 @@ def test_a_model_that_goes_back_is_not_met_by_an_older_snapshot(
     wait_for(lambda: _sequence(client) == 3, child=child)
     source.go_back(tmp_path / "old")
     source.send(*source.version())
-    wait_for(lambda: client.get("/readyz").status_code == 503, child=child)
-    assert "version 2.3 goes on from 1.2, this replica holds 1.3" in child.said
+    wait_for(lambda: "version 2.3 goes on from 1.2, this replica holds 1.3" in child.said, child=child)
+    assert client.get("/readyz").status_code == 503
     source.snapshot()
     wait_for(lambda: "serving snapshot 2-3" in child.said, child=child)
     wait_for(lambda: client.get("/readyz").status_code == 200)
