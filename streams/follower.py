@@ -283,11 +283,10 @@ class Follower:
     async def _read_from(self, time_ms: int) -> None:
         """Go on with the first record that the broker has got since, and what is there already is left out."""
         self._assembler, self._early = Assembler(), Early(EARLY_BYTES)
+        # The end as it was before anybody looked for a younger record: one that comes meanwhile is behind it.
+        end = (await self._consumer.end_offsets([self._partition]))[self._partition]
         found = (await self._consumer.offsets_for_times({self._partition: max(0, time_ms)}))[self._partition]
-        if found is None:
-            await self._consumer.seek_to_end(self._partition)
-        else:
-            self._consumer.seek(self._partition, found.offset)
+        self._consumer.seek(self._partition, end if found is None else found.offset)
 
     # --- what it says -------------------------------------------------------------------------------------------
 

@@ -371,7 +371,7 @@ for _ in log.records():
     pass
 print(log.rows, most() - start)
 """
-MOST_MB = 12  # more for four times the rows: the events would be 100, the texts of the rows 60, Arrow's columns 18
+MOST_MB = 16  # more for four times the rows: the events would be 100, the texts of the rows 60, Arrow's columns 18
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "csv.zst", "parquet"])
