@@ -83,6 +83,7 @@ def test_a_row_that_comes_back_otherwise_is_a_failure(
     assert "not learned" in said.err
 
 
+@pytest.mark.nightly
 def test_train_reports_its_keys_and_where_the_time_went(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "train", "--ids", "1000", "--steps", "2", "--runs", "1", "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])

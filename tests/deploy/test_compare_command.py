@@ -32,6 +32,7 @@ def _json(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict:
     return json.loads(line)
 
 
+@pytest.mark.nightly
 def test_every_system_has_its_figures_and_the_report_stands_alone(capfd: pytest.CaptureFixture[str], log: str) -> None:
     found = _json(capfd, "simulated", log, "--intervals", "--seeds", "2")
     assert set(found["systems"]) == {

@@ -23,6 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_the_cache_is_made_once_and_used(cache: Path, tmp_path: Path) -> None:
     assert make_cache()
     made = aot_cache().stat()

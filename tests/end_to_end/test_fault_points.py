@@ -88,6 +88,7 @@ def _ends(process: subprocess.Popen[bytes], home: Path, point: str) -> None:
     assert process.wait(90) == -signal.SIGKILL, f"{point} was never reached: {(home / 'said').read_text()}"
 
 
+@pytest.mark.nightly
 def test_crashed_between_commit_and_acknowledgement_each_version_is_sent_and_each_row_learned_once(
     broker: str, topics: TopicSettings, home: Path, blocks: list[Block]
 ) -> None:
