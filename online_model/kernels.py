@@ -43,6 +43,7 @@ def rate(impressions, clicks, interactions, usual, logs, out):
     strength, bias = 1 / (usual * (1 - usual)), np.log(usual / (1 - usual))
     for i in range(len(impressions)):
         shown = impressions[i]
+        # A late click may be of an impression that was not learned.
         own = (min(clicks[i], shown) + usual * strength) / (shown + strength)
         out[i, 0] = np.log(own / (1 - own)) - bias
         out[i, 1] = np.log1p(np.float64(shown)) / logs

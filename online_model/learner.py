@@ -444,7 +444,6 @@ class Learner:
             np.minimum.at(created, which, np.maximum(ts[new], 1))
             self.tables.set(ITEM, "created", distinct, created)
 
-
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
