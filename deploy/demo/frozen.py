@@ -1,8 +1,9 @@
 """The twin that never learns: the same users, the same seed, the same replica code, with the model as it begins.
 
-It runs in a process of its own at the lowest priority, in step with the wall clock where the machine has time for it,
-and says each second of its world on stdout: {"second": 3, "shown": 1110, "clicked": 64}. SIGTERM ends it; so does the
-end of its stdin. Its one argument is the JSON of `TwinSettings`.
+It runs in a process of its own that leaves the processor to the system that is being shown: it is in step with the wall
+clock where there is time for it, and catches up when the shop has closed. It says each second of its world on stdout:
+{"second": 3, "shown": 1110, "clicked": 64}. SIGTERM ends it; so does the end of its stdin, from which it is told when
+the shop opens and that it has closed. Its one argument is the JSON of `TwinSettings`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from replay.simulator import Marketplace
 from streams.events import Click, Item, encode
 
 STEP_MS = 50
+RESTS = 3.0  # times the processor time that it took: a quarter of a core at most. Not every kernel heeds niceness
 
 
 class Frozen:
@@ -64,14 +66,16 @@ class Frozen:
         self._sequence += 1
 
 
-def run(settings: TwinSettings) -> None:
-    """Live the twin's life until the process is ended."""
+def run(settings: TwinSettings, start_ms: int, closed: threading.Event) -> None:
+    """Live the twin's life from `start_ms` on, until the process is ended; sparingly until the shop has closed."""
     world, frozen, clicks = Marketplace(settings.simulator), Frozen(settings), ClickRate()
     seconds: dict[str, int] = {}  # request → the second it was shown in
-    world.start(settings.start_ms)
+    world.start(start_ms)
     frozen.catalogue(world.catalogue())
-    now, said = settings.start_ms, 0
+    now, said, worked = start_ms, 0, time.process_time()
     while True:
+        before, worked = worked, time.process_time()
+        closed.wait(RESTS * (worked - before))
         now += STEP_MS
         ahead = now / 1000 - time.time()
         if ahead > 0:
@@ -86,11 +90,11 @@ def run(settings: TwinSettings) -> None:
             answer = frozen.replica.recommend(
                 RecommendRequest(request.user, request.scenario, Context(request.query or ""), request.k)
             )
-            second = (request.ts - settings.start_ms) // 1000
+            second = (request.ts - start_ms) // 1000
             seconds[request.request_id] = second
             clicks.add(second, shown=len(answer.items))
             world.show(request, [shown.item for shown in answer.items], ts=request.ts)
-        while said < (now - settings.start_ms) // 1000 - CLICKS_COME_S:
+        while said < (now - start_ms) // 1000 - CLICKS_COME_S:
             say = {"second": said, "shown": clicks.shown[said], "clicked": clicks.clicked[said]}
             sys.stdout.buffer.write(orjson.dumps(say) + b"\n")
             sys.stdout.buffer.flush()
@@ -106,13 +110,23 @@ def _step_back() -> None:
             group.write_text("19")
 
 
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+def _listen(closed: threading.Event) -> None:
+    """The shop has closed with the next line; all is over at the end."""
+    for _ in sys.stdin:
+        closed.set()
     os._exit(0)
 
 
-if __name__ == "__main__":
+def _main() -> None:
     _step_back()
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    run(msgspec.json.decode(sys.argv[1], type=TwinSettings))
+    opened = sys.stdin.readline()
+    if not opened:
+        return  # nobody is left who would open a shop
+    closed = threading.Event()
+    threading.Thread(target=_listen, args=(closed,), daemon=True).start()
+    run(msgspec.json.decode(sys.argv[1], type=TwinSettings), int(opened), closed)
+
+
+if __name__ == "__main__":
+    _main()

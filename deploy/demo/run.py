@@ -133,16 +133,13 @@ class _Demo:
         """Simulated users for `seconds`. Returns how long it was, in seconds."""
         users = ClosedLoop(self.settings.simulator, sink, live.url, self.settings.serve.serve.log_impressions)
         users.open(now_ms())  # the catalogue first: a replica has nothing to recommend before
-        await live.ready(stop)
-        users.open(now_ms())
         model = self.settings.model
-        twin = TwinProcess(
-            TwinSettings(self.settings.simulator, self.settings.serve.serve, model.features, model.ranker,
-                         users.world.start_ms),
-            self.home / "twin.log",
-        )  # fmt: skip
-        live.traffic, live.twin = users, twin
-        with twin:
+        shared = TwinSettings(self.settings.simulator, self.settings.serve.serve, model.features, model.ranker)
+        with TwinProcess(shared, self.home / "twin.log") as twin:  # it loads while the others make a first version
+            await live.ready(stop)
+            users.open(now_ms())
+            twin.open(users.world.start_ms)
+            live.traffic, live.twin = users, twin
             started = time.monotonic()
             ending = asyncio.get_running_loop().call_later(self.options.seconds or FOREVER_S, stop.set)
             await live.under_probes(users.run(stop))

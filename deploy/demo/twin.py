@@ -1,4 +1,7 @@
-"""The twin that never learns, as the demo sees it: a process (`deploy.demo.frozen`) and what it says of itself."""
+"""The twin that never learns, as the demo sees it: a process (`deploy.demo.frozen`) and what it says of itself.
+
+It is told two things, each a line: when the shop opens (ms UTC), and that it has closed (any line).
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,12 @@ from replay.simulator import SimulatorSettings
 
 
 class TwinSettings(msgspec.Struct, frozen=True):
-    """What the twin shares with the learning shop. `start_ms`: when both worlds open (ms UTC)."""
+    """What the twin shares with the learning shop."""
 
     simulator: SimulatorSettings
     replica: ReplicaSettings
     features: FeatureSettings
     ranker: RankerSettings
-    start_ms: int
 
 
 class TwinProcess:
@@ -57,8 +59,16 @@ class TwinProcess:
         assert self._process.stdin
         self._process.stdin.close()
 
+    def open(self, start_ms: int) -> None:
+        """Both worlds open at `start_ms` (ms UTC)."""
+        self._tell(start_ms)
+
     async def reached(self, second: int) -> None:
-        """It has lived through all seconds before `second`. Raises HeadraceError if it has ended before."""
+        """The other world has ended: this one lives through all seconds before `second` as fast as it can.
+
+        Raises HeadraceError if it has ended before.
+        """
+        self._tell("closed")
         while self._seconds < second:
             if self._process.poll() is not None:
                 code = self._process.returncode
@@ -67,6 +77,12 @@ class TwinProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._said.wait()
+
+    def _tell(self, what: object) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # it has ended: `reached` says so
+            self._process.stdin.write(f"{what}\n".encode())
+            self._process.stdin.flush()
 
     def _listen(self) -> None:
         assert self._process.stdout
