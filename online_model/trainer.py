@@ -140,6 +140,7 @@ class Trainer:
         self._cards: dict[int, bytes] = {}  # new since the last commit
         self._changed = self._erased = False  # since the last commit: anything; users forgotten, not merely expired
         self._owes_dense = False  # as of the last commit: replicas wait for its dense weights
+        self._metrics: dict[str, dict] = {}  # as of the last commit that made them anew
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.last_loss = 0.0  # of a row, the mean of the last step
@@ -288,8 +289,8 @@ class Trainer:
         them where the guard holds it back (guard.py).
 
         None where nothing has changed and nothing that is owed to replicas may go yet. `everything`: all rows that are
-        owed go, whatever `row_bytes_per_s` says. `dense`: so do the dense weights; without it replicas keep those that
-        they have until a later commit (`owes_dense`), the store has them in any case.
+        owed go, whatever `row_bytes_per_s` says. `dense`: so do the dense weights, and new figures; without it replicas
+        keep those that they have until a later commit (`owes_dense`), the store has the weights in any case.
 
         1. Touched rows, dense weights and state are read, the version is encoded. 2. One atomic write to the store.
         3. Only then the touched rows count as clean, and the sequence moves. If 1 or 2 raise (DiskFull, StoreError)
@@ -335,9 +336,11 @@ class Trainer:
         assert self._owed is not None
         now_ms, sequence = self._clock(), self.sequence + 1
         gone, weights = self.tables.gone(), self._ranker.weights()
+        if dense or not self._metrics:  # figures are 5 ms of work: at a commit without dense weights the last ones do
+            self._metrics = self._evaluation.metrics()
         version = Version(
             epoch=self.epoch, sequence=sequence, base=self._base, created_ms=now_ms,
-            positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self.info(),
+            positions={p: at.handled for p, at in sorted(self.positions.items())}, info=self._info(self._metrics),
             dense=weights if dense else {}, gone=gone, blobs={CARD: self._cards} if self._cards else {},
         )  # fmt: skip
         plan = self._owed.plan(touched, gone, now_ms, everything or self._base is None)
@@ -407,8 +410,11 @@ class Trainer:
 
     def info(self) -> dict:
         """JSON-ready: figures, counts and positions, what a version says of itself."""
+        return self._info(self._evaluation.metrics())
+
+    def _info(self, metrics: dict[str, dict]) -> dict:
         return {
-            "metrics": self._evaluation.metrics(),
+            "metrics": metrics,
             "partitions": {str(p): asdict(at) for p, at in sorted(self.positions.items())},
             **self._totals,
             "no_room": {table: self.tables.dropped(table) for table in self.tables.specs},

@@ -59,7 +59,7 @@ T = TypeVar("T")
 # The processes of further ranks, if it has started them; this one's place among all, if there are several.
 Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
 
-COMMIT_SECONDS = 0.15  # between two commits, while the trainer keeps up
+COMMIT_SECONDS = 0.1  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
 GATHER_SECONDS = 0.075  # between two turns, while the trainer keeps up …
 GATHER_BYTES = 100_000  # … unless so much has come

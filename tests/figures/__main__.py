@@ -35,10 +35,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(".headrace/figures.json"), help="the JSON file")
     given = parser.parse_args()
     lines = {f"{module}.{name}": line for module, some in MODULES.items() for name, line in some.items()}
-    unknown = [name for name in given.only if name not in lines and name not in MODULES]
+    unknown = [name for name in given.only if not any(_is_of(line, name) for line in lines)]
     if unknown:
         parser.error(f"no figures are named {', '.join(unknown)}; there are {', '.join([*MODULES, *lines])}")
-    chosen = {n: line for n, line in lines.items() if not given.only or {n, n.split(".")[0]} & set(given.only)}
+    chosen = {n: line for n, line in lines.items() if not given.only or any(_is_of(n, name) for name in given.only)}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     python = platform.python_version()
     machine = f"{os.cpu_count()} processors, {platform.system()} {platform.machine()}, Python {python}"
@@ -57,6 +57,11 @@ def main() -> int:
         sys.stdout.write(f"\n{title}: {len(rows)}\n" + "".join(f"- {row}\n" for row in rows))
     say(f"written to {given.out}")
     return 1 if failed else 0
+
+
+def _is_of(line: str, name: str) -> bool:
+    """Whether it is this line, or one of several that begin with this name."""
+    return f"{line}.".startswith(f"{name}.")
 
 
 def _measured(name: str, line: Line, bench: Bench) -> dict[str, Any]:

@@ -70,26 +70,23 @@ def _row(what: str, gained: dict[str, float], wanted: str, holds: bool) -> Row:
     return row
 
 
-def _pays(bench: Bench, log: str) -> list[Row]:
-    """A row for each part: what it gains, and what one that is out of the defaults would gain."""
+def _pays(bench: Bench, log: str, part: str) -> list[Row]:
+    """What a part gains, or what one that is out of the defaults would gain."""
     default = _figures(bench, log, {})
-    rows = []
-    for part, changed in PARTS.items():
-        gained = _gained(default, _figures(bench, log, changed))
-        rows.append(_row(f"{log}, gained by {part}", gained, "one of them above 0", max(gained.values()) > 0))
-    for part, changed in OUT.items():
-        gained = _gained(_figures(bench, log, changed), default)
-        what = f"{log}, would be gained by {part}, which is out of the defaults"
-        rows.append(_row(what, gained, "0.002 at most", max(gained.values()) <= 0.002))
-    return rows
+    if part in PARTS:
+        gained = _gained(default, _figures(bench, log, PARTS[part]))
+        return [_row(f"{log}, gained by {part}", gained, "one of them above 0", max(gained.values()) > 0)]
+    gained = _gained(_figures(bench, log, OUT[part]), default)
+    what = f"{log}, would be gained by {part}, which is out of the defaults"
+    return [_row(what, gained, "0.002 at most", max(gained.values()) <= 0.002)]
 
 
-def _line(log: str) -> Line:
+def _line(log: str, part: str) -> Line:
     def line(bench: Bench) -> list[Row]:
-        return _pays(bench, log)
+        return _pays(bench, log, part)
 
-    line.__doc__ = f"The parts of the ranker, {log}: with each less without it, means of {compare.SEEDS} seeds"
+    line.__doc__ = f"The ranker with and without {part}, {log}, means of {compare.SEEDS} seeds"
     return line
 
 
-LINES: dict[str, Line] = {log: _line(log) for log in LOGS}
+LINES: dict[str, Line] = {f"{log}.{part}": _line(log, part) for log in LOGS for part in (*PARTS, *OUT)}
