@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -18,7 +18,7 @@ from online_model.features import CATEGORY, SELLER
 NO_PRICE = 1.0  # what an item without a price counts as
 
 
-class Card(Struct, frozen=True):
+class Card(Struct, frozen=True, gc=False):  # a million of them are no work for the garbage collector
     """What serving reads of a catalogue record; its other fields are let through."""
 
     item: str | int
@@ -70,20 +70,18 @@ class Groups:
     """The categories, or the sellers, that cards name: codes for raw ids ("7" and 7 are one), and their feature ids."""
 
     def __init__(self, feature: str) -> None:
-        self._feature, self._labels, self._raw = feature, Labels(), dict[str | int, int]()
+        self._feature, self._labels, self._raw = feature, Labels(), dict[str | int | None, int]({None: 0})
         self._ids, self._array = [0], np.zeros(1, np.int64)
 
-    def code(self, raw: str | int | None) -> int:
-        """0 for None."""
-        if raw is None:
-            return 0
-        known = self._raw.get(raw)
-        if known is None:
-            id_ = feature_id(self._feature, raw)
-            known = self._raw[raw] = self._labels.code(id_)
-            if known == len(self._ids):
-                self._ids.append(id_)
-        return known
+    def codes(self, raw: Sequence[str | int | None]) -> list[int]:
+        """Those of each; 0 for None."""
+        for new in dict.fromkeys(raw):
+            if new is not None and new not in self._raw:
+                id_ = feature_id(self._feature, new)
+                code = self._raw[new] = self._labels.code(id_)
+                if code == len(self._ids):
+                    self._ids.append(id_)
+        return [self._raw[one] for one in raw]
 
     def among(self, raw: Iterable[str | int]) -> np.ndarray:
         """bool by code: whether it is one of these."""
@@ -183,9 +181,9 @@ class Catalogue:
         self.available[slots] = [card.stock is None or card.stock > 0 for card in every]
         self.created[slots] = [card.created or 0 for card in every]
         self.price[slots] = [NO_PRICE if card.price is None else card.price for card in every]
-        self.category[slots] = [self.categories.code(card.category) for card in every]
-        self.seller[slots] = [self.sellers.code(card.seller) for card in every]
-        self.regions[slots] = [self.places.code(card.regions) for card in every]
+        self.category[slots] = self.categories.codes([card.category for card in every])
+        self.seller[slots] = self.sellers.codes([card.seller for card in every])
+        self.regions[slots] = [self.places.code(card.regions) if card.regions else 0 for card in every]
         self.changes += 1
 
     def remove(self, items: np.ndarray) -> None:
