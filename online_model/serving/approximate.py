@@ -270,7 +270,10 @@ class ApproximateIndex:
         """What a request does for the cells: bring them up to date, and a rebuild one step on."""
         if self._building is not None and self._building.done():
             building, self._building = self._building, None
-            self._next = building.result()
+            if (error := building.exception()) is None:
+                self._next = building.result()
+            else:  # no memory for it, perhaps: no request is to fail of that
+                log.error("the index could not be rebuilt (%s: %s): later again", type(error).__name__, error)
         for cells in (self._cells, self._next):
             if cells is not None:
                 cells.follow(self._state, now_ms)

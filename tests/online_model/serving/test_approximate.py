@@ -131,6 +131,20 @@ def test_drift_costs_recall_and_a_scheduled_rebuild_brings_it_back():
     assert recall(index, made, THEN + 60_001) > 0.9
 
 
+def test_a_rebuild_that_fails_fails_no_request_and_is_tried_again(caplog):
+    made, later = replica(catalogue()), Later()
+    index = indexed(made, later, rebuild_s=60)
+    made.apply(delta(2, tables={CATEGORY: moved(2)}))
+    ask_until(index, later, THEN + 60_000)
+    (failed, _), later.waiting = later.waiting[0], []
+    failed.set_exception(MemoryError("std::bad_alloc"))
+    assert len(index.candidates(query(0, THEN + 60_001))) == LIMIT
+    assert "could not be rebuilt" in caplog.text
+    ask_until(index, later, THEN + 120_001)
+    later.run()
+    assert recall(index, made, THEN + 120_002) > 0.9
+
+
 def test_without_a_new_version_nothing_is_rebuilt():
     made, later = replica(catalogue()), Later()
     index = indexed(made, later, rebuild_s=60)
