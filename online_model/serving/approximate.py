@@ -273,6 +273,7 @@ class ApproximateIndex:
             if (error := building.exception()) is None:
                 self._next = building.result()
             else:  # no memory for it, perhaps: no request is to fail of that
+                self._of = -1  # it is due again, though no version comes
                 log.error("the index could not be rebuilt (%s: %s): later again", type(error).__name__, error)
         for cells in (self._cells, self._next):
             if cells is not None:
