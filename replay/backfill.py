@@ -113,9 +113,9 @@ def join_partition(
         digest, row_ids = ExamplesDigest(), 0
         with JoinStore(path, origin.settings, cached=settings.in_memory) as store, PartWriter(folder, partition) as out:
             joiner = Joiner(origin.settings, partition, begin, store.state())
-            for part in _slices(records, range_, partition):
+            for some in _slices(records, range_, partition):
                 before = joiner.counts.events_in
-                joined = joiner.process(part, to_offset=None if part else end)
+                joined = joiner.process(some, to_offset=None if some else end)
                 store.commit(joined, [])
                 joiner.trim(settings.in_memory)
                 out.add(joined.block)
@@ -205,7 +205,7 @@ def _copy_items(folder: Folder, recording: Recording) -> tuple[int, list[str]]:
         return 0, []
     partitions = range(len(recording.begin(ITEMS)))
     rest = ((r.stamp, r.value) for p in partitions for r in recording.records(ITEMS, p))
-    count, files = 0, []
+    count, files = 0, list[str]()
     while some := list(itertools.islice(rest, ITEM_ROWS)):
         name = f"part-{len(files):05}.parquet"
         with folder.writing(f"items/{name}", ITEM_COLUMNS) as writer:
