@@ -23,6 +23,7 @@ from replay.recording import EVENTS, Recording
 from replay.spark.session import session
 
 LOOK_S = 0.5  # between two looks at what is done
+_SCHEMA = "partition int, offset bigint, stamp bigint, key binary, value binary"
 _COLUMNS = ("partition", "offset", "stamp", "value")
 
 
@@ -42,24 +43,24 @@ def join_on_spark(
     """
     from pyspark.errors import PySparkException
 
-    with session(master, scratch) as spark:
+    with session(master, scratch) as spark, _watched(partial(_finished, task, partitions), done):
         from pyspark.sql import functions as F
 
-        frame = spark.read.parquet(hadoop_url(f"{recording.path.rstrip('/')}/topic={EVENTS}"))
-        # Each Kafka partition wholly in one Spark partition: `repartitionById` puts them where it is told.
+        # Each Kafka partition wholly in one Spark partition: `repartitionById` puts it where it is told.
         number = {partition: place for place, partition in enumerate(partitions)}
-        places = F.create_map(*[F.lit(n) for pair in number.items() for n in pair])
-        sorted_ = (
-            frame.where(F.col("partition").isin(partitions))
-            .select(*_COLUMNS)
-            .repartitionById(tasks or len(partitions), places[F.col("partition")])
-            .sortWithinPartitions("partition", "offset")
-        )
-        with _watched(partial(_finished, task, partitions), done):
-            try:
-                found = sorted_.mapInArrow(partial(_join, task), "partition int").collect()
-            except PySparkException as error:
-                raise LogError(f"the Spark job failed ({_reason(error)}): correct that, and run it again") from error
+        place = F.create_map(*[F.lit(n) for pair in number.items() for n in pair])[F.col("partition")]
+        try:
+            sorted_ = (
+                spark.read.schema(_SCHEMA)
+                .parquet(hadoop_url(f"{recording.path.rstrip('/')}/topic={EVENTS}"))
+                .where(F.col("partition").isin(partitions))
+                .select(*_COLUMNS)
+                .repartitionById(tasks or len(partitions), place % (tasks or len(partitions)))
+                .sortWithinPartitions("partition", "offset")
+            )
+            found = sorted_.mapInArrow(partial(_join, task), "partition int").collect()
+        except PySparkException as error:
+            raise LogError(f"the Spark job failed ({_reason(error)}): correct that, and run it again") from error
     for partition in sorted(set(partitions) - {row.partition for row in found}):
         join_partition(task, partition, [])  # a range without a record has no row
 

@@ -9,19 +9,17 @@ from pathlib import Path
 import pytest
 
 from embedding_store.delta import Assembler, Version
-from embedding_store.errors import UsageError
 from embedding_store.faults import VARIABLE
 from online_model.examples import Counts, ExamplesDigest
 from replay import backfill as backfilling
 from replay.backfill import Task, backfill, join_locally, ranges_of
 from replay.oracle import Rules, compare, expect, read_topic
 from replay.recording import EVENTS, HOUR_MS, ITEMS, Recorded, RecordedTopic, Recording, RecordingWriter
-from streams.backfill import Backfill, Manifest, Origin
+from streams.backfill import Manifest, Origin
 from streams.blocks import decode_block
 from streams.events import Item, encode
 from streams.join_snapshots import settings_hash
 from streams.joiner import JoinSettings
-from streams.settings import JoinWorkerSettings
 from streams.topics import TopicSettings, end_offsets
 from tests.streams.children import Child, convert, read_all, running, wait_for
 from tests.streams.joining import JOIN, PARTITIONS, Players
