@@ -37,11 +37,12 @@ import torch
 from aiokafka import ConsumerRecord
 
 from embedding_store.copies import settle_directory
-from embedding_store.errors import StoreError, UsageError
+from embedding_store.errors import PositionError, StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
 from online_model.catalogue import CatalogueItem
+from online_model.examples import Block
 from online_model.guard import roll_back_if_due
 from online_model.ranks import Followers, begin_again, follow_launched, let_go
 from online_model.trainer import Trainer, open_trainer
@@ -376,6 +377,7 @@ class TrainWorker:
             if block is not None:
                 if trainer.short_of(len(block.users)):
                     versions += self._commit()
+                self._require_next(block, offset)
                 trainer.offer(block, offset)
         if items:
             trainer.catalogue(items)
@@ -387,6 +389,18 @@ class TrainWorker:
         if last or trainer.commit_due() or (self._dirty and time.monotonic() >= self._commit_due):
             versions += self._commit(everything=last)
         return versions
+
+    def _require_next(self, block: Block, offset: int) -> None:
+        """After a backfill the topic has the block that begins where that ends. Raises PositionError."""
+        position = self._trainer.positions.get(block.partition)
+        if self._backfill is None or offset == BEFORE or position is None or position.source_offset:
+            return
+        part = self._backfill.parts.get(block.partition)
+        if part is not None and position.next == part.next_offset and block.from_offset > position.next:
+            raise PositionError(
+                f"partition {block.partition}: the backfill ends at {position.next}, {self.settings.topics.examples} "
+                f"begins with {block.from_offset}: make a backfill that ends there, and start `headrace join` with it"
+            )
 
     def _put_items(self, piece: Piece) -> list[tuple[int, list[bytes]]]:
         """The catalogue in a piece of the backfill; `mark` counts its records. Returns as `_turn`."""

@@ -41,6 +41,7 @@ def join_on_spark(
     `done` is told now and then how many partitions are. Raises UsageError where Spark is not there, LogError where the
     job failed, with what it said.
     """
+    from py4j.protocol import Py4JError
     from pyspark.errors import PySparkException
 
     with session(master, scratch) as spark, _watched(partial(_finished, task, partitions), done):
@@ -59,7 +60,7 @@ def join_on_spark(
                 .sortWithinPartitions("partition", "offset")
             )
             found = sorted_.mapInArrow(partial(_join, task), "partition int").collect()
-        except PySparkException as error:
+        except (PySparkException, Py4JError) as error:
             raise LogError(f"the Spark job failed ({_reason(error)}): correct that, and run it again") from error
     for partition in sorted(set(partitions) - {row.partition for row in found}):
         join_partition(task, partition, [])  # a range without a record has no row
@@ -90,10 +91,13 @@ def _finished(task: Task, partitions: list[int]) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The line that says most: of ours, if a task raised one, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("embedding_store.errors.")]
-    return (ours or lines or [type(error).__name__])[0][:500]
+    """The line that says most: of ours, if a task raised one, else of Spark."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    for mark in ("embedding_store.errors.", "SparkException: "):
+        for line in lines:
+            if mark in line:
+                return line.partition(mark)[2][:500]
+    return lines[0][:500]
 
 
 class _watched:

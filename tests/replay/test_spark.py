@@ -77,7 +77,7 @@ def test_spark_writes_the_very_files_with_several_partitions_in_one_task(
     assert listening
     (broken,) = [f for f in recording.files(EVENTS) if f.partition == 0][:1]
     Path(broken.path).write_bytes(b"no Parquet")
-    with pytest.raises(LogError, match="the Spark job failed"):
+    with pytest.raises(LogError, match=r"the Spark job failed \(\[FAILED_READ_FILE.*0000-000000000000000"):
         backfilled(recording, tmp_path / "failed", spark)
 
 
