@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,10 @@ def replay_recording(
     from replay.live_topics import LiveTopics
     from replay.time_travel import RecordedReplay
 
-    home = settings.data_dir / "replay"
+    home, live = settings.data_dir / "replay", None
+    if journey.go_on:
+        live = partial(LiveTopics, settings.bootstrap)
+        live(recording.next_places()).close()  # whether Kafka still has them is said at once, and not after hours
     with alone(settings.data_dir / "replay.lock", "replay", "wait for it"):
         direct = DirectSettings(
             home / "train", settings.join.join, settings.model, recording.partitions, settings.train.threads,
@@ -92,10 +96,7 @@ def replay_recording(
         }
         begin(home, journey.resume, msgspec.to_builtins(about))
         start = _start(settings, home, journey)
-        merge = Merge(
-            recording, (lambda starts: LiveTopics(settings.bootstrap, starts)) if journey.go_on else None,
-            journey.to_end, journey.until_ms, stop,
-        )  # fmt: skip
+        merge = Merge(recording, live, journey.to_end, journey.until_ms, stop)
         result = RecordedReplay(direct, recording.begin(EVENTS), progress, start).run(merge)
     ranges = [gap for topic in recording.about.topics for gap in recording.gaps(topic)]
     return result | {"stopped": merge.stopped, "live_records": merge.live_records, "gaps": len(ranges)}

@@ -45,29 +45,42 @@ class LiveTopics:
         wait_for_broker(bootstrap)
         self._bootstrap, self._answered = bootstrap, time.monotonic()
         common = {"bootstrap_servers": bootstrap.split(","), "enable_auto_commit": False}
+        self._places = {place: TopicPartition(*place) for place in starts}
         try:
             self._kafka = KafkaConsumer(
                 **common, isolation_level="read_committed", auto_offset_reset="none", max_poll_records=POLL_RECORDS,
                 fetch_max_bytes=2 * FETCH_BYTES, max_partition_fetch_bytes=FETCH_BYTES,
             )  # fmt: skip
             self._asking = KafkaConsumer(**common)  # for where the logs end, whatever of them is committed
-            self._places = {place: TopicPartition(*place) for place in starts}
+        except KafkaError as error:
+            raise self._failed(error) from error
+        try:
+            self._begin(starts)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._kafka.close()
+        self._asking.close()
+
+    def _begin(self, starts: Mapping[Place, int]) -> None:
+        try:
             for topic in {topic for topic, _ in starts}:
                 if not self._kafka.partitions_for_topic(topic):
-                    raise BrokerError(f"Kafka at {bootstrap} has no topic {topic}: look at the topic prefix")
+                    raise BrokerError(f"Kafka at {self._bootstrap} has no topic {topic}: look at the topic prefix")
             self._kafka.assign(list(self._places.values()))
             for place, offset in starts.items():
                 self._check(place, offset)
                 self._kafka.seek(self._places[place], offset)
         except KafkaError as error:
             raise self._failed(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._kafka.close()
-        self._asking.close()
 
     def poll(self, seconds: float) -> Iterator[tuple[Place, list[Recorded]]]:
         """The next records of some partitions; waits for them up to so long."""

@@ -125,7 +125,7 @@ class Merge:
                     continue
                 if live is None:
                     assert self._connect is not None, "lanes that are not live are over when they have nothing more"
-                    live = stack.enter_context(self._connect(self._starts()))
+                    live = stack.enter_context(self._connect(self._recording.next_places()))
                     self._begin(live)
                 self._read(live)
             self.stopped = stopped
@@ -138,11 +138,6 @@ class Merge:
     def _until(self) -> float:
         """When `until_ms` is reached, by the monotonic clock."""
         return time.monotonic() + self._until_ms / 1000 - time.time()
-
-    def _starts(self) -> dict[Place, int]:
-        """Where the recording ends."""
-        topics = self._recording.about.topics
-        return {(topics[t].name, p): at for t in topics for p, at in self._recording.next_offsets(t).items()}
 
     def _begin(self, live: LiveTopics) -> None:
         ends = live.committed_ends() if self._to_end else {}

@@ -26,6 +26,7 @@ from streams.events import Rejected, decode_many, units
 from streams.topics import TopicSettings
 
 POLL_S = 0.5
+QUIET_S = 2.0  # of an hour that is over nothing more comes after so long: else much of it may still be on its way
 FILE_BYTES = 32 << 20  # of keys and values in a file
 WAITING_BYTES = 256 << 20  # … and in memory
 
@@ -55,7 +56,8 @@ class _Waiting:
 
     records: list[Recorded] = field(default_factory=list)
     bytes: int = 0
-    since: float = 0.0
+    since: float = 0.0  # its first record is here
+    touched: float = 0.0  # its last one is here
 
 
 class Recorder:
@@ -140,17 +142,19 @@ class Recorder:
                 or waiting.bytes >= FILE_BYTES
             ):
                 self._write(place)
+            waiting.touched = time.monotonic()
             if not waiting.records:
-                waiting.since = time.monotonic()
+                waiting.since = waiting.touched
             waiting.records.append(record)
             waiting.bytes += len(record.key or b"") + len(record.value or b"")
 
     def _write_due(self) -> None:
         now, hour = time.monotonic(), int(time.time() * 1000) // HOUR_MS
         for place, waiting in self._waiting.items():
-            if waiting.records and (
-                now - waiting.since >= self.settings.file_seconds or waiting.records[-1].stamp // HOUR_MS < hour
-            ):
+            if not waiting.records:
+                continue
+            over = waiting.records[-1].stamp // HOUR_MS < hour and now - waiting.touched >= QUIET_S
+            if over or now - waiting.since >= self.settings.file_seconds:
                 self._write(place)
         while sum(waiting.bytes for waiting in self._waiting.values()) > WAITING_BYTES:
             self._write(max(self._waiting, key=lambda place: self._waiting[place].bytes))

@@ -127,6 +127,11 @@ class Recording:
             ends[file.partition] = file.to_offset
         return ends
 
+    def next_places(self) -> dict[tuple[str, int], int]:
+        """(name of a topic in the cluster, partition) → the first offset that is not recorded."""
+        topics = self.about.topics
+        return {(topics[topic].name, p): at for topic in topics for p, at in self.next_offsets(topic).items()}
+
     def files(self, topic: str) -> list[RecordedFile]:
         """By partition and offset."""
         return [file for file in self._files[topic] if file.path]
