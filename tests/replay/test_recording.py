@@ -78,7 +78,7 @@ def test_a_gap_that_is_stated_is_passed_over_and_any_other_is_an_error(place: st
     recording = Recording(place)
     assert [r.offset for r in recording.records(EVENTS, 0)] == [3, 4, 5, 6, 7]
     assert [(gap.from_offset, gap.to_offset) for gap in recording.gaps(EVENTS)] == [(0, 3)]
-    system, root = fsspec.core.url_to_fs(place)
+    system, _ = fsspec.core.url_to_fs(place)
     middle = next(file.path for file in recording.files(EVENTS) if file.from_offset == 5)
     data = system.cat_file(middle)
     system.rm_file(middle)
