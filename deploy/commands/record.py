@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from deploy.commands.common import (
     progress,
     say,
     settings_for,
+    until_signalled,
 )
 
 
@@ -49,20 +49,18 @@ def record(
     from deploy.time_travel import recording_alone
     from replay.recorder import Recorder, RecorderSettings
 
-    stopped: list[int] = []
     with Output(json) as output, recording_alone(settings.data_dir, out), progress("recording") as (bar, task):
         recorder = Recorder(
             settings.bootstrap, settings.topics, out,
             RecorderSettings(rows_per_file=rows_per_file, file_seconds=file_seconds), from_beginning,
             said=lambda line: say(f"headrace: {line}"),
         )  # fmt: skip
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: stopped.append(number))
-        say(f"headrace: recording {settings.topics.events} and {settings.topics.items} into {out}")
-        done = recorder.run(
-            lambda: bool(stopped), seconds, to_end,
-            lambda so_far: bar.update(task, said=f"{so_far.events:,} events, {so_far.files:,} files"),
-        )  # fmt: skip
+        with until_signalled() as stopped:
+            say(f"headrace: recording {settings.topics.events} and {settings.topics.items} into {out}")
+            done = recorder.run(
+                stopped, seconds, to_end,
+                lambda so_far: bar.update(task, said=f"{so_far.events:,} events, {so_far.files:,} files"),
+            )  # fmt: skip
         gaps = [dict(zip(("topic", "partition", "from", "to"), gap, strict=True)) for gap in done.gaps]
         result = {
             "events": done.events, "records": done.records, "items": done.items, "files": done.files, "gaps": gaps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ from deploy.commands.common import (
     say,
     settings_for,
     show_played,
+    until_signalled,
 )
 from embedding_store.errors import UsageError
 
@@ -203,7 +205,6 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
     from replay.recording import Recording
 
     recording = Recording(settings.log.path)
-    stopped: list[int] = []
     journey = Journey(deterministic, resume, place, go_on, to_end, until_ms)
     for topic in recording.about.topics:
         for gap in recording.gaps(topic):
@@ -211,11 +212,9 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
                 f"{gap.from_offset} to {gap.to_offset}: Kafka had deleted them")  # fmt: skip
     if go_on:
         settings = connected(settings)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: stopped.append(number))
-    with progress("replaying the recording") as (bar, task):
+    with until_signalled() if go_on else nullcontext(bool) as stopped, progress("replaying it") as (bar, task):
         return replay_recording(
-            settings, recording, journey, lambda: bool(stopped),
+            settings, recording, journey, stopped,
             lambda so_far: bar.update(
                 task, completed=so_far.events, said=f"{so_far.events:,} events, {so_far.events_per_s:,.0f}/s"
             ),
