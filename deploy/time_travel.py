@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import msgspec
-import orjson
 import xxhash
 
 from deploy.processes import alone, write_atomically
@@ -23,6 +21,7 @@ from replay.merging import Merge
 from replay.recording import EVENTS, Recording
 
 if TYPE_CHECKING:
+    from embedding_store.kept import KeptCheckpoints
     from replay.direct import Replayed
     from replay.time_travel import Start
 
@@ -75,6 +74,7 @@ def replay_recording(
     Raises UsageError where there is nothing to resume, or the recording does not reach the checkpoint; BrokerError
     where the live topics cannot be read on, LogError, StoreError.
     """
+    from embedding_store.kept import KeptCheckpoints
     from replay.direct import DirectSettings
     from replay.live_topics import LiveTopics
     from replay.time_travel import RecordedReplay
@@ -94,37 +94,37 @@ def replay_recording(
             "checkpoint": journey.from_checkpoint,
             "settings": (direct.join, direct.model, direct.partitions),
         }
+        kept = KeptCheckpoints(settings.train.checkpoints_url)
+        if journey.from_checkpoint is not None and not journey.resume:
+            kept.find(journey.from_checkpoint)  # before the last replay goes
         begin(home, journey.resume, msgspec.to_builtins(about))
-        start = _start(settings, home, journey)
+        start = _start(kept, home, journey)
         merge = Merge(recording, live, journey.to_end, journey.until_ms, stop)
         result = RecordedReplay(direct, recording.begin(EVENTS), progress, start).run(merge)
     ranges = [gap for topic in recording.about.topics for gap in recording.gaps(topic)]
     return result | {"stopped": merge.stopped, "live_records": merge.live_records, "gaps": len(ranges)}
 
 
-def _start(settings: Settings, home: Path, journey: Journey) -> dict[int, Start]:
-    """Where the kept checkpoint is that the replay goes on from, which is put into its store."""
+def _start(kept: KeptCheckpoints, home: Path, journey: Journey) -> dict[int, Start]:
+    """Where the kept checkpoint is that the replay goes on from. It is put into the replay's store; START is written
+    last, so that only a whole one is resumed."""
+    from embedding_store.checkpoint import CheckpointStore
+    from online_model.checkpoints import positions_of
     from replay.time_travel import Start
 
     if journey.from_checkpoint is None:
         return {}
     if journey.resume:
-        return msgspec.json.decode((home / START).read_bytes(), type=dict[int, Start])
-    from embedding_store.checkpoint import CheckpointStore
-    from embedding_store.kept import KeptCheckpoints
-    from online_model.checkpoints import positions_of
-
-    kept = KeptCheckpoints(settings.train.checkpoints_url)
-    try:
-        kept.fetch(kept.find(journey.from_checkpoint), home / "train")
-        with CheckpointStore(home / "train", None, read_only=True) as store:
-            positions = positions_of(store)
-    except HeadraceError:
-        shutil.rmtree(home)  # nothing to resume
-        raise
+        try:
+            return msgspec.json.decode((home / START).read_bytes(), type=dict[int, Start])
+        except FileNotFoundError:
+            raise UsageError(f"the replay in {home} was killed before it began: leave --resume out") from None
+    kept.fetch(kept.find(journey.from_checkpoint), home / "train")
+    with CheckpointStore(home / "train", None, read_only=True) as store:
+        positions = positions_of(store)
     start = {
         p: Start(at.next, at.taken, *at.accounted, tuple((low, high) for low, high in at.set_aside))
         for p, at in positions.items()
     }
-    write_atomically(home / START, orjson.dumps(msgspec.to_builtins(start, str_keys=True)).decode())
+    write_atomically(home / START, msgspec.json.encode(start).decode())
     return start

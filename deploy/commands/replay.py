@@ -202,7 +202,7 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
             to_end: bool, until_ms: int | None) -> dict[str, Any]:  # fmt: skip
     """A recording's very records, without Kafka; with `go_on` the live topics behind them."""
     from deploy.time_travel import Journey, replay_recording
-    from replay.recording import Recording
+    from replay.recording import EVENTS, Recording
 
     recording = Recording(settings.log.path)
     journey = Journey(deterministic, resume, place, go_on, to_end, until_ms)
@@ -210,6 +210,9 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
         for gap in recording.gaps(topic):
             say(f"headrace: {topic}, partition {gap.partition}: the recording has not got the records "
                 f"{gap.from_offset} to {gap.to_offset}: Kafka had deleted them")  # fmt: skip
+    if late := [p for p, offset in enumerate(recording.begin(EVENTS)) if offset]:
+        say(f"headrace: the recording begins in the middle of partition {', '.join(map(str, late))}: what was open "
+            "then is not in it, and users begin without a history")  # fmt: skip
     if go_on:
         settings = connected(settings)
     with until_signalled() if go_on else nullcontext(bool) as stopped, progress("replaying it") as (bar, task):
