@@ -18,6 +18,7 @@ import io
 import itertools
 import os
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -35,7 +36,6 @@ from msgspec import Struct
 
 from embedding_store.copies import sync_directory
 from embedding_store.errors import LogError, PositionError, UsageError
-from replay.readers.files import remote_errors
 
 FORMAT = 1
 ABOUT = "recording.json"
@@ -126,6 +126,11 @@ class Recording:
         for file in self._files[topic]:
             ends[file.partition] = file.to_offset
         return ends
+
+    def next_places(self) -> dict[tuple[str, int], int]:
+        """(name of a topic in the cluster, partition) → the first offset that is not recorded."""
+        topics = self.about.topics
+        return {(topics[topic].name, p): at for topic in topics for p, at in self.next_offsets(topic).items()}
 
     def files(self, topic: str) -> list[RecordedFile]:
         """By partition and offset."""
@@ -347,8 +352,10 @@ class _Folder:
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     """What a file system, or Parquet, says is wrong, in one line."""
+    client = sys.modules.get("aiohttp")  # where a file system uses it
+    errors = (OSError, pa.ArrowException, *([client.ClientError] if client else []))
     try:
         yield
-    except (*remote_errors(), pa.ArrowException) as error:
+    except errors as error:
         text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
         raise LogError(f"{path}: {text}; check it, its rights, and the room that is left") from None
