@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from deploy.commands import (
+    backfill,
     bench,
     broker,
     checkpoint,
@@ -25,6 +26,7 @@ from deploy.commands import (
     doctor,
     init,
     log,
+    record,
     replay,
     simulate,
     topics,
@@ -43,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (doctor, demo, workers, init, replay, simulate, compare, torture):
+for part in (doctor, demo, workers, init, record, replay, backfill, simulate, compare, torture):
     part.register(app)
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")

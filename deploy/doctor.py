@@ -18,7 +18,7 @@ from pathlib import Path
 from deploy import broker
 from deploy.kafka_jars import KAFKA_VERSION, cache_dir
 from deploy.settings import Settings
-from embedding_store.errors import HeadraceError
+from embedding_store.errors import HeadraceError, UsageError
 
 MIN_FREE_BYTES = 1 << 30
 PROBE_TIMEOUT_S = 300.0  # a cold import of torch from a slow disk
@@ -53,7 +53,7 @@ def examine(
     doing("packages")
     checks += _probed()
     doing("Kafka")
-    checks += [_java(), _jars()]
+    checks += [_java(), _jars(), _spark()]
     if start_broker:
         doing("starting a Kafka")
         checks.append(_start_broker())
@@ -140,6 +140,16 @@ def _jars() -> Check:
         return Check("kafka jars", False, f"not fetched, and {parent} cannot be written",
                      "name a writable cache with HEADRACE_CACHE")  # fmt: skip
     return Check("kafka jars", True, f"Kafka {KAFKA_VERSION} is not here yet; `headrace broker fetch` gets it (45 MB)")
+
+
+def _spark() -> Check:
+    """Nothing but `headrace backfill --engine spark` needs it: what is missing for it is told, and no failure."""
+    from replay.spark.java import check_spark
+
+    try:
+        return Check("spark", True, check_spark())
+    except UsageError as error:
+        return Check("spark", True, f"not here, and needed for backfill --engine spark only: {error}")
 
 
 def _start_broker() -> Check:

@@ -23,7 +23,6 @@ from replay.faults import FaultCounts, with_faults
 from replay.oracle import Rules, compare, expect, read_topic
 from replay.player import PlaySettings, in_window
 from replay.readers import LogReader, in_time_order
-from replay.readers.files import identity
 from streams.events import Item
 from streams.topics import end_offsets
 
@@ -62,7 +61,7 @@ def replay_directly(
             play.faults.lag_ms,
         )  # fmt: skip
         about = {
-            "log": [log.name, *identity(log.path)],
+            "log": [log.name, *log.identity()],
             "reading of it": (settings.log.columns, settings.log.max_rejected_share),
             "determinism": deterministic,
             "window or faults": play,
@@ -75,13 +74,13 @@ def replay_directly(
                 break
         else:
             raise UsageError(f"{log.path}: there is no event between --from and --until")
-        _begin(home, resume, msgspec.to_builtins(about))
+        begin(home, resume, msgspec.to_builtins(about))
         result = DirectReplay(direct, progress).run(itertools.chain(head, records))
     result["events_rejected"] += log.rejected.total()
     return result | {"faults": vars(counts)}
 
 
-def _begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
+def begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
     """Keep what is there, if it is what is to be resumed; else begin anew."""
     about = json.loads(json.dumps(about))
     if resume:

@@ -63,7 +63,7 @@ class Copies:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        with _mapped_errors(url):
+        with mapped_errors(url):
             try:
                 self._system, self._root = fsspec.core.url_to_fs(url)
             except (ValueError, ImportError) as error:
@@ -88,7 +88,7 @@ class Copies:
         if self._manifest(number) is not None:
             return
         place = self._place(number)
-        with _mapped_errors(place):
+        with mapped_errors(place):
             if self._system.exists(place):
                 self._system.rm(place, recursive=True)  # half of one
             self._system.makedirs(place, exist_ok=True)
@@ -117,7 +117,7 @@ class Copies:
         written. The directory may then be there in part.
         """
         place = self._place(manifest.number)
-        with _mapped_errors(place):
+        with mapped_errors(place):
             directory.mkdir(parents=True)
             for file in manifest.files:
                 try:
@@ -132,7 +132,7 @@ class Copies:
     def damages(self, manifest: Manifest) -> list[str]:
         """Reads a copy through: what is wrong with it, by file; none: it is as it was. Raises StoreError."""
         place, wrong = self._place(manifest.number), []
-        with _mapped_errors(place):
+        with mapped_errors(place):
             for file in manifest.files:
                 try:
                     with self._system.open(f"{place}/{file.name}", "rb") as source:
@@ -166,7 +166,7 @@ class Copies:
 
     def _numbers(self) -> list[int]:
         """Of all copies, whole or not, the newest first."""
-        with _mapped_errors(self.url):
+        with mapped_errors(self.url):
             self._system.invalidate_cache()  # others write here too
             try:
                 found = [str(path).rstrip("/").rpartition("/")[2] for path in self._system.ls(self._root, detail=False)]
@@ -176,7 +176,7 @@ class Copies:
 
     def _manifest(self, number: int) -> Manifest | None:
         """None where the copy is not whole, or of another format."""
-        with _mapped_errors(self._place(number)):
+        with mapped_errors(self._place(number)):
             try:
                 raw = self._system.cat_file(f"{self._place(number)}/{MANIFEST}")
             except FileNotFoundError:
@@ -224,7 +224,7 @@ def replace_directory(path: Path, new: Path) -> Path:
     Killed in the middle, `settle_directory` makes it right. Raises StoreError.
     """
     aside = _aside(path)
-    with _mapped_errors(path):
+    with mapped_errors(path):
         if path.exists():
             path.rename(aside)
             fault("replace.aside")
@@ -237,7 +237,7 @@ def replace_directory(path: Path, new: Path) -> Path:
 def settle_directory(path: Path) -> None:
     """After a `replace_directory` that was perhaps cut short: the new directory if it is in place, else the old one."""
     aside = _aside(path)
-    with _mapped_errors(path):
+    with mapped_errors(path):
         if not aside.exists():
             return
         if path.exists():
@@ -264,7 +264,8 @@ def _pump(name: str, source: BinaryIO, target: BinaryIO | None, stopped: Callabl
 
 
 @contextmanager
-def _mapped_errors(place: Path | str) -> Iterator[None]:
+def mapped_errors(place: Path | str) -> Iterator[None]:
+    """What a file system, or its client, raises becomes a StoreError (DiskFull) of one line."""
     try:
         yield
     except HeadraceError:

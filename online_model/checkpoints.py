@@ -70,6 +70,14 @@ def describe(store: CheckpointStore) -> dict[str, Any]:
     return about(head) | {"rows": rows, "digest": digest}
 
 
+def positions_of(store: CheckpointStore) -> dict[int, Position]:
+    """Where the last commit is, by partition. Raises StoreError where there is none, or another release wrote it."""
+    head = store.head()
+    if head is None:
+        raise StoreError(f"nothing was committed yet to the store {store.path}: let a train worker learn first")
+    return _positions(state_of(head, store.path))
+
+
 def about(head: Head) -> dict[str, Any]:
     """JSON-ready: what a commit says of itself, without reading its rows."""
     return {

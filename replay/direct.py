@@ -19,24 +19,47 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
 from online_model.catalogue import CatalogueItem
-from online_model.examples import Block, ExamplesDigest
+from online_model.examples import Block, Counts, ExamplesDigest
 from online_model.settings import TrainerSettings
 from online_model.trainer import Trainer, open_trainer
-from replay.faults import Garbage
 from replay.joining import JoinedLog
-from replay.oracle import PartitionOracle, Rules, compare
-from replay.readers import Record
+from replay.oracle import Expected, PartitionOracle, Rules, compare
 from streams.joiner import JoinSettings
 
 COMMIT_SECONDS = 2.0  # of work between two commits …
 COMMIT_SHARE = 0.1  # … which take at most so much of the time
+
+
+class Joined(Protocol):
+    """A log through the joiners of its partitions, as JoinedLog is. `events` counts an impression of k items as k.
+
+    `to_ms`: event time so far. `whole_slices`: those that no record can be added to any more.
+    """
+
+    @property
+    def events(self) -> int: ...
+
+    @property
+    def to_ms(self) -> int: ...
+
+    @property
+    def whole_slices(self) -> int: ...
+
+    def slices(self, records: Iterable[Any]) -> Iterator[tuple[list[CatalogueItem], Iterator[Block]]]:
+        """(items of the catalogue, blocks) of each slice of `records`."""
+
+    def close(self) -> Iterator[Block]:
+        """What is left at the end."""
+
+    def counts(self) -> Counts:
+        """The joiners' balance, in sum."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +100,13 @@ class DirectReplay:
         self.replayed, self.digest = Replayed(), ExamplesDigest()
         rules = Rules.of(settings.join)
         self._oracles = [PartitionOracle(rules) for _ in range(settings.partitions)]
-        self._log = JoinedLog(
-            settings.join, settings.partitions, settings.lag_ms, lambda p, value: self._oracles[p].feed(value, None)
-        )
         self._blocks = [0] * settings.partitions  # offered
         self._trainer = self._open()
+        self._log = self._joined()
         self.replayed.resumed_at = self._trainer.mark
         self._commit_due = 0.0
 
-    def run(self, records: Iterable[Record | Garbage]) -> dict[str, Any]:
+    def run(self, records: Iterable[Any]) -> dict[str, Any]:
         """The whole log, by time (but for faults on purpose); returns the figures of `headrace replay --json`."""
         started = time.monotonic()
         self._commit_due = started + COMMIT_SECONDS
@@ -102,12 +123,20 @@ class DirectReplay:
         finally:
             self._trainer.store.close()
 
-    def _open(self) -> Trainer:
+    def _open(self, partitions: int | None = None) -> Trainer:
+        """`partitions`: of the trainer's deterministic order (positions.py); None: those of a deterministic replay."""
         settings = self.settings
         torch.set_num_threads(1 if settings.deterministic else settings.threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        partitions = settings.partitions if settings.deterministic else 0
+        if partitions is None:
+            partitions = settings.partitions if settings.deterministic else 0
         return open_trainer(settings.model, settings.store, lambda: self.replayed.to_ms, partitions)
+
+    def _joined(self) -> Joined:
+        settings = self.settings
+        return JoinedLog(
+            settings.join, settings.partitions, settings.lag_ms, lambda p, value: self._oracles[p].feed(value, None)
+        )
 
     def _slice(self, items: list[CatalogueItem], blocks: Iterator[Block]) -> None:
         """Steps 1 to 4 for one slice. One that was learned before is only joined."""
@@ -120,7 +149,7 @@ class DirectReplay:
         self._offer(blocks)
         if not learned:
             self._learn(drain=False)
-            self._trainer.mark = self.replayed.slices
+            self._trainer.mark = self._log.whole_slices
             if time.monotonic() >= self._commit_due:
                 self._commit()
 
@@ -151,17 +180,21 @@ class DirectReplay:
         end = time.monotonic()
         self._commit_due = end + max(COMMIT_SECONDS, (end - start) / COMMIT_SHARE)
 
+    def _accounts(self) -> tuple[dict[int, Expected], dict[int, tuple[int, int]]]:
+        """By partition: what the oracle expects, and (rows trained, sum of their ids)."""
+        expected = {p: oracle.expected for p, oracle in enumerate(self._oracles)}
+        return expected, {p: at.accounted for p, at in self._trainer.positions.items()}
+
     def _figures(self) -> dict[str, Any]:
-        trainer, positions = self._trainer, self._trainer.positions
-        counts = self._log.counts()
-        trained = {p: at.accounted for p, at in positions.items()}
-        verdict = compare({p: oracle.expected for p, oracle in enumerate(self._oracles)}, trained)
+        trainer, counts = self._trainer, self._log.counts()
+        expected, trained = self._accounts()
+        verdict = compare(expected, trained)
         metrics = trainer.info()["metrics"]
         return {
             "events_in": counts.events_in,
             "events_rejected": counts.rejected,
             "examples": self.digest.rows,
-            "trained_examples": sum(at.rows for at in positions.values()),
+            "trained_examples": sum(rows for rows, _ in trained.values()),
             "lost": verdict.lost,
             "duplicated": verdict.duplicated,
             "balance": {name: getattr(counts, name) for name in verdict.balance},
@@ -179,4 +212,3 @@ class DirectReplay:
             "resumed_at": self.replayed.resumed_at,
             "slices": self.replayed.slices,
         }
-

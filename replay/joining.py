@@ -47,7 +47,7 @@ class JoinedLog:
         heard: Callable[[int, bytes], None] = lambda partition, value: None,
     ) -> None:
         """`lag_ms`: records may come so much later than their place. `heard` is told of each partition's records."""
-        self.settings, self.events, self.to_ms = settings, 0, 0
+        self.settings, self.events, self.to_ms, self.whole_slices = settings, 0, 0, 0
         self._lag_ms, self._heard = lag_ms, heard
         self._lanes = [_Lane(Joiner(settings, p)) for p in range(partitions)]
 
@@ -65,6 +65,7 @@ class JoinedLog:
                 else:
                     self._put(record)
             self._tick(max(0, self.to_ms - self._lag_ms))
+            self.whole_slices += 1
             yield items, self._blocks()
 
     def close(self) -> Iterator[Block]:
@@ -74,11 +75,7 @@ class JoinedLog:
 
     def counts(self) -> Counts:
         """The joiners' balance, in sum."""
-        counts = Counts()
-        for lane in self._lanes:
-            for name, value in vars(lane.joiner.counts).items():
-                setattr(counts, name, getattr(counts, name) + value)
-        return counts
+        return sum_of(lane.joiner.counts for lane in self._lanes)
 
     def _put(self, event: Event | Garbage) -> None:
         if isinstance(event, Tick):
@@ -103,6 +100,15 @@ class JoinedLog:
             for record in records:
                 self._heard(partition, record.value or b"")
             yield lane.joiner.process(records).block
+
+
+def sum_of(balances: Iterable[Counts]) -> Counts:
+    """The balance of all partitions."""
+    total = Counts()
+    for counts in balances:
+        for name, value in vars(counts).items():
+            setattr(total, name, getattr(total, name) + value)
+    return total
 
 
 def partition_of(user: str | int, partitions: int) -> int:

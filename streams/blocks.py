@@ -29,7 +29,8 @@ def _type(dtype: type, shape: tuple[int, ...]) -> pa.DataType:
     return pa.binary(np.dtype((dtype, shape)).itemsize) if shape else pa.from_numpy_dtype(dtype)
 
 
-_EXAMPLES = pa.schema([pa.field(name, _type(*column), nullable=False) for name, column in COLUMNS.items()])
+# Of the rows of examples, also where they lie in Parquet (streams/backfill.py).
+ROWS = pa.schema([pa.field(name, _type(*column), nullable=False) for name, column in COLUMNS.items()])
 _HISTORIES = pa.schema([pa.field("user", pa.int64(), nullable=False), pa.field("history", _STATE, nullable=False)])
 
 
@@ -50,11 +51,22 @@ def encode_block(block: Block) -> bytes:
         FORMAT, block.partition, block.from_offset, block.to_offset, block.handled, block.watermark, block.counts,
         block.set_aside,
     )  # fmt: skip
-    schema = _EXAMPLES.with_metadata({_HEADER: msgspec.json.encode(header)})
+    schema = ROWS.with_metadata({_HEADER: msgspec.json.encode(header)})
     sink = pa.BufferOutputStream()
     _write(sink, schema, [getattr(block.examples, name) for name in COLUMNS])
     _write(sink, _HISTORIES, [block.users, block.histories])
     return sink.getvalue().to_pybytes()
+
+
+def batch_of_rows(examples: Examples) -> pa.RecordBatch:
+    """The rows as columns of ROWS."""
+    columns = [getattr(examples, name) for name in COLUMNS]
+    return pa.record_batch([_array(c, f.type) for c, f in zip(columns, ROWS, strict=True)], schema=ROWS)
+
+
+def rows_of_batch(batch: pa.RecordBatch) -> Examples:
+    """The inverse of `batch_of_rows`: of a batch that has the columns of ROWS."""
+    return Examples(*[_column(batch, name) for name in COLUMNS])
 
 
 def decode_block(raw: bytes) -> Block:
@@ -66,7 +78,7 @@ def decode_block(raw: bytes) -> Block:
         if metadata is None:
             raise CorruptRecord(_message("it has no block header"))
         header = _header(metadata)
-        if not rows.schema.equals(_EXAMPLES):
+        if not rows.schema.equals(ROWS):
             raise CorruptRecord(_message("it has other columns"))
         examples = Examples(*_read(rows, list(COLUMNS)))
         users, histories = _read(pa.ipc.open_stream(source), ["user", "history"])
@@ -115,13 +127,13 @@ def _read(reader: Any, names: list[str]) -> list[np.ndarray]:
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
         raise CorruptRecord(_message("it has gaps"))
-    columns = []
-    for name in names:
-        column = batch.column(name)
-        if isinstance(column, pa.FixedSizeBinaryArray):
-            dtype, (width,) = COLUMNS[name]
-            data: np.ndarray = np.frombuffer(column.buffers()[1], dtype)
-            columns.append(data[: len(column) * width].reshape(-1, width))
-        else:
-            columns.append(column.to_numpy(zero_copy_only=False))
-    return columns
+    return [_column(batch, name) for name in names]
+
+
+def _column(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    column = batch.column(name)
+    if not isinstance(column, pa.FixedSizeBinaryArray):
+        return column.to_numpy(zero_copy_only=False)
+    dtype, (width,) = COLUMNS[name]
+    data: np.ndarray = np.frombuffer(column.buffers()[1], dtype)
+    return data[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
@@ -52,7 +52,9 @@ class Catalogue:
             fetched = await self._kafka.getmany(timeout_ms=1_000, max_records=CHUNK)
         except KafkaError as error:
             raise self._failed(error) from error
-        return [item for records in fetched.values() for record in records if (item := _item(record)) is not None]
+        found = [record for records in fetched.values() for record in records]
+        items = (item_in(record.value, f"offset {record.offset} of {record.topic}") for record in found)
+        return [item for item in items if item is not None]
 
     async def stop(self) -> None:
         await self._kafka.stop()
@@ -61,14 +63,14 @@ class Catalogue:
         return BrokerError(f"cannot read {self._partition.topic} ({error}): is the broker up? `headrace broker status`")
 
 
-def _item(record: ConsumerRecord) -> CatalogueItem | None:
+def item_in(value: bytes | None, where: str) -> CatalogueItem | None:
     """The trainer's view of a catalogue record; None for a tombstone (what was learned stays) and what is no item."""
-    if record.value is None:
+    if value is None:
         return None
     try:
-        return catalogue_item(decode_item(record.value), record.value)
+        return catalogue_item(decode_item(value), value)
     except Rejected as error:
-        log.warning("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
+        log.warning("refused the record at %s: %s", where, error)
         return None
 
 

@@ -18,9 +18,15 @@ from xxhash import xxh3_64_hexdigest
 from embedding_store.copies import Copies, replace_directory
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError, UsageError
 from streams.join_store import JoinStore
+from streams.joiner import JoinSettings
 from streams.settings import JoinWorkerSettings
 
 log = logging.getLogger("headrace")
+
+
+def settings_hash(join: JoinSettings) -> str:
+    """What tells join settings from others: 16 hex digits."""
+    return xxh3_64_hexdigest(msgspec.json.encode(join))
 
 
 class LaneSnapshots:
@@ -33,7 +39,7 @@ class LaneSnapshots:
         self._about = {
             "topic": settings.topics.events,
             "partition": partition,
-            "settings": xxh3_64_hexdigest(msgspec.json.encode(settings.join)),
+            "settings": settings_hash(settings.join),
         }
 
     def age_s(self) -> float:

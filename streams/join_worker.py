@@ -41,6 +41,7 @@ from embedding_store.errors import BrokerError, FencedError, StoreError, StoreLo
 from online_model.examples import Block, Counts
 from online_model.positions import add_range
 from streams import app, batches, events
+from streams.backfill import Backfill
 from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
 from streams.join_snapshots import LaneSnapshots
@@ -129,6 +130,7 @@ class Lane:
         self._store = await self._open_store()
         await self._outlet.start()  # only now is the group's offset final: an unfinished transaction is undone
         self._group_offset, self._aside = await self._worker.group_position(self.partition)
+        await self._begin_with_backfill()
         await self._restore()
         self.next_offset = await self._agree()
         if self._settings.backlog == "newest":
@@ -246,6 +248,34 @@ class Lane:
     def _store_here(self) -> JoinStore:
         settings = self._settings
         return JoinStore(self._path, settings.join, settings.sync, settings.in_memory)
+
+    async def _begin_with_backfill(self) -> None:
+        """Where the store is behind the backfill: the state in that. What was not published up to there never is, a
+        trainer has it from the backfill: so the group's offset is set, before the store: killed in between, the store
+        is still behind. Raises StoreError where the topic does not go on where the backfill ends.
+        """
+        backfill, stored, where = self._worker.backfill, self._store.next_offset, f"partition {self.partition}"
+        at = None if backfill is None else backfill.next_offset(self.partition)
+        if backfill is None or at is None or (stored is not None and stored >= at):
+            return
+        earliest, end = await self._worker.earliest(self.partition), await self._worker.end(self.partition)
+        if not earliest <= at <= end:
+            raise StoreError(
+                f"{where}: the backfill {backfill.folder.url} ends at {at}, Kafka has records from {earliest} to "
+                f"{end}: make one that ends there, or start without it"
+            )
+        states = LaneSnapshots(backfill.join_settings(self._path.parent), self.partition, self._path)
+        fetched = await asyncio.to_thread(states.fetch, at - 1, at)
+        if fetched is None:
+            raise StoreError(f"{where}: {backfill.folder.url} has no good state of its joiner: make it again")
+        if self._group_offset is None or self._group_offset < at:
+            place = TopicPartition(self._settings.topics.events, self.partition)
+            await self._outlet.send([], {place: (at, "")}, self._worker.store_group)
+            self._group_offset, self._aside = at, []
+        self._store.close()
+        await asyncio.to_thread(states.put_in_place, fetched)
+        self._store = self._store_here()
+        log.info("%s: going on from the backfill at %s", where, at)
 
     async def _restore(self) -> None:
         """Where the store is behind what was published, or beside it: the newest snapshot that is further."""
@@ -435,6 +465,9 @@ class JoinWorker:
         self._admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap)
         self._tasks: list[asyncio.Task] = []
         self._stopping = False
+        self.backfill = Backfill(settings.backfill) if settings.backfill else None
+        if self.backfill is not None:
+            self.backfill.check(settings.topics, settings.join)
         self.metrics = JoinMetrics(lambda: {p: (lane.counts, lane.next_offset) for p, lane in list(self.lanes.items())})
 
     async def start(self) -> None:
@@ -494,10 +527,15 @@ class JoinWorker:
         place = TopicPartition(self.settings.topics.events, partition)
         return (await _answer(lambda: self._kafka.beginning_offsets([place])))[place]
 
+    async def end(self, partition: int) -> int:
+        """The offset that the next record gets."""
+        place = TopicPartition(self.settings.topics.events, partition)
+        return (await _answer(lambda: self._kafka.end_offsets([place])))[place]
+
     async def offset_at(self, partition: int, stamp_ms: int) -> int:
         """Of the first record that Kafka stamped at this time or later; where there is none, of the next record."""
         place = TopicPartition(self.settings.topics.events, partition)
-        end = (await _answer(lambda: self._kafka.end_offsets([place])))[place]
+        end = await self.end(partition)
         found = (await _answer(lambda: self._kafka.offsets_for_times({place: stamp_ms})))[place]
         return end if found is None else found.offset
 

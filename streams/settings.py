@@ -15,6 +15,9 @@ from streams.topics import TopicSettings
 Sync = Annotated[
     bool, Meta(description="commits wait for the disk; without it a power cut may undo the last ones (not a kill -9)")
 ]
+Begin = Annotated[
+    str, Meta(description='what `headrace backfill` made, a path or a URL: begin with it where behind it; "": without')
+]
 
 
 class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +48,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     purge_s: Annotated[
         float, Meta(gt=0, description="so long after a user was forgotten the files are rewritten without them")
     ] = 600.0
+    backfill: Begin = ""
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 
 
@@ -73,6 +77,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     ] = ""
     checkpoint_interval_s: Annotated[float, Meta(gt=0, description="what a rollback can go back to")] = 3600.0
     checkpoints_kept: Annotated[int, Meta(ge=1)] = 3
+    backfill: Begin = ""
     sync: Sync = False
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
 

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec
@@ -85,9 +85,12 @@ class TopicSettings:
 
 @dataclass(frozen=True)
 class _Topic:
+    """`made_with`: set where we make the topic, and not asked of one that is there."""
+
     name: str
     partitions: int
     configs: dict[str, str]
+    made_with: dict[str, str] = field(default_factory=dict)
 
 
 def create_topics(
@@ -114,7 +117,7 @@ def create_topics(
             topic.name: {
                 "num_partitions": topic.partitions,
                 "replication_factor": replication,
-                "configs": topic.configs,
+                "configs": topic.configs | topic.made_with,
             }
             for topic in wanted
             if topic.name not in there
@@ -195,9 +198,11 @@ def _topics(
 ) -> list[_Topic]:
     window = purchase_window_ms + snapshot_interval_ms
     one, many = 1, settings.partitions
+    items = {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}
+    stamped = {"message.timestamp.type": "LogAppendTime"}  # a replay puts items among the events by their stamps
     return [
         _Topic(settings.events, many, _kept_for(purchase_window_ms + join_interval_ms)),
-        _Topic(settings.items, one, {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}),
+        _Topic(settings.items, one, items, made_with=stamped),
         _Topic(settings.examples, many, _kept_for(window, MAX_BLOCK_BYTES)),
         _Topic(settings.parameters, one, _kept_for(3 * snapshot_interval_ms)),
         _Topic(settings.events_dead, one, _kept_for(DEAD_RETENTION_MS, MAX_DEAD_BYTES)),

@@ -25,7 +25,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -37,15 +37,17 @@ import torch
 from aiokafka import ConsumerRecord
 
 from embedding_store.copies import settle_directory
-from embedding_store.errors import StoreError, UsageError
+from embedding_store.errors import PositionError, StoreError, UsageError
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
 from online_model.catalogue import CatalogueItem
+from online_model.examples import Block
 from online_model.guard import roll_back_if_due
 from online_model.ranks import Followers, begin_again, follow_launched, let_go
 from online_model.trainer import Trainer, open_trainer
 from streams import app, batches
+from streams.backfill import Backfill, Piece
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
 from streams.metrics import TrainMetrics, serve_metrics, train_values
@@ -67,6 +69,7 @@ TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 LARGEST_BATCHES = 4  # times `batch_size`: rows learned at once at most, where many wait
+BEFORE = -1  # where a block of the backfill lies in `examples`: what follows it is at 0
 VERSIONS_AHEAD = 4  # committed and not yet published
 
 
@@ -102,7 +105,9 @@ async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Lau
         worker = TrainWorker(settings, launch, ranks)
         await worker.start()
         stopping = asyncio.create_task(_pass_on(stop, worker.ending))
-        await batches.serve_feed(intake, worker, worker.ending)
+        await worker.learn_backfill()
+        if not worker.ending.is_set():
+            await batches.serve_feed(intake, worker, worker.ending)
         stopping.cancel()
         again = not stop.is_set()  # it ended by itself, to begin anew with a rollback
         ranks = await worker.stop(again)
@@ -128,7 +133,7 @@ class TrainWorker:
         self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
         self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
         self._changed = asyncio.Condition()  # of what follows
-        self._waiting: deque[ConsumerRecord] = deque()
+        self._waiting: deque[ConsumerRecord | Piece] = deque()
         self._waiting_bytes = 0
         self._items: list[CatalogueItem] = []
         self._draining = False
@@ -140,14 +145,19 @@ class TrainWorker:
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
         self._metrics = TrainMetrics(self._values)
+        self._backfill = Backfill(settings.backfill) if settings.backfill else None
 
     # --- start and stop -----------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Open the store, fence an old trainer, publish what perhaps was not published, read the catalogue.
 
+        Where there is a backfill to be learned the catalogue is read after it.
+
         Raises StoreLocked, StoreError, BrokerError, FencedError, UsageError.
         """
+        if self._backfill is not None:
+            self._backfill.check(self.settings.topics)
         self._loop = asyncio.get_running_loop()
         self._trainer = await self._in_thread(self._open)
         await self._outlet.start()  # nobody else publishes from now on
@@ -157,16 +167,48 @@ class TrainWorker:
             fault("recover.resend")
             await self._publish(sequence, parts)
         await self._catalogue.start()
+        if self._backfill is None:
+            await self._read_catalogue()
+        self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
+        copies = self._copies
+        self._begin(self._train(), self._publisher(), copies.snapshots(), copies.checkpoints())
+        if self._backfill is None:
+            self._begin(self._follow_catalogue())
+        self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
+
+    def _begin(self, *tasks: Coroutine[Any, Any, None]) -> None:
+        for task in map(asyncio.create_task, tasks):
+            task.add_done_callback(app.fail_loudly)
+            self._tasks.append(task)
+
+    async def learn_backfill(self) -> None:
+        """What the trainer has not learned of the backfill goes to it, before anything of the topics, and then the
+        catalogue as it is now. Returns when that is so, or when the worker is ending.
+
+        Raises PositionError where the trainer has learned something else; CorruptRecord, StoreError.
+        """
+        if self._backfill is None:
+            return
+        trainer = self._trainer
+        positions = {partition: at.next for partition, at in trainer.positions.items()}
+        if self._backfill.is_behind(positions, trainer.mark):
+            pieces: Iterator[Piece] = iter(())
+        else:
+            log.info("learning the backfill %s", self._backfill.folder.url)
+            pieces = self._backfill.pieces(positions, trainer.mark)
+        while not self.ending.is_set() and (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            await self._put([piece], piece.size)
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._waiting or self.ending.is_set())
+        if not self.ending.is_set():
+            log.info("going on from the backfill with %s", self.settings.topics.examples)
+            await self._read_catalogue()
+            self._begin(self._follow_catalogue())
+
+    async def _read_catalogue(self) -> None:
         while (items := await self._catalogue.read_to_end()) is not None:
             await self._in_thread(self._trainer.catalogue, items)
             self._dirty = True
-        self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
-        copies = self._copies
-        tasks = (self._train(), self._publisher(), self._follow_catalogue(), copies.snapshots(), copies.checkpoints())
-        self._tasks = [asyncio.create_task(task) for task in tasks]
-        for task in self._tasks:
-            task.add_done_callback(app.fail_loudly)
-        self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
 
     async def stop(self, again: bool = False) -> Ranked | None:
         """Learn what is here already (not before a rollback), commit, publish, close the store.
@@ -266,10 +308,14 @@ class TrainWorker:
         if not fresh:
             return
         self._expected[partition] = fresh[-1].offset + 1
+        await self._put(fresh, sum(len(record.value) for record in fresh))
+
+    async def _put(self, records: Sequence[ConsumerRecord | Piece], size: int) -> None:
+        """Waits for room, then they wait for the trainer. size: bytes."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES or self.ending.is_set())
-            self._waiting.extend(fresh)
-            self._waiting_bytes += sum(len(record.value) for record in fresh)
+            self._waiting.extend(records)
+            self._waiting_bytes += size
             self._changed.notify_all()
 
     async def close(self, partitions: set[int]) -> None:
@@ -289,7 +335,7 @@ class TrainWorker:
             self.ending.set()
             self._changed.notify_all()
 
-    async def _next_work(self) -> tuple[list[ConsumerRecord], list[CatalogueItem], bool]:
+    async def _next_work(self) -> tuple[list[ConsumerRecord | Piece], list[CatalogueItem], bool]:
         """What has come, as soon as there is something to do; the flag: it is the last turn."""
         pending = 0 if self._stalled else self._trainer.pending
         async with self._changed:
@@ -301,7 +347,7 @@ class TrainWorker:
                 pause = min(self._turned + GATHER_SECONDS, self._commit_due) - time.monotonic()
                 await self._changes(max(0.0, pause), lambda: self._waiting_bytes > GATHER_BYTES or self._draining)
             self._turned = time.monotonic()
-            records: list[ConsumerRecord] = []
+            records: list[ConsumerRecord | Piece] = []
             if pending < MAX_PENDING_ROWS:
                 records = list(self._waiting)
                 self._waiting.clear()
@@ -317,16 +363,22 @@ class TrainWorker:
                 await self._changed.wait_for(enough)
 
     def _turn(
-        self, records: list[ConsumerRecord], items: list[CatalogueItem], last: bool
+        self, records: list[ConsumerRecord | Piece], items: list[CatalogueItem], last: bool
     ) -> list[tuple[int, list[bytes]]]:
         """One turn in the trainer's thread. Returns (sequence, parts) of the versions that it committed."""
         trainer, versions = self._trainer, []
         trainer.store.acknowledge(self._published)
         for record in records:
-            block = decode_block(record.value)
-            if trainer.short_of(len(block.users)):
-                versions += self._commit()
-            trainer.offer(block, record.offset)
+            if isinstance(record, Piece):
+                block, offset = record.block, BEFORE
+                versions += self._put_items(record)
+            else:
+                block, offset = decode_block(record.value), record.offset
+            if block is not None:
+                if trainer.short_of(len(block.users)):
+                    versions += self._commit()
+                self._require_next(block, offset)
+                trainer.offer(block, offset)
         if items:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
@@ -336,6 +388,27 @@ class TrainWorker:
                 self._stalled = not trainer.step(rows=self._rows_a_step())
         if last or trainer.commit_due() or (self._dirty and time.monotonic() >= self._commit_due):
             versions += self._commit(everything=last)
+        return versions
+
+    def _require_next(self, block: Block, offset: int) -> None:
+        """After a backfill the topic has the block that begins where that ends. Raises PositionError."""
+        position = self._trainer.positions.get(block.partition)
+        if self._backfill is None or offset == BEFORE or position is None or position.source_offset:
+            return
+        part = self._backfill.parts.get(block.partition)
+        if part is not None and position.next == part.next_offset and block.from_offset > position.next:
+            raise PositionError(
+                f"partition {block.partition}: the backfill ends at {position.next}, {self.settings.topics.examples} "
+                f"begins with {block.from_offset}: make a backfill that ends there, and start `headrace join` with it"
+            )
+
+    def _put_items(self, piece: Piece) -> list[tuple[int, list[bytes]]]:
+        """The catalogue in a piece of the backfill; `mark` counts its records. Returns as `_turn`."""
+        if not piece.read:
+            return []
+        versions = self._commit() if self._trainer.short_of(len(piece.items)) else []
+        self._trainer.catalogue(piece.items)
+        self._trainer.mark += piece.read
         return versions
 
     def _rows_a_step(self) -> int:

@@ -59,7 +59,7 @@ def verify(
     settings, kept = _opened(config, data_dir)
     with Output(json) as output, progress("comparing checksums"):
         versions, damages = _verified_store(settings.store) if version is None else ([], [])
-        for manifest in [kept.find(_place(version))] if version else list(kept.newest_first()):
+        for manifest in [kept.find(place_of(version))] if version else list(kept.newest_first()):
             wrong = kept.damages(manifest)
             versions.append({**manifest.about, "where": KEPT, "ok": not wrong})
             damages += wrong
@@ -105,7 +105,7 @@ def export(
         path = settings.store
         if version is not None:
             path = Path(folder) / "store"
-            kept.fetch(kept.find(_place(version)), path)
+            kept.fetch(kept.find(place_of(version)), path)
         elif in_use(path):
             raise StoreError(f"a worker has the store {path} open: stop it, or name a kept one with --version")
         with CheckpointStore(path, None, read_only=True) as store:
@@ -132,7 +132,7 @@ def rollback(
     from online_model.checkpoints import roll_back
 
     with Output(json) as output, progress("rolling back"):
-        done = roll_back(settings.store, kept, _place(version))
+        done = roll_back(settings.store, kept, place_of(version))
         text = f"the store is at version {done['version']}, with the model of {done['from']}; " + (
             "what came after it is learned again" if done["restored"] else f"{done['set_aside_rows']:,} rows set aside"
         )
@@ -208,13 +208,13 @@ def _verified_store(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         return [unknown], [str(error)]
 
 
-def _place(version: str | None) -> tuple[int, int] | None:
+def place_of(version: str | None, option: str = "--version") -> tuple[int, int] | None:
     """(epoch, sequence) of "1.450". Raises UsageError."""
     if version is None:
         return None
     epoch, _, sequence = version.partition(".")
     if not (epoch.isdecimal() and sequence.isdecimal()):
-        raise UsageError(f"--version {version}: versions are named EPOCH.SEQUENCE, see `headrace checkpoint list`")
+        raise UsageError(f"{option} {version}: versions are named EPOCH.SEQUENCE, see `headrace checkpoint list`")
     return int(epoch), int(sequence)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -112,6 +113,19 @@ def _rendered(text: RenderableType) -> str:
     with console.capture() as captured:
         console.print(text)
     return captured.get()
+
+
+@contextmanager
+def until_signalled() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or SIGINT came: they end what is in the block by this alone, and not the process."""
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: came.append(number)) for number in numbers]
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def say(line: str) -> None:

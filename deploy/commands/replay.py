@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.commands.checkpoint import place_of
 from deploy.commands.common import (
     BootstrapOption,
     ConfigOption,
@@ -20,6 +22,7 @@ from deploy.commands.common import (
     say,
     settings_for,
     show_played,
+    until_signalled,
 )
 from embedding_store.errors import UsageError
 
@@ -66,6 +69,15 @@ def replay(
     drop: Annotated[float, typer.Option(min=0, max=1, help="A fault: share that never comes.")] = 0.0,
     garbage: Annotated[float, typer.Option(min=0, max=1, help="A fault: share with a broken record before it.")] = 0.0,
     fault_seed: Annotated[int, typer.Option(min=0, help="Same log and seed: same faults.")] = 0,
+    from_checkpoint: Annotated[
+        str | None,
+        typer.Option("--from-checkpoint", metavar="EPOCH.SEQUENCE",
+                     help="Of a recording, --direct: go on from a copy of this kept checkpoint."),
+    ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Of a recording, --direct: go on with the live topics where it ends.")
+    ] = False,
+    to_end: Annotated[bool, typer.Option("--to-end", help="With --continue: up to where they end by then.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Of dead: write them to FILE, to be edited.")
     ] = None,
@@ -80,6 +92,9 @@ def replay(
     Onto Kafka, for the workers that run there, or --direct in this process, without Kafka. Onto Kafka SIGUSR1 pauses
     it, SIGUSR2 goes on.
 
+    `headrace replay recording DIR --direct` takes the very records of the live topics, as they were recorded; with
+    --continue it then learns on from the live ones until Ctrl-C, --until or --to-end.
+
     `headrace replay dead` takes the refused records instead, those that are new in events.dead: as they are or through
     --repair, what is accepted by now goes back to events; or with --out all of them go to a file, and `headrace replay
     dead FILE` sends that back. They come late by then: they correct what is still open, and nothing else.
@@ -88,24 +103,38 @@ def replay(
         from deploy.commands.dead import replay_dead
 
         for_logs = (direct, deterministic, resume, speed, max_speed, no_wait, from_time, until_time, duplicates,
-                    shuffle_ms, delay, drop, garbage)  # fmt: skip
+                    shuffle_ms, delay, drop, garbage, from_checkpoint, go_on, to_end)  # fmt: skip
         if any(for_logs):
             raise UsageError("replay dead knows --out, --repair, --again and where Kafka is: leave the others out")
         return replay_dead(settings_for(config, data_dir=data_dir, bootstrap=bootstrap), file, out, repair, again, json)
-    if out or repair or again:
-        raise UsageError("--out, --repair and --again are of `headrace replay dead`")
-    if speed is not None and max_speed:
-        raise UsageError("--speed and --max-speed exclude each other")
-    if direct and (speed is not None or max_speed or no_wait or bootstrap):
-        raise UsageError("--direct goes without Kafka and as fast as it can: leave the other options out")
-    if (deterministic or resume) and not direct:
-        raise UsageError("--deterministic and --resume are of a replay without Kafka: add --direct")
+    _refuse(
+        (out or repair or again, "--out, --repair and --again are of `headrace replay dead`"),
+        (speed is not None and max_speed, "--speed and --max-speed exclude each other"),
+        (direct and (speed is not None or max_speed or no_wait or (bootstrap and not go_on)),
+         "--direct goes without Kafka and as fast as it can: leave the other options out"),
+        ((deterministic or resume) and not direct,
+         "--deterministic and --resume are of a replay without Kafka: add --direct"),
+        (to_end and not go_on, "--to-end is of --continue"),
+    )  # fmt: skip
     settings = settings_for(
         config, data_dir=data_dir, bootstrap=bootstrap, log__format=name, log__path=file, model__seed=seed,
         model__ranker__seed=seed,
     )  # fmt: skip
     if not settings.log.format or not settings.log.path:
         raise UsageError("which log? headrace replay NAME FILE, or [log] format and path in the settings")
+    travels = direct and settings.log.format == "recording"
+    _refuse(
+        (not travels and (from_checkpoint or go_on),
+         "--from-checkpoint and --continue are of: headrace replay recording DIR --direct"),
+        (travels and (from_time or duplicates or shuffle_ms or delay or drop or garbage),
+         "a recording is replayed --direct as it is: leave --from and the faults out"),
+    )  # fmt: skip
+    if travels:
+        place, until_ms = place_of(from_checkpoint, "--from-checkpoint"), _millis("--until", until_time)
+        with Output(json) as output:
+            result = _travel(settings, deterministic, resume, place, go_on, to_end, until_ms)
+            output.result(result, _text(result))
+        return
     from replay.readers import open_log
 
     log = open_log(settings.log.format, settings.log.path, settings.log.max_rejected_share, settings.log.columns)
@@ -121,6 +150,13 @@ def replay(
         else:
             result = _onto_kafka(settings, log, play, wait=not no_wait)
         output.result(result, _text(result))
+
+
+def _refuse(*rules: tuple[object, str]) -> None:
+    """Raises UsageError with what is said of the first that holds."""
+    for wrong, said in rules:
+        if wrong:
+            raise UsageError(said)
 
 
 def _play_settings(
@@ -157,6 +193,32 @@ def _directly(
         return replay_directly(
             settings, log, play, deterministic=deterministic, resume=resume,
             progress=lambda so_far: bar.update(
+                task, completed=so_far.events, said=f"{so_far.events:,} events, {so_far.events_per_s:,.0f}/s"
+            ),
+        )  # fmt: skip
+
+
+def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[int, int] | None, go_on: bool,
+            to_end: bool, until_ms: int | None) -> dict[str, Any]:  # fmt: skip
+    """A recording's very records, without Kafka; with `go_on` the live topics behind them."""
+    from deploy.time_travel import Journey, replay_recording
+    from replay.recording import EVENTS, Recording
+
+    recording = Recording(settings.log.path)
+    journey = Journey(deterministic, resume, place, go_on, to_end, until_ms)
+    for topic in recording.about.topics:
+        for gap in recording.gaps(topic):
+            say(f"headrace: {topic}, partition {gap.partition}: the recording has not got the records "
+                f"{gap.from_offset} to {gap.to_offset}: Kafka had deleted them")  # fmt: skip
+    if late := [p for p, offset in enumerate(recording.begin(EVENTS)) if offset]:
+        say(f"headrace: the recording begins in the middle of partition {', '.join(map(str, late))}: what was open "
+            "then is not in it, and users begin without a history")  # fmt: skip
+    if go_on:
+        settings = connected(settings)
+    with until_signalled() if go_on else nullcontext(bool) as stopped, progress("replaying it") as (bar, task):
+        return replay_recording(
+            settings, recording, journey, stopped,
+            lambda so_far: bar.update(
                 task, completed=so_far.events, said=f"{so_far.events:,} events, {so_far.events_per_s:,.0f}/s"
             ),
         )  # fmt: skip

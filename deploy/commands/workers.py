@@ -25,6 +25,15 @@ AfterStdinOption = Annotated[
         help="Load (torch takes seconds), then wait for a line on stdin before reading settings and connecting.",
     ),
 ]
+BackfillOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backfill",
+        metavar="DIR",
+        help="Begin with what `headrace backfill` made: a path or a URL.",
+        show_default=False,
+    ),
+]
 
 
 def _stops_while_starting(kind: str) -> None:
@@ -49,26 +58,28 @@ def join(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
+    backfill: BackfillOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Join events to examples, in the foreground.
 
     What was shown is joined with what was done. SIGTERM drains and stops.
     """
-    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap)
+    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, join__backfill=backfill)
 
 
 def train(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
+    backfill: BackfillOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Learn from examples, publish versions.
 
     In the foreground. SIGTERM drains and stops.
     """
-    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap)
+    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, train__backfill=backfill)
 
 
 def serve(
@@ -98,6 +109,10 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
     from streams.topics import check_topics, wait_for_broker
 
     join, train = settings.join, settings.train  # what is wrong with them is said before Kafka is looked for
+    if kind == "train" and train.backfill:
+        from streams.backfill import Backfill
+
+        Backfill(train.backfill).check(settings.topics, join.join)
     wait_for_broker(settings.bootstrap)
     check_topics(
         settings.bootstrap,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from embedding_store.errors import UsageError
+from replay.readers import files
 from replay.readers.base import Layout, LogReader, Record, TableReader, new_items
 from replay.readers.detection import likeness
 from replay.readers.gamerch import GaMerch
@@ -13,17 +14,18 @@ from replay.readers.kuairand import KuaiRand
 from replay.readers.movielens import MovieLens
 from replay.readers.onlineretail import OnlineRetail
 from replay.readers.openbandit import OpenBandit
-from replay.readers.recorded import Events
+from replay.readers.recorded import Events, RecordedTopics
 from replay.readers.settings import ColumnMapping, LogSettings
 from replay.readers.sorting import in_time_order
 from replay.readers.taobao import Taobao
 from replay.readers.values import BadRow, SetAside
 from replay.readers.yoochoose import YooChoose
+from replay.recording import is_recording
 
-READERS: dict[str, type[LogReader]] = {
-    reader.name: reader
-    for reader in (Events, Generic, GaMerch, KuaiRand, MovieLens, OnlineRetail, OpenBandit, Taobao, YooChoose)
-}
+_ALL: tuple[type[LogReader], ...] = (
+    Events, Generic, GaMerch, KuaiRand, MovieLens, OnlineRetail, OpenBandit, RecordedTopics, Taobao, YooChoose,
+)  # fmt: skip
+READERS: dict[str, type[LogReader]] = {reader.name: reader for reader in _ALL}
 
 
 def open_log(
@@ -41,7 +43,10 @@ def open_log(
 def detect(path: str | Path) -> str | None:
     """The name of the format that the file at `path` is written in, by its names of columns and its first rows; None
     if no reader takes it (a mapping for `generic` may then). Raises LogError if there is no such file."""
-    likely = {name: likeness(reader, path) for name, reader in READERS.items() if name != Generic.name}
+    if not files.is_web(str(path)) and is_recording(path):
+        return RecordedTopics.name
+    others = (Generic.name, RecordedTopics.name)
+    likely = {name: likeness(reader, path) for name, reader in READERS.items() if name not in others}
     best = max(likely, key=lambda name: likely[name])
     return best if likely[best] else None
 

@@ -113,6 +113,10 @@ class LogReader(ABC):
         if self.good == 0:
             raise LogError(f"{self.path}: none of its {self.rows:,} rows tells of an event; is this the log file?")
 
+    def identity(self) -> list[Any]:
+        """What tells this log from another one, or from itself when it was changed: JSON-ready."""
+        return files.identity(self.path)
+
     def progress(self) -> float | None:
         """How much of the file was read since the top, 0 to 1; None if that is not known."""
         return self._fraction()

@@ -70,7 +70,7 @@ def _remote(path: str) -> tuple[Any, str]:
 
     options = {}
     try:
-        if _is_web(path):
+        if is_web(path):
             import aiohttp  # what fsspec uses; its own default ends a download after five minutes
 
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, connect=30, sock_read=SILENCE_S)}
@@ -91,7 +91,7 @@ def identity(path: str) -> list[Any]:
     return [path, info.get("size"), str(info.get("ETag") or info.get("etag") or info.get("mtime") or "")]
 
 
-def _is_web(path: str) -> bool:
+def is_web(path: str) -> bool:
     return path.startswith(("http://", "https://"))
 
 
@@ -104,9 +104,9 @@ def open_bytes(path: str) -> Iterator[io.BufferedReader]:
         return
     system, inner = _remote(path)
     # From its start to its end, which every web server can send; a part from the middle is not for all.
-    options = {"block_size": 0} if _is_web(path) else {}
+    options = {"block_size": 0} if is_web(path) else {}
     with system.open(inner, "rb", **options) as remote:
-        raw = _Download(remote) if _is_web(path) else remote
+        raw = _Download(remote) if is_web(path) else remote
         with io.BufferedReader(raw, BUFFER) as file:
             yield file
 

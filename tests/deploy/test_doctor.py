@@ -32,6 +32,13 @@ def test_here_everything_works_and_a_kafka_that_is_not_there_is_the_only_failure
     }
 
 
+def test_spark_without_java_is_told_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    check = doctor._spark()
+    assert check.ok
+    assert "does not run: install Java 17" in check.detail
+
+
 def test_a_reachable_kafka_is_found(broker: str) -> None:
     assert doctor._reachable(broker).ok
 

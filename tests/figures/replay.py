@@ -30,6 +30,7 @@ from tests.figures.common import (
     say,
     started,
 )
+from tests.figures.time_travel import goes_on
 
 TAOBAO_BY_USER = "taobao-userbehavior/by_user_100k.csv.gz"
 TAOBAO_BY_TIME = "taobao-userbehavior/time_ordered_96k.csv.gz"
@@ -322,4 +323,4 @@ def init(bench: Bench) -> list[Row]:
 
 LINES: dict[str, Line] = {
     line.__name__: line for line in (digests, kills, kafka, readers, memory, likeness, init)
-}  # fmt: skip
+} | {"continue": goes_on}

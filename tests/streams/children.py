@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
+from embedding_store.faults import VARIABLE, arm_from
 from tests.processes import processes
 
 
@@ -67,6 +68,7 @@ class Child:
 
 def _run(kind: str, log: str, variables: dict[str, str], settings: str) -> None:
     os.environ.update(variables)
+    arm_from(variables.get(VARIABLE, ""))  # it was looked for when its parent was started
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 2)
     _KINDS[kind](**json.loads(settings))

@@ -50,7 +50,8 @@ def test_topics_are_made_as_the_rules_ask(broker: str, topics: TopicSettings) ->
     assert events["message.timestamp.type"] == "LogAppendTime"
     assert int(events["retention.ms"]) >= 3 * 86_400_000 + SNAPSHOT_INTERVAL_MS
     assert int(configs(broker, topics.parameters)["retention.ms"]) == 3 * SNAPSHOT_INTERVAL_MS
-    assert configs(broker, topics.items)["cleanup.policy"] == "compact"
+    items = configs(broker, topics.items)
+    assert (items["cleanup.policy"], items["message.timestamp.type"]) == ("compact", "LogAppendTime")
 
 
 def test_creating_again_changes_nothing_and_delete_removes_them(broker: str, topics: TopicSettings) -> None:
