@@ -40,10 +40,12 @@ def interval(value: float, terms: np.ndarray, cluster: np.ndarray) -> Interval:
     if clusters < 2:
         return Interval(np.inf, -np.inf, np.inf, clusters)
     sums -= sums.mean()
-    square = float(sums @ sums)
-    if square == 0:
+    scale = float(np.abs(sums).max())  # the squares of tiny sums would be 0
+    if scale == 0:
         return Interval(0.0, value, value, clusters)
-    error = float(np.sqrt(square * clusters / (clusters - 1)))
+    sums /= scale
+    square = float(sums @ sums)
+    error = scale * float(np.sqrt(square * clusters / (clusters - 1)))
     skew = float((sums**3).sum()) / square**1.5  # skewness of a term over √clusters
     return Interval(
         error, value - error * _untransformed(Z95, skew), value - error * _untransformed(-Z95, skew), clusters
