@@ -24,6 +24,7 @@ from deploy.commands import (
     dashboards,
     demo,
     doctor,
+    estimate,
     init,
     log,
     record,
@@ -45,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (doctor, demo, workers, init, record, replay, backfill, simulate, compare, torture):
+for part in (doctor, demo, workers, init, record, replay, backfill, simulate, compare, estimate, torture):
     part.register(app)
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")

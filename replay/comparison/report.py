@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,28 +10,21 @@ import plotly.graph_objects as go
 
 from replay.comparison.harness import HEADRACE
 from replay.comparison.stream import OTHERS
+from replay.html_report import drawn, number, page, settings, table, text, titled
 
 FIGURES = {
     "auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10", "auc_known": "AUC on known items",
     "ndcg_at_10_known": "NDCG@10 on known items",
 }  # fmt: skip
 LESS_IS_BETTER = ("ne",)
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #1b2733; }
-.settings td { text-align: left; overflow-wrap: anywhere; }
-td { border-bottom: 1px solid #dde3e9; font-variant-numeric: tabular-nums; } .worse { color: #b3261e; }
-h1, h2 { line-height: 1.2; } p.note { color: #55636f; } .plot { margin: 1.5rem 0; }
-"""
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The HTML of what `headrace compare` found (the JSON beside it)."""
     about, runs = result["about"], result["runs"]
     parts = [
-        f"<h1>Headrace and its peers on {_text(about['log'])}</h1>",
-        f"<p>{_text(_drawn(about))}</p>",
+        f"<h1>Headrace and its peers on {text(about['log'])}</h1>",
+        f"<p>{text(_drawn(about))}</p>",
         "<h2>Figures</h2>", _figures(result), "<h2>Headrace less the others</h2>", _differences(result),
         _words(result["shortfalls"]),
     ]  # fmt: skip
@@ -42,13 +34,9 @@ def render(result: Mapping[str, Any]) -> str:
     if result.get("intervals"):
         plots.append(_freshness(result["intervals"]))
     parts += ["<h2>Plots</h2>", f"<p class=note>Of the first seed, {runs[0]['seed']}.</p>"]
-    for number, plot in enumerate(plots):
-        drawn = plot.to_html(full_html=False, include_plotlyjs=number == 0, div_id=f"plot-{number}")
-        parts.append(f"<div class=plot>{drawn}</div>")
-    parts += ["<h2>How it was measured</h2>", _settings(about)]
-    title = f"headrace compare: {_text(about['log'])}"
-    body = "\n".join(parts)
-    return f"<!doctype html>\n<meta charset=utf-8>\n<title>{title}</title>\n<style>{STYLE}</style>\n{body}\n"
+    parts += drawn(plots)
+    parts += ["<h2>How it was measured</h2>", settings(about)]
+    return page(f"headrace compare: {about['log']}", parts)
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
@@ -96,10 +84,10 @@ def _figures(result: Mapping[str, Any]) -> str:
         known, last = f["known_items"], f["last_half"]
         values = (f["auc"], f["ne"], f["calibration"], last["calibration"], f["ece"], f["hr_at_10"], f["ndcg_at_10"],
                   f["mrr"], known["auc"], known["ndcg_at_10"])  # fmt: skip
-        rows.append((name, *map(_number, values), f"{f['seconds']:.1f}"))
+        rows.append((name, *map(number, values), f"{f['seconds']:.1f}"))
     seeds = ", ".join(str(run["seed"]) for run in result["runs"])
-    note = f"<p class=note>Means over the seeds {_text(seeds)}.</p>" if len(result["runs"]) > 1 else ""
-    return _table(head, rows) + note
+    note = f"<p class=note>Means over the seeds {text(seeds)}.</p>" if len(result["runs"]) > 1 else ""
+    return table(head, rows) + note
 
 
 def _differences(result: Mapping[str, Any]) -> str:
@@ -111,7 +99,7 @@ def _differences(result: Mapping[str, Any]) -> str:
             rows.append((f"{run['seed']}, {name}", *cells))
     if not rows:
         return "<p>Headrace was not among the systems, or alone.</p>"
-    return _table(head, rows, raw=True) + (
+    return table(head, rows, raw=True) + (
         "<p class=note>Headrace − other; users drawn again with replacement, the same for both. For the entropy less is"
         " better. Red: not better.</p>"
     )
@@ -122,7 +110,7 @@ def _words(found: Sequence[str]) -> str:
         return "<p><b>Headrace beats every other system in every figure that both have.</b></p>"
     return (
         "<p><b>Where Headrace does not beat another:</b></p><ul>"
-        + "".join(f"<li>{_text(f)}</li>" for f in found)
+        + "".join(f"<li>{text(f)}</li>" for f in found)
         + "</ul>"
     )
 
@@ -132,20 +120,15 @@ def _intervals(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         (
             name,
-            _number(f["auc"]),
-            _number(f["ne"]),
-            _number(f["calibration"]),
+            number(f["auc"]),
+            number(f["ne"]),
+            number(f["calibration"]),
             f"{f['syncs']:,}",
             f"{f['rows_copied']:,}",
         )
         for name, f in found.items()
     ]
-    return _table(head, rows)
-
-
-def _settings(about: Mapping[str, Any]) -> str:
-    rows = [(name.replace("_", " "), str(value)) for name, value in about.items()]
-    return f"<div class=settings>{_table(('setting', 'value'), rows)}</div>"
+    return table(head, rows)
 
 
 def _curve(run: Mapping[str, Any], figure: str) -> go.Figure:
@@ -156,7 +139,7 @@ def _curve(run: Mapping[str, Any], figure: str) -> go.Figure:
             when = [datetime.fromtimestamp(ms / 1000, UTC) for ms, _ in points]
             width = 3 if name == HEADRACE else 1.5
             plot.add_scatter(x=when, y=[y for _, y in points], name=name, mode="lines+markers", line={"width": width})
-    return _titled(plot, f"{FIGURES[figure]} by window of the stream", "event time (UTC)", FIGURES[figure])
+    return titled(plot, f"{FIGURES[figure]} by window of the stream", "event time (UTC)", FIGURES[figure])
 
 
 def _calibration(run: Mapping[str, Any]) -> go.Figure:
@@ -168,28 +151,13 @@ def _calibration(run: Mapping[str, Any]) -> go.Figure:
         )
         most = max([most, *(max(p, rate) for p, rate, _ in buckets)])
     plot.add_scatter(x=[0, most], y=[0, most], name="exact", mode="lines", line={"dash": "dot", "color": "#888"})
-    return _titled(plot, "Calibration: as many scores in each point", "mean prediction", "rate of clicks")
+    return titled(plot, "Calibration: as many scores in each point", "mean prediction", "rate of clicks")
 
 
 def _freshness(found: Mapping[str, Mapping[str, Any]]) -> go.Figure:
     plot = go.Figure()
     plot.add_scatter(x=list(found), y=[f["auc"] for f in found.values()], name="AUC", mode="lines+markers")
-    return _titled(plot, "Freshness against quality", "serving copy brought up to date every", "AUC")
-
-
-def _titled(plot: go.Figure, title: str, x: str, y: str) -> go.Figure:
-    plot.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", height=420)
-    return plot
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: bool = False) -> str:
-    """`raw`: the cells after the first are HTML."""
-    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell if raw and n else _text(cell)}</td>" for n, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return titled(plot, "Freshness against quality", "serving copy brought up to date every", "AUC")
 
 
 def _interval(interval: Sequence[float] | None, less_is_better: bool) -> str:
@@ -199,11 +167,3 @@ def _interval(interval: Sequence[float] | None, less_is_better: bool) -> str:
     better = high < 0 if less_is_better else low > 0
     said = f"{low:+.4f} … {high:+.4f}"
     return said if better else f"<span class=worse>{said}</span>"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))

@@ -46,6 +46,7 @@ class LogReader(ABC):
 
     name: ClassVar[str]
     about: ClassVar[str]  # one line: what the log is, and how its rows become events
+    has_users: ClassVar[bool] = True  # False: what stands for a user is a group of people
     has_impressions: bool  # False: the joiner must run with `implicit`, and no click rate can be claimed
 
     def __init__(self, path: str, max_rejected_share: float = 0.01) -> None:

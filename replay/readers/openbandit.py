@@ -29,6 +29,7 @@ class OpenBandit(TableReader):
     name = "openbandit"
     about = "Open Bandit: single impressions with position, logged propensity and click; users are groups"
     has_impressions = True
+    has_users = False
     columns = ("timestamp", "item_id", "position", "click", "propensity_score", *USER_FEATURES)
     layouts = (Layout(columns, header=True),)
 

@@ -22,15 +22,16 @@ QUIET_MS = 3_600_000  # time in which nothing happens is skipped, in steps of at
 STEP_MS = 100  # no reaction comes sooner after its impression, so the records of a step are all there at its end
 
 Policy: TypeAlias = Callable[[Marketplace, Request], tuple[list[str | int], list[float] | None]]
-"""Chooses request.k ids, top first, and the probability of each to have been on the page (None: not known)."""
+"""Chooses request.k ids, top first, and the probability of each to be put in its place, given those before (None: not
+known): what a replica logs too."""
 
 
 def random_policy(world: Marketplace, request: Request) -> tuple[list[str | int], list[float] | None]:
-    """Any items, each as likely; the same for the same seed and request."""
+    """Any items, each as likely, in any order; the same for the same seed and request."""
     items = world.catalogue()
     k = min(request.k, len(items))
     chosen = np.random.default_rng([world.settings.seed, 99, request.number]).choice(len(items), k, replace=False)
-    return [items[i].item for i in chosen.tolist()], [k / len(items)] * k
+    return [items[i].item for i in chosen.tolist()], [1 / (len(items) - place) for place in range(k)]
 
 
 def oracle_policy(world: Marketplace, request: Request) -> tuple[list[str | int], list[float] | None]:
