@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ from deploy.commands.common import (
     JsonOption,
     Output,
     connected,
+    millis,
     progress,
     say,
     settings_for,
@@ -130,22 +130,11 @@ def _play_settings(
 
     from replay.player import PlaySettings
 
-    window = {"from_ms": _millis("--from", from_time), "until_ms": _millis("--until", until_time)}
+    window = {"from_ms": millis("--from", from_time), "until_ms": millis("--until", until_time)}
     try:
         return msgspec.convert({**pace, **window, "faults": faults}, PlaySettings)
     except msgspec.ValidationError as error:
         raise UsageError(str(error).replace("`", "")) from None
-
-
-def _millis(option: str, text: str | None) -> int | None:
-    """ms UTC of a time as 2017-11-26, 2017-11-26T09:30, or of ms."""
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"{option} {text}: not a time; write 2026-01-31, 2026-01-31T09:30 or milliseconds") from None
-    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _directly(

@@ -9,14 +9,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from replay.comparison.harness import HEADRACE
+from replay.comparison.harness import COMPARED, HEADRACE, LESS_IS_BETTER
 from replay.comparison.stream import OTHERS
 
-FIGURES = {
-    "auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10", "auc_known": "AUC on known items",
-    "ndcg_at_10_known": "NDCG@10 on known items",
-}  # fmt: skip
-LESS_IS_BETTER = ("ne",)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b2733; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .25rem .8rem; text-align: right; }
@@ -30,12 +25,15 @@ h1, h2 { line-height: 1.2; } p.note { color: #55636f; } .plot { margin: 1.5rem 0
 def render(result: Mapping[str, Any]) -> str:
     """The HTML of what `headrace compare` found (the JSON beside it)."""
     about, runs = result["about"], result["runs"]
-    parts = [
-        f"<h1>Headrace and its peers on {_text(about['log'])}</h1>",
-        f"<p>{_text(_drawn(about))}</p>",
-        "<h2>Figures</h2>", _figures(result), "<h2>Headrace less the others</h2>", _differences(result),
-        _words(result["shortfalls"]),
-    ]  # fmt: skip
+    if "settings" in result:
+        parts = _sides(result)
+    else:
+        parts = [
+            f"<h1>Headrace and its peers on {_text(about['log'])}</h1>",
+            f"<p>{_text(_drawn(about))}</p>",
+            "<h2>Figures</h2>", _figures(result), "<h2>Headrace less the others</h2>", _differences(result),
+            _words(result["shortfalls"]),
+        ]  # fmt: skip
     if result.get("intervals"):
         parts += ["<h2>Freshness against quality</h2>", _intervals(result["intervals"])]
     plots = [_curve(runs[0], "auc"), _curve(runs[0], "ne"), _calibration(runs[0])]
@@ -45,10 +43,52 @@ def render(result: Mapping[str, Any]) -> str:
     for number, plot in enumerate(plots):
         drawn = plot.to_html(full_html=False, include_plotlyjs=number == 0, div_id=f"plot-{number}")
         parts.append(f"<div class=plot>{drawn}</div>")
-    parts += ["<h2>How it was measured</h2>", _settings(about)]
+    own = {f"settings of {name}": value for name, value in result.get("settings", {}).items()}
+    parts += ["<h2>How it was measured</h2>", _settings(about | own)]
     title = f"headrace compare: {_text(about['log'])}"
     body = "\n".join(parts)
     return f"<!doctype html>\n<meta charset=utf-8>\n<title>{title}</title>\n<style>{STYLE}</style>\n{body}\n"
+
+
+def _sides(result: Mapping[str, Any]) -> list[str]:
+    """Several settings side by side: what differs, what came of it, then the figures."""
+    about, names = result["about"], list(result["settings"])
+    rows = [(key, *(str(of[name]) for name in names)) for key, of in result["differences"].items()]
+    differences = _table(("setting", *names), rows) if rows else "<p>Nothing that could make a difference.</p>"
+    lines = "".join(f"<li>{_text(line)}</li>" for line in result["verdicts"])
+    return [
+        f"<h1>{_text(' and '.join(names))} on {_text(about['log'])}</h1>",
+        f"<h2>What differs</h2><div class=settings>{differences}</div>",
+        f"<h2>Which is better</h2><ul>{lines}</ul>", f"<p>{_text(_drawn(about))}</p>{_compared(result['runs'][0])}",
+        "<h2>Figures</h2>", _figures(result), "<h2>Differences</h2>", _pairs(result),
+    ]  # fmt: skip
+
+
+def _compared(run: Mapping[str, Any]) -> str:
+    """What is compared where the streams differ."""
+    about = run["compared"]
+    if not about:
+        return ""
+    left_out = ", ".join(f"{count:,} of {name}" for name, count in about["left_out"].items())
+    return (
+        f"<p>The settings make other examples of the log. Compared are the {about['examples']:,} that all have, each"
+        f" scored at one moment; left out: {_text(left_out)}. Clicks that not all have joined count as clicks for all:"
+        f" {about['clicks_that_not_all_have']:,}.</p>"
+    )
+
+
+def _pairs(result: Mapping[str, Any]) -> str:
+    head = ("seed, difference", *(f"{title}, 95 % interval" for title in COMPARED.values()))
+    rows = []
+    for run in result["runs"]:
+        for pair in run["pairs"]:
+            found = (pair["figures"][figure] for figure in COMPARED)
+            cells = ["–" if f is None else "{:+.4f} … {:+.4f}".format(*f["interval"]) for f in found]
+            rows.append((f"{run['seed']}, {pair['of']} − {pair['less']}", *cells))
+    return _table(head, rows) + (
+        "<p class=note>Users drawn again with replacement, the same for both. For the entropy less is better. An"
+        " interval that holds 0: no difference that can be seen.</p>"
+    )
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
@@ -64,7 +104,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
                     continue
                 what = "is behind" if high < 0 else "cannot be told from"
                 found.append(
-                    f"seed {run['seed']}: Headrace {what} {name} in {FIGURES[figure]} (difference"
+                    f"seed {run['seed']}: Headrace {what} {name} in {COMPARED[figure]} (difference"
                     f" {interval[0]:+.4f} to {interval[1]:+.4f})"
                 )
     return found
@@ -72,8 +112,11 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 def _drawn(about: Mapping[str, Any]) -> str:
     """What was scored, in words."""
-    said = f"{about['events']:,} events in batches of {about['model']['batch_size']:,} rows, {about['scored']:,} scores"
+    said = f"{about['events']:,} events in batches of {about['batch_size']:,} rows, {about['scored']:,} scores"
     said += f" of {about['users']:,} users and {about['items']:,} items. "
+    if about["from_ms"] is not None:
+        start = datetime.fromtimestamp(about["from_ms"] / 1000, UTC)
+        said += f"What was shown before {start:%Y-%m-%d %H:%M:%S} UTC is learned and not measured. "
     if about["implicit"]:
         said += (
             f"The log has no impressions: each positive stands beside {about['negatives']} negatives, drawn evenly from"
@@ -103,11 +146,11 @@ def _figures(result: Mapping[str, Any]) -> str:
 
 
 def _differences(result: Mapping[str, Any]) -> str:
-    head = ("seed, system", *(f"{title}, 95 % interval" for title in FIGURES.values()))
+    head = ("seed, system", *(f"{title}, 95 % interval" for title in COMPARED.values()))
     rows = []
     for run in result["runs"]:
         for name, by_figure in run["differences"].items():
-            cells = [_interval(by_figure[figure], figure in LESS_IS_BETTER) for figure in FIGURES]
+            cells = [_interval(by_figure[figure], figure in LESS_IS_BETTER) for figure in COMPARED]
             rows.append((f"{run['seed']}, {name}", *cells))
     if not rows:
         return "<p>Headrace was not among the systems, or alone.</p>"
@@ -156,7 +199,7 @@ def _curve(run: Mapping[str, Any], figure: str) -> go.Figure:
             when = [datetime.fromtimestamp(ms / 1000, UTC) for ms, _ in points]
             width = 3 if name == HEADRACE else 1.5
             plot.add_scatter(x=when, y=[y for _, y in points], name=name, mode="lines+markers", line={"width": width})
-    return _titled(plot, f"{FIGURES[figure]} by window of the stream", "event time (UTC)", FIGURES[figure])
+    return _titled(plot, f"{COMPARED[figure]} by window of the stream", "event time (UTC)", COMPARED[figure])
 
 
 def _calibration(run: Mapping[str, Any]) -> go.Figure:
