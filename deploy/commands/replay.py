@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,12 +159,12 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
 
     if not log.has_impressions and not settings.join.join.implicit:
         say(f"headrace: a {log.name} log has no impressions: join learns of it with join.implicit = true only")
-    settings = connected(settings)
-    followed = Followed(settings) if wait else None
+    settings, began_cpu_s = connected(settings), time.process_time()
+    followed, clock = Followed(settings) if wait else None, WallClock()
     with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
             directory = settings.data_dir if settings.data_dir.is_dir() else None
-            player = Player(sink, play, WallClock(), lambda so_far: show_played(bar, task, so_far), directory)
+            player = Player(sink, play, clock, lambda so_far: show_played(bar, task, so_far), directory)
             signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())
             signal.signal(signal.SIGUSR2, lambda number, frame: player.resume())
             played = player.play(log)
@@ -173,6 +174,7 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
             "events_in": played.events, "events_rejected": played.rejected.total(), "records": played.records,
             "items": played.items, "ticks": played.ticks, "events_per_s": round(played.events_per_s, 1),
             "seconds": round(played.seconds, 3), "faults": vars(played.faults),
+            "play_cpu_s": round(time.process_time() - began_cpu_s, 3),
         }  # fmt: skip
         if followed is not None:
             bar.update(task, description="waiting for the workers", total=1.0, completed=0.0)
@@ -180,6 +182,8 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
             if model is None:
                 say("headrace: the workers do not learn it (no new version for a minute): are join and train running?")
             else:
+                taken = clock.now() - (played.began or 0.0)
+                result |= {"learned_after_s": round(taken, 3), "learned_per_s": round(played.events / taken, 1)}
                 result |= followed.figures(model)
                 result["events_rejected"] = played.rejected.total() + result["balance"]["rejected"]
             followed.close()
