@@ -11,6 +11,7 @@ from online_model.settings import TrainerSettings
 from replay.inspection import Inspection
 from replay.readers.settings import ColumnMapping, LogSettings
 from streams.joiner import JoinSettings
+from streams.settings import LARGEST_BATCHES
 from streams.topics import TopicSettings
 
 Entry: TypeAlias = tuple[str, Any, str]  # name, value, why
@@ -99,14 +100,17 @@ def _model(found: Inspection) -> list[Entry]:
 
 
 def _features(found: Inspection, batch: int) -> list[Entry]:
-    """Capacities: room for twice the ids, and for what one batch may touch, so that it never waits for a commit."""
-    touched = {"users": batch, "items": batch * (1 + TrainerSettings().negatives + HISTORY), "categories": batch}
+    """Capacities: room for twice the ids, and for what the largest batch may touch: where there is none a train worker
+    that has fallen behind cannot take larger batches, and takes three times as long to catch up."""
+    most = LARGEST_BATCHES * batch
+    touched = {"users": most, "items": most * (1 + TrainerSettings().negatives + HISTORY), "categories": most}
     counted = {"users": found.users, "items": found.items, "categories": found.categories}
     entries: list[Entry] = []
     for name, ids in counted.items():
         rows = -(-(2 * ids.different + touched[name]) // 64) * 64
         count = f"{'' if ids.exact else 'about '}{ids.different:,} {name} in the log"
-        why = f"{count}, room for twice as many and a batch" if ids.different else f"the log tells of no {name}"
+        room = "room for twice as many and the largest batch"
+        why = f"{count}, {room}" if ids.different else f"the log tells of no {name}"
         if rows > MOST_ROWS:
             rows, why = MOST_ROWS, f"{count}; so many rows are in memory, the others in the store"
         entries.append((name, rows, why))

@@ -72,6 +72,7 @@ class Played:
     from_ms: int | None = None
     to_ms: int | None = None
     seconds: float = 0.0  # pauses left out
+    began: float | None = None  # when the first event was sent, by the player's clock
     paused: bool = False
     fraction: float | None = None  # 0 to 1, of the log or its window, if known; at first of the reading before a sort
     eta_s: float | None = None  # seconds to its end, if known
@@ -245,7 +246,7 @@ class Player:
         """Event time comes to `due`: waits until that is so, and tells the idle partitions."""
         if self._first is None:
             self._first = due
-            self._origin = self._looked = self.clock.now()
+            self._origin = self._looked = self.played.began = self.clock.now()
             self._round = max(0, due - self._lag) // self.settings.tick_ms
             self._reached, self._behind = due, self._fraction() or 0.0
         elif self.settings.speed:

@@ -12,6 +12,7 @@ from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
 from streams.topics import TopicSettings
 
+LARGEST_BATCHES = 4  # times `batch_size`: rows that a train worker learns at once at most, where many wait
 Sync = Annotated[
     bool, Meta(description="commits wait for the disk; without it a power cut may undo the last ones (not a kill -9)")
 ]

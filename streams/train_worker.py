@@ -53,7 +53,7 @@ from streams.catalogue import CHUNK, Catalogue
 from streams.metrics import TrainMetrics, serve_metrics, train_values
 from streams.outlet import Message, Outlet
 from streams.published import newest_version
-from streams.settings import TrainWorkerSettings
+from streams.settings import LARGEST_BATCHES, TrainWorkerSettings
 from streams.train_copies import TrainCopies
 
 log = logging.getLogger("headrace")
@@ -68,7 +68,6 @@ GATHER_BYTES = 100_000  # … unless so much has come
 TURN_SECONDS = 0.05  # then the event loop gets a word in
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
-LARGEST_BATCHES = 4  # times `batch_size`: rows learned at once at most, where many wait
 BEFORE = -1  # where a block of the backfill lies in `examples`: what follows it is at 0
 VERSIONS_AHEAD = 4  # committed and not yet published
 
@@ -413,12 +412,13 @@ class TrainWorker:
 
     def _rows_a_step(self) -> int:
         """The more wait the more are learned at once: a step costs the same for many rows as for few, and where it
-        falls behind freshness is worth more than that each batch knows the one before."""
+        falls behind freshness is worth more than that each batch knows the one before. Not more than there is room
+        for without a commit."""
         size = self.settings.model.batch_size
-        rows = min(self._trainer.pending // 2, LARGEST_BATCHES * size)
-        if self.settings.deterministic or rows <= size or self._trainer.commit_due(rows):
-            return size
-        return rows
+        rows = size if self.settings.deterministic else min(self._trainer.pending // 2, LARGEST_BATCHES * size)
+        while rows > size and self._trainer.commit_due(rows):
+            rows //= 2
+        return max(rows, size)
 
     def _commit(self, everything: bool = False) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""

@@ -7,14 +7,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from embedding_store.errors import BrokerError
+from embedding_store.errors import BrokerError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,6 +57,17 @@ def connected(settings: Settings) -> Settings:
     if running is None:
         raise no_broker(settings)
     return settings.with_flags({"bootstrap": running.bootstrap})
+
+
+def millis(option: str, text: str | None) -> int | None:
+    """ms UTC of a time as 2017-11-26, 2017-11-26T09:30, or of ms."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{option} {text}: not a time; write 2026-01-31, 2026-01-31T09:30 or milliseconds") from None
+    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def no_broker(settings: Settings) -> BrokerError:

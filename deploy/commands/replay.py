@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ from deploy.commands.common import (
     JsonOption,
     Output,
     connected,
+    millis,
     progress,
     say,
     settings_for,
@@ -72,10 +73,10 @@ def replay(
     from_checkpoint: Annotated[
         str | None,
         typer.Option("--from-checkpoint", metavar="EPOCH.SEQUENCE",
-                     help="Of a recording, --direct: go on from a copy of this kept checkpoint."),
+                     help="Of a recording, as --direct: go on from a copy of this kept checkpoint."),
     ] = None,
     go_on: Annotated[
-        bool, typer.Option("--continue", help="Of a recording, --direct: go on with the live topics where it ends.")
+        bool, typer.Option("--continue", help="Of a recording, as --direct: go on with the live topics where it ends.")
     ] = False,
     to_end: Annotated[bool, typer.Option("--to-end", help="With --continue: up to where they end by then.")] = False,
     out: Annotated[
@@ -107,6 +108,7 @@ def replay(
         if any(for_logs):
             raise UsageError("replay dead knows --out, --repair, --again and where Kafka is: leave the others out")
         return replay_dead(settings_for(config, data_dir=data_dir, bootstrap=bootstrap), file, out, repair, again, json)
+    direct = direct or go_on or from_checkpoint is not None  # these have no other way
     _refuse(
         (out or repair or again, "--out, --repair and --again are of `headrace replay dead`"),
         (speed is not None and max_speed, "--speed and --max-speed exclude each other"),
@@ -125,12 +127,12 @@ def replay(
     travels = direct and settings.log.format == "recording"
     _refuse(
         (not travels and (from_checkpoint or go_on),
-         "--from-checkpoint and --continue are of: headrace replay recording DIR --direct"),
+         "--from-checkpoint and --continue are of: headrace replay recording DIR"),
         (travels and (from_time or duplicates or shuffle_ms or delay or drop or garbage),
          "a recording is replayed --direct as it is: leave --from and the faults out"),
     )  # fmt: skip
     if travels:
-        place, until_ms = place_of(from_checkpoint, "--from-checkpoint"), _millis("--until", until_time)
+        place, until_ms = place_of(from_checkpoint, "--from-checkpoint"), millis("--until", until_time)
         with Output(json) as output:
             result = _travel(settings, deterministic, resume, place, go_on, to_end, until_ms)
             output.result(result, _text(result))
@@ -166,22 +168,11 @@ def _play_settings(
 
     from replay.player import PlaySettings
 
-    window = {"from_ms": _millis("--from", from_time), "until_ms": _millis("--until", until_time)}
+    window = {"from_ms": millis("--from", from_time), "until_ms": millis("--until", until_time)}
     try:
         return msgspec.convert({**pace, **window, "faults": faults}, PlaySettings)
     except msgspec.ValidationError as error:
         raise UsageError(str(error).replace("`", "")) from None
-
-
-def _millis(option: str, text: str | None) -> int | None:
-    """ms UTC of a time as 2017-11-26, 2017-11-26T09:30, or of ms."""
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"{option} {text}: not a time; write 2026-01-31, 2026-01-31T09:30 or milliseconds") from None
-    return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _directly(
@@ -231,12 +222,12 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
 
     if not log.has_impressions and not settings.join.join.implicit:
         say(f"headrace: a {log.name} log has no impressions: join learns of it with join.implicit = true only")
-    settings = connected(settings)
-    followed = Followed(settings) if wait else None
+    settings, began_cpu_s = connected(settings), time.process_time()
+    followed, clock = Followed(settings) if wait else None, WallClock()
     with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
             directory = settings.data_dir if settings.data_dir.is_dir() else None
-            player = Player(sink, play, WallClock(), lambda so_far: show_played(bar, task, so_far), directory)
+            player = Player(sink, play, clock, lambda so_far: show_played(bar, task, so_far), directory)
             signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())
             signal.signal(signal.SIGUSR2, lambda number, frame: player.resume())
             played = player.play(log)
@@ -246,6 +237,7 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
             "events_in": played.events, "events_rejected": played.rejected.total(), "records": played.records,
             "items": played.items, "ticks": played.ticks, "events_per_s": round(played.events_per_s, 1),
             "seconds": round(played.seconds, 3), "faults": vars(played.faults),
+            "play_cpu_s": round(time.process_time() - began_cpu_s, 3),
         }  # fmt: skip
         if followed is not None:
             bar.update(task, description="waiting for the workers", total=1.0, completed=0.0)
@@ -253,6 +245,8 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
             if model is None:
                 say("headrace: the workers do not learn it (no new version for a minute): are join and train running?")
             else:
+                taken = clock.now() - (played.began or 0.0)
+                result |= {"learned_after_s": round(taken, 3), "learned_per_s": round(played.events / taken, 1)}
                 result |= followed.figures(model)
                 result["events_rejected"] = played.rejected.total() + result["balance"]["rejected"]
             followed.close()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,11 @@ SECONDS = {
     "river_logistic": 25,
     "river_biased_mf": 8,
 }  # a log of 100,000 clicks, about; else 4
-COMPARED = ("auc", "ne", "ndcg_at_10", "auc_known", "ndcg_at_10_known")  # figures that a difference is given of
+COMPARED = {
+    "auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10", "auc_known": "AUC on known items",
+    "ndcg_at_10_known": "NDCG@10 on known items",
+}  # figures that a difference is given of, and their titles  # fmt: skip
+LESS_IS_BETTER = ("ne",)
 WINDOWS = 20  # of a learning curve
 
 
@@ -125,7 +129,8 @@ def run(
 
 def _test(system: System, batch: Batch, score: list[np.ndarray], ranked: list[dict[str, np.ndarray]]) -> None:
     system.catalogue(batch.catalogue)
-    score.append(_sound(system.score(batch.scored.candidates), system))
+    some = len(batch.scored.label) > 0  # none in a batch of purchases alone, or before what is measured
+    score.append(_sound(system.score(batch.scored.candidates), system) if some else np.empty(0))
     if batch.ranked is not None:
         order = system.order if hasattr(system, "order") else system.score
         every = _sound(order(batch.ranked.candidates), system)
@@ -148,6 +153,16 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) if parts else np.empty(0) for name in names}
 
 
+@dataclass(frozen=True)
+class Task:
+    """Some systems on one stream."""
+
+    names: tuple[str, ...]
+    stream: Stream
+    model: TrainerSettings
+    called: str = ""  # in the result, where there is one system
+
+
 def run_all(
     names: Sequence[str],
     stream: Stream,
@@ -156,34 +171,58 @@ def run_all(
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[Scores]:
     """`run` of all the systems, in `jobs` processes at most. `progress` is told the share of this process's work."""
-    groups = [group for group in _groups(names, jobs) if group]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, len(groups) - 1), context) as pool:
-        others = [pool.submit(_run_group, group, stream, model) for group in groups[1:]]
-        total = len(stream.batches)
-        first = run(make(groups[0], stream, model), stream, lambda done: progress(done / total))
-        found = {scores.name: scores for some in [first, *map(Future.result, others)] for scores in some}
+    found = {scores.name: scores for scores in run_tasks(tasks_of(names, stream, model), jobs, progress)}
     return [found[name] for name in names]
 
 
-def _run_group(names: Sequence[str], stream: Stream, model: TrainerSettings) -> list[Scores]:
-    return run(make(names, stream, model), stream)
+def tasks_of(names: Sequence[str], stream: Stream, model: TrainerSettings) -> list[Task]:
+    """One for each system; Headrace's own share a trainer, and so a task."""
+    parts = [(name,) for name in names if name not in OURS]
+    own = tuple(name for name in names if name in OURS)
+    return [Task(part, stream, model) for part in [*parts, *([own] if own else [])]]
 
 
-def _groups(names: Sequence[str], jobs: int) -> list[list[str]]:
-    """The names, dealt so that the work is even: the costliest first, each to the group with the least so far."""
-    groups: list[list[str]] = [[] for _ in range(jobs)]
+def run_tasks(
+    tasks: Sequence[Task], jobs: int = 1, progress: Callable[[float], None] = lambda share: None
+) -> list[Scores]:
+    """All the tasks, in `jobs` processes at most. `progress` is told the share of this process's work."""
+    groups = [group for group in _groups(tasks, jobs) if group]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, len(groups) - 1), context) as pool:
+        others = [pool.submit(_run_group, group) for group in groups[1:]]
+        first = _run_group(groups[0], progress)
+        return [scores for some in [first, *map(Future.result, others)] for scores in some]
+
+
+def _run_group(group: Sequence[Task], progress: Callable[[float], None] = lambda share: None) -> list[Scores]:
+    """One task after the other."""
+    found: list[Scores] = []
+    total, before = sum(len(task.stream.batches) for task in group), 0
+    for task in group:
+        systems = make(task.names, task.stream, task.model)
+        done = run(systems, task.stream, lambda batches, before=before: progress((before + batches) / total))  # type: ignore[misc]
+        before += len(task.stream.batches)
+        found += [replace(scores, name=task.called or scores.name) for scores in done]
+    return found
+
+
+def _groups(tasks: Sequence[Task], jobs: int) -> list[list[Task]]:
+    """The tasks, dealt so that the work is even: the costliest first, each to the group with the least so far."""
+    groups: list[list[Task]] = [[] for _ in range(jobs)]
     work = [0.0] * jobs
-    parts = [[name] for name in names if name not in OURS] + [[name for name in names if name in OURS]]
-    for cost, part in sorted(((sum(SECONDS.get(name, 4) for name in part), part) for part in parts), reverse=True):
+    costs = [sum(SECONDS.get(name, 4) for name in task.names) for task in tasks]
+    for cost, task in sorted(zip(costs, tasks, strict=True), key=lambda pair: pair[0], reverse=True):
         least = work.index(min(work))
-        groups[least] += part
+        groups[least].append(task)
         work[least] += cost
     return groups
 
 
-def measure(found: Sequence[Scores], stream: Stream, seed: int, draws: int = bootstrap.DRAWS) -> dict[str, Any]:
-    """JSON-ready: `systems`, `differences` (headrace − other, with intervals), `curves`, `reliability`.
+def measure(
+    found: Sequence[Scores], stream: Stream, seed: int, draws: int = bootstrap.DRAWS, sides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """JSON-ready: `systems`, `differences` (headrace − other, with intervals), `curves`, `reliability`; with `sides`,
+    the names of systems, `pairs` of each with each that comes before it and with each system that is none of them.
 
     What ends in `_known` is of the scores and positions whose item had been seen before: where negatives are drawn from
     active items, one that was not is always a positive.
@@ -192,11 +231,13 @@ def measure(found: Sequence[Scores], stream: Stream, seed: int, draws: int = boo
     whole = bootstrap.Users(truth.user, seed, draws)
     known = bootstrap.Users(truth.user[truth.known], seed, draws)
     drawn = {s.name: _drawn(s, truth, whole, known) for s in found}
+    systems = {s.name: _figures(s, truth, drawn[s.name]) for s in found}
     return {
-        "systems": {s.name: _figures(s, truth, drawn[s.name]) for s in found},
+        "systems": systems,
         "differences": _differences(drawn) if HEADRACE in drawn else {},
         "curves": {s.name: _curve(s, truth) for s in found},
         "reliability": {s.name: metrics.reliability(s.score, truth.label, 20) for s in found if s.probabilistic},
+        **({"pairs": _pairs(systems, drawn, sides)} if sides else {}),
     }
 
 
@@ -237,6 +278,30 @@ def _differences(drawn: dict[str, dict[str, np.ndarray | None]]) -> dict[str, di
         for name, other in drawn.items()
         if name != HEADRACE
     }
+
+
+def _pairs(
+    systems: dict[str, dict[str, Any]], drawn: dict[str, dict[str, np.ndarray | None]], sides: Sequence[str]
+) -> list[dict[str, Any]]:
+    """{of, less, figures: {figure: {difference, interval}}}: `of` − `less`; None for a figure that either has not."""
+    others = [name for name in systems if name not in sides]
+    pairs = [(one, other) for n, one in enumerate(sides) for other in [*sides[:n], *others]]
+    out = []
+    for one, other in pairs:
+        figures: dict[str, dict[str, Any] | None] = {}
+        for name in COMPARED:
+            interval = bootstrap.difference(drawn[one][name], drawn[other][name])
+            mine, its = (figure_of(systems[system], name) for system in (one, other))
+            there = interval is not None and mine is not None and its is not None
+            figures[name] = {"difference": mine - its, "interval": interval} if there else None  # type: ignore[operator]
+        out.append({"of": one, "less": other, "figures": figures})
+    return out
+
+
+def figure_of(system: Mapping[str, Any], name: str) -> float | None:
+    """One of COMPARED, of what `measure` has of a system."""
+    known = name.removesuffix("_known")
+    return system[name] if known == name else system["known_items"][known]
 
 
 def _curve(scores: Scores, truth: Truth) -> list[dict[str, Any]]:

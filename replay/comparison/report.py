@@ -8,26 +8,23 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from replay.comparison.harness import HEADRACE
+from replay.comparison.harness import COMPARED, HEADRACE, LESS_IS_BETTER
 from replay.comparison.stream import OTHERS
 from replay.html_report import drawn, number, page, settings, table, text, titled
-
-FIGURES = {
-    "auc": "AUC", "ne": "normalised entropy", "ndcg_at_10": "NDCG@10", "auc_known": "AUC on known items",
-    "ndcg_at_10_known": "NDCG@10 on known items",
-}  # fmt: skip
-LESS_IS_BETTER = ("ne",)
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The HTML of what `headrace compare` found (the JSON beside it)."""
     about, runs = result["about"], result["runs"]
-    parts = [
-        f"<h1>Headrace and its peers on {text(about['log'])}</h1>",
-        f"<p>{text(_drawn(about))}</p>",
-        "<h2>Figures</h2>", _figures(result), "<h2>Headrace less the others</h2>", _differences(result),
-        _words(result["shortfalls"]),
-    ]  # fmt: skip
+    if "settings" in result:
+        parts = _sides(result)
+    else:
+        parts = [
+            f"<h1>Headrace and its peers on {text(about['log'])}</h1>",
+            f"<p>{text(_drawn(about))}</p>",
+            "<h2>Figures</h2>", _figures(result), "<h2>Headrace less the others</h2>", _differences(result),
+            _words(result["shortfalls"]),
+        ]  # fmt: skip
     if result.get("intervals"):
         parts += ["<h2>Freshness against quality</h2>", _intervals(result["intervals"])]
     plots = [_curve(runs[0], "auc"), _curve(runs[0], "ne"), _calibration(runs[0])]
@@ -35,8 +32,50 @@ def render(result: Mapping[str, Any]) -> str:
         plots.append(_freshness(result["intervals"]))
     parts += ["<h2>Plots</h2>", f"<p class=note>Of the first seed, {runs[0]['seed']}.</p>"]
     parts += drawn(plots)
-    parts += ["<h2>How it was measured</h2>", settings(about)]
+    own = {f"settings of {name}": value for name, value in result.get("settings", {}).items()}
+    parts += ["<h2>How it was measured</h2>", settings(about | own)]
     return page(f"headrace compare: {about['log']}", parts)
+
+
+def _sides(result: Mapping[str, Any]) -> list[str]:
+    """Several settings side by side: what differs, what came of it, then the figures."""
+    about, names = result["about"], list(result["settings"])
+    rows = [(key, *(str(of[name]) for name in names)) for key, of in result["differences"].items()]
+    differences = table(("setting", *names), rows) if rows else "<p>Nothing that could make a difference.</p>"
+    lines = "".join(f"<li>{text(line)}</li>" for line in result["verdicts"])
+    return [
+        f"<h1>{text(' and '.join(names))} on {text(about['log'])}</h1>",
+        f"<h2>What differs</h2><div class=settings>{differences}</div>",
+        f"<h2>Which is better</h2><ul>{lines}</ul>", f"<p>{text(_drawn(about))}</p>{_compared(result['runs'][0])}",
+        "<h2>Figures</h2>", _figures(result), "<h2>Differences</h2>", _pairs(result),
+    ]  # fmt: skip
+
+
+def _compared(run: Mapping[str, Any]) -> str:
+    """What is compared where the streams differ."""
+    about = run["compared"]
+    if not about:
+        return ""
+    left_out = ", ".join(f"{count:,} of {name}" for name, count in about["left_out"].items())
+    return (
+        f"<p>The settings make other examples of the log. Compared are the {about['examples']:,} that all have, each"
+        f" scored at one moment; left out: {text(left_out)}. Clicks that not all have joined count as clicks for all:"
+        f" {about['clicks_that_not_all_have']:,}.</p>"
+    )
+
+
+def _pairs(result: Mapping[str, Any]) -> str:
+    head = ("seed, difference", *(f"{title}, 95 % interval" for title in COMPARED.values()))
+    rows = []
+    for run in result["runs"]:
+        for pair in run["pairs"]:
+            found = (pair["figures"][figure] for figure in COMPARED)
+            cells = ["–" if f is None else "{:+.4f} … {:+.4f}".format(*f["interval"]) for f in found]
+            rows.append((f"{run['seed']}, {pair['of']} − {pair['less']}", *cells))
+    return table(head, rows) + (
+        "<p class=note>Users drawn again with replacement, the same for both. For the entropy less is better. An"
+        " interval that holds 0: no difference that can be seen.</p>"
+    )
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
@@ -52,7 +91,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
                     continue
                 what = "is behind" if high < 0 else "cannot be told from"
                 found.append(
-                    f"seed {run['seed']}: Headrace {what} {name} in {FIGURES[figure]} (difference"
+                    f"seed {run['seed']}: Headrace {what} {name} in {COMPARED[figure]} (difference"
                     f" {interval[0]:+.4f} to {interval[1]:+.4f})"
                 )
     return found
@@ -60,8 +99,11 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
 
 def _drawn(about: Mapping[str, Any]) -> str:
     """What was scored, in words."""
-    said = f"{about['events']:,} events in batches of {about['model']['batch_size']:,} rows, {about['scored']:,} scores"
+    said = f"{about['events']:,} events in batches of {about['batch_size']:,} rows, {about['scored']:,} scores"
     said += f" of {about['users']:,} users and {about['items']:,} items. "
+    if about["from_ms"] is not None:
+        start = datetime.fromtimestamp(about["from_ms"] / 1000, UTC)
+        said += f"What was shown before {start:%Y-%m-%d %H:%M:%S} UTC is learned and not measured. "
     if about["implicit"]:
         said += (
             f"The log has no impressions: each positive stands beside {about['negatives']} negatives, drawn evenly from"
@@ -91,11 +133,11 @@ def _figures(result: Mapping[str, Any]) -> str:
 
 
 def _differences(result: Mapping[str, Any]) -> str:
-    head = ("seed, system", *(f"{title}, 95 % interval" for title in FIGURES.values()))
+    head = ("seed, system", *(f"{title}, 95 % interval" for title in COMPARED.values()))
     rows = []
     for run in result["runs"]:
         for name, by_figure in run["differences"].items():
-            cells = [_interval(by_figure[figure], figure in LESS_IS_BETTER) for figure in FIGURES]
+            cells = [_interval(by_figure[figure], figure in LESS_IS_BETTER) for figure in COMPARED]
             rows.append((f"{run['seed']}, {name}", *cells))
     if not rows:
         return "<p>Headrace was not among the systems, or alone.</p>"
@@ -139,7 +181,7 @@ def _curve(run: Mapping[str, Any], figure: str) -> go.Figure:
             when = [datetime.fromtimestamp(ms / 1000, UTC) for ms, _ in points]
             width = 3 if name == HEADRACE else 1.5
             plot.add_scatter(x=when, y=[y for _, y in points], name=name, mode="lines+markers", line={"width": width})
-    return titled(plot, f"{FIGURES[figure]} by window of the stream", "event time (UTC)", FIGURES[figure])
+    return titled(plot, f"{COMPARED[figure]} by window of the stream", "event time (UTC)", COMPARED[figure])
 
 
 def _calibration(run: Mapping[str, Any]) -> go.Figure:

@@ -42,6 +42,12 @@ class Labelled:
     example: np.ndarray  # int64 [N] ids, 0: drawn
     known: np.ndarray  # bool [N] its item had been seen before this batch
 
+    def take(self, index: np.ndarray) -> Labelled:
+        """The candidates at `index`, of the same contexts."""
+        c = self.candidates
+        candidates = replace(c, item=c.item[index], ctx=c.ctx[index], position=c.position[index])
+        return Labelled(candidates, *(column[index] for column in _columns(self)))
+
 
 @dataclass
 class Positions:
@@ -64,6 +70,9 @@ class Batch:
     lessons: (
         Labelled  # what a learner of clicks learns now, in the order of the rows, each with its negatives behind it
     )
+    # The negatives: examples [m] that they stand beside, in the order of `scored`, and their items [m, k].
+    beside: np.ndarray
+    drawn: np.ndarray
     ranked: Positions | None = None
 
     @property
@@ -91,10 +100,12 @@ def read_stream(
     partitions: int,
     limit: int | None = None,
     progress: Callable[[int], None] = lambda events: None,
+    from_ms: int | None = None,
 ) -> Stream:
     """The stream of `records` (by time), at most the first `limit` events of them. `progress` is told of each slice.
 
-    Nothing is downsampled, whatever `join.unclicked_of` says. Raises UsageError where there is nothing to score.
+    `from_ms`: what was shown before is learned, and neither scored nor ranked. Nothing is downsampled, whatever
+    `join.unclicked_of` says. Raises UsageError where there is nothing to score.
     """
     stream = Stream(implicit=join.implicit)
     log = JoinedLog(join, partitions)
@@ -115,8 +126,8 @@ def read_stream(
         stream.batches.append(makes.batch(rows, pending))
         pending = []
     stream.events, stream.rejected = log.events, log.counts().rejected
-    _settle(stream)
-    _choose_positions(stream, model)
+    _settle(stream, from_ms)
+    _choose_positions(stream, model, from_ms)
     return stream
 
 
@@ -152,7 +163,10 @@ class _Maker:
             said, drawn = said.take(shown & (said.source == Source.IMPRESSION)), drawn[:0]
             shown, implicit = said.part == Part.SHOWN, implicit[:0]
         number = next(self._number)
-        return Batch(number, catalogue, rows, _scored(said, shown, implicit, drawn), _lessons(said, implicit, drawn))
+        return Batch(
+            number, catalogue, rows, _scored(said, shown, implicit, drawn), _lessons(said, implicit, drawn),
+            said.example_id[implicit], drawn,
+        )  # fmt: skip
 
 
 def _scored(said: Examples, shown: np.ndarray, implicit: np.ndarray, drawn: np.ndarray) -> Labelled:
@@ -165,9 +179,7 @@ def _lessons(said: Examples, implicit: np.ndarray, drawn: np.ndarray) -> Labelle
     """All that say something about a click, each with its negatives behind it."""
     every = _labelled(said, implicit, drawn)
     order = np.argsort(np.concatenate((np.arange(len(said)), np.repeat(implicit, drawn.shape[1]))), kind="stable")
-    c = every.candidates
-    candidates = replace(c, item=c.item[order], ctx=c.ctx[order], position=c.position[order])
-    return Labelled(candidates, *(column[order] for column in _columns(every)))
+    return every.take(order)
 
 
 def _columns(labelled: Labelled) -> tuple[np.ndarray, ...]:
@@ -182,35 +194,41 @@ def _labelled(rows: Examples, implicit: np.ndarray, drawn: np.ndarray) -> Labell
     return Labelled(candidates, label, rows.user[every], rows.ts[every], example, np.zeros(len(every), bool))
 
 
-def _settle(stream: Stream) -> None:
-    """Labels as they turned out: a click that came after its example was learned makes it a positive all the same."""
+def _settle(stream: Stream, from_ms: int | None) -> None:
+    """Labels as they turned out: a click that came after its example was learned makes it a positive all the same.
+
+    What was shown before `from_ms` is not scored.
+    """
     late = [b.rows.example_id[b.rows.part == Part.LATE_CLICK] for b in stream.batches]
     clicked = np.unique(np.concatenate(late)) if late else np.empty(0, np.int64)
-    users, seen = [], np.empty(0, np.int64)
+    seen = np.empty(0, np.int64)
     for batch in stream.batches:
         batch.scored.label[np.isin(batch.scored.example, clicked)] = 1
-        users.append(np.unique(batch.scored.user))
         batch.scored.known = np.isin(batch.scored.candidates.item, seen)
         seen = np.union1d(seen, batch.scored.candidates.item)
-    scores = sum(len(batch.scored.label) for batch in stream.batches)
-    if not 0 < sum(batch.scored.label.sum() for batch in stream.batches) < scores:
+        if from_ms is not None:
+            batch.scored = batch.scored.take(np.flatnonzero(batch.scored.ts >= from_ms))
+    scored = [batch.scored for batch in stream.batches]
+    if not 0 < sum(part.label.sum() for part in scored) < sum(len(part.label) for part in scored):
         raise UsageError(
             "there is nothing to score in this log, or it is all clicks or none: take more of it, or a log with both"
         )
-    stream.users = len(np.unique(np.concatenate(users)))
-    stream.items = len(seen)
+    stream.users = len(np.unique(np.concatenate([part.user for part in scored])))
+    stream.items = len(np.unique(np.concatenate([part.candidates.item for part in scored])))
 
 
-def _choose_positions(stream: Stream, model: TrainerSettings) -> None:
-    """RANKED clicks, chosen by the hash of seed and row id, and for each OTHERS active items of before its batch.
+def _choose_positions(stream: Stream, model: TrainerSettings, from_ms: int | None) -> None:
+    """RANKED clicks on what was shown from `from_ms` on, chosen by the hash of seed and row id, and for each OTHERS
+    active items of before its batch.
 
     Only where so many are known. The others are distinct, and drawn evenly: neither by popularity nor from all items.
     """
+    start = np.iinfo(np.int64).min if from_ms is None else from_ms
     recent, found = RecentItems(model.recent_items), []
     salt = mix(np.array([model.seed], np.int64))[0]
     for batch in stream.batches:
         rows = batch.rows
-        shown = (rows.part == Part.SHOWN) & (rows.click == 1)
+        shown = (rows.part == Part.SHOWN) & (rows.click == 1) & (rows.ts >= start)
         if len(recent) > OTHERS:
             ids = rows.row_id[shown]
             found.append(np.stack((mix(ids ^ salt.astype(np.int64)), ids.view(np.uint64)), 1))

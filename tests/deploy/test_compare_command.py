@@ -111,3 +111,56 @@ def test_tables_that_are_too_small_are_said_in_one_line(capfd: pytest.CaptureFix
     capfd.readouterr()
     assert run(["compare", "events", log, "--systems", "headrace"]) == 2
     assert "raise model.features.users (3)" in capfd.readouterr().err
+
+
+def test_two_settings_files_side_by_side(capfd: pytest.CaptureFixture[str], log: str) -> None:
+    Path("a.toml").write_text(MODEL)
+    Path("b.toml").write_text(MODEL.replace("batch_size = 128", "batch_size = 64") + "topics = { partitions = 2 }\n")
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    at = next(line["ts"] for line in lines[len(lines) // 2 :] if "ts" in line)
+    capfd.readouterr()
+    window = ("--until", str(at), "--from", str(at - 20_000))
+    assert run(["compare", "simulated", log, "--settings", "a.toml", "b.toml", *window, "--jobs", "1", "--json"]) == 0
+    out, err = capfd.readouterr()
+    found = json.loads(out)
+    assert list(found["systems"]) == ["a", "b"]
+    assert found["differences"] == {"model.batch_size": {"a": 128, "b": 64}}
+    assert "a comparison has one topics.partitions: that of a" in err
+    report = Path(found["report"]).read_text("utf-8")
+    assert report.index("What differs") < report.index("model.batch_size") < report.index("Which is better")
+    assert all(line.split("(")[0] in report for line in found["verdicts"])
+    assert len(found["verdicts"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--settings", "a.toml"], "name two files or more"),
+        (["--settings", "a.toml", "none.toml"], "none.toml: no such settings file"),
+        (["--settings", "a.toml", "wrong.toml"], "wrong.toml: model.batch_sise is not a setting"),
+        (["--settings", "a.toml", "odd.toml"], "odd.toml: settings in [join]: `wait_ms` (9) must not be longer"),
+        (["--settings", "a.toml", "a.toml", "--systems", "frozen"], "leave out frozen"),
+        (["--settings", "a.toml", "a.toml", "--intervals"], "--settings stands in place of --config"),
+        (["--from", "2026-01-02", "--until", "2026-01-01"], "--from must be before --until"),
+        (["--from", "yesterday"], "--from yesterday: not a time"),
+    ],
+)
+def test_wrong_settings_files_are_refused_before_anything_runs(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    Path("a.toml").write_text(MODEL)
+    Path("wrong.toml").write_text("model = { batch_sise = 3 }\n")
+    Path("odd.toml").write_text("join = { wait_ms = 9, open_ms = 3 }\n")
+    capfd.readouterr()
+    assert run(["compare", "events", "log.jsonl", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_settings_files_are_named_so_that_they_can_be_told_apart() -> None:
+    from deploy.comparing import unique_names
+
+    assert unique_names([Path("x/a.toml"), Path("y/a.toml"), Path("y/b.toml")]) == ["x/a", "y/a", "b"]
+    assert unique_names([Path("a.toml"), Path("a.toml")]) == ["a", "a (2)"]
+    assert unique_names([Path("x/vw.toml"), Path("b.toml")], taken=("vw",)) == ["x/vw", "b"]

@@ -30,6 +30,7 @@ from tests.figures.common import (
     say,
     started,
 )
+from tests.figures.pace import max_speed
 from tests.figures.time_travel import goes_on
 
 TAOBAO_BY_USER = "taobao-userbehavior/by_user_100k.csv.gz"
@@ -322,5 +323,5 @@ def init(bench: Bench) -> list[Row]:
 
 
 LINES: dict[str, Line] = {
-    line.__name__: line for line in (digests, kills, kafka, readers, memory, likeness, init)
+    line.__name__: line for line in (digests, kills, kafka, max_speed, readers, memory, likeness, init)
 } | {"continue": goes_on}

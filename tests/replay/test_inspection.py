@@ -16,12 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedding_store.errors import LogError
+from online_model.history import HISTORY
+from online_model.settings import TrainerSettings
 from replay.fitting import fitting_settings
 from replay.inspection import IdCounter, Inspection, inspect, require_valid
 from replay.readers import open_log
 from replay.readers.guessing import guess_columns
 from replay.readers.settings import ColumnMapping, LogSettings
 from streams.events import Click, Impression, Item, Purchase, Tick
+from streams.settings import LARGEST_BATCHES
 from tests.replay.conftest import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
 
 Finder = Callable[[str], Path]
@@ -133,6 +136,15 @@ def test_settings_have_room_for_what_is_in_the_log(public_log: Finder) -> None:
     assert fit["model.features.items"] >= 2 * 64_467
     assert fit["model.features.categories"] >= 2 * 3_128
     assert "join.wait_ms" not in fit, "of impressions only"
+
+
+def test_a_train_worker_that_is_behind_can_take_its_largest_batch(public_log: Finder) -> None:
+    path = public_log(KUAIRAND)
+    fit = entries(LogSettings(format="kuairand", path=str(path)), inspect(open_log("kuairand", path)))
+    most = LARGEST_BATCHES * fit["model.batch_size"]
+    new = {"users": most, "items": most * (1 + TrainerSettings().negatives + HISTORY), "categories": most}
+    for table, rows in new.items():
+        assert fit[f"model.features.{table}"] >= rows, "or Trainer.commit_due(most) holds it back at every step"
 
 
 def test_tiny_and_huge_logs_stay_inside_the_bounds() -> None:
