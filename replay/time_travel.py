@@ -16,9 +16,8 @@ checkpoint's positions: they are joined here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from msgspec import Struct
 
@@ -26,7 +25,7 @@ from embedding_store.errors import UsageError
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Block, Counts
 from online_model.trainer import Trainer
-from replay.direct import DirectReplay
+from replay.direct import DirectReplay, DirectSettings, Replayed
 from replay.joining import SLICE, sum_of
 from replay.merging import Merged
 from replay.oracle import WRAP, Expected
@@ -88,7 +87,7 @@ class RecordedLog:
         begin: Iterable[int],
         cuts: Mapping[int, Iterable[int]],
         aside: Mapping[int, tuple[tuple[int, int], ...]],
-        heard: Any,
+        heard: Callable[[int, Recorded, bool], None],
     ) -> None:
         self.whole_slices, self._heard = 0, heard
         self._lanes = []
@@ -152,7 +151,11 @@ class RecordedReplay(DirectReplay):
     """
 
     def __init__(
-        self, settings: Any, begin: tuple[int, ...], progress: Any = None, start: Mapping[int, Start] | None = None
+        self,
+        settings: DirectSettings,
+        begin: tuple[int, ...],
+        progress: Callable[[Replayed], None] | None = None,
+        start: Mapping[int, Start] | None = None,
     ) -> None:
         """Raises UsageError where the recording begins behind the checkpoint, and as DirectReplay does."""
         self._begin, self._start = begin, dict(start or {})

@@ -25,7 +25,7 @@ from streams.topics import TopicSettings
 from tests.replay import replay_child
 from tests.streams.children import running, wait_for
 
-pytestmark = [pytest.mark.broker, pytest.mark.partitions(3)]
+pytestmark = [pytest.mark.broker, pytest.mark.nightly, pytest.mark.partitions(3)]
 
 SAME = ("checkpoint_digest", "examples_digest", "examples", "trained_examples", "balance", "prequential")
 
@@ -97,7 +97,6 @@ def _rows(recording: Recording) -> int:
     )
 
 
-@pytest.mark.nightly
 def test_a_recording_makes_the_examples_that_the_live_joiner_made(
     broker: str, topics: TopicSettings, records: list[Any], tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def _record(broker: str, topics: TopicSettings, path: str, says: Connection) -> 
     Recorder(broker, topics, path, settings, True).run(never, progress=lambda so_far: says.send(so_far.files))
 
 
+@pytest.mark.nightly
 @pytest.mark.partitions(2)
 def test_killed_at_random_moments_it_loses_and_doubles_nothing(
     broker: str, topics: TopicSettings, tmp_path: Path
