@@ -19,11 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.figures import ablation, compare, publish, replay, replica, retrieval, serve, store, streams, train
+from tests.figures import ablation, backfill, compare, publish, replay, replica, retrieval, serve, store, streams, train
 from tests.figures.common import Bench, FigureError, Line, Row, say
 
 MODULES: dict[str, dict[str, Line]] = {
-    "ablation": ablation.LINES, "compare": compare.LINES, "publish": publish.LINES, "replay": replay.LINES,
+    "ablation": ablation.LINES, "backfill": backfill.LINES, "compare": compare.LINES, "publish": publish.LINES, "replay": replay.LINES,
     "replica": replica.LINES, "retrieval": retrieval.LINES, "serve": serve.LINES, "store": store.LINES,
     "streams": streams.LINES, "train": train.LINES,
 }  # fmt: skip
