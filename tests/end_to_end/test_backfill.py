@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from kafka import KafkaAdminClient, TopicPartition
 
 from embedding_store.delta import Assembler, Version
 from embedding_store.faults import VARIABLE
@@ -20,7 +21,7 @@ from streams.blocks import decode_block
 from streams.events import Item, encode
 from streams.join_snapshots import settings_hash
 from streams.joiner import JoinSettings
-from streams.topics import TopicSettings, end_offsets
+from streams.topics import TopicSettings, create_topics, delete_topics, end_offsets
 from tests.streams.children import Child, convert, read_all, running, wait_for
 from tests.streams.joining import JOIN, PARTITIONS, Players
 
@@ -120,3 +121,24 @@ def test_a_trainer_begins_with_a_backfill_and_goes_on_with_the_stream_though_it_
         assert join.stop() == 0, join.said
     assert join.said.count("going on from the backfill at") == PARTITIONS, "once each: it is behind only then"
     _check(broker, topics, made)
+
+
+def test_a_topic_that_does_not_go_on_where_the_backfill_ends_is_refused(
+    broker: str, topics: TopicSettings, made: Manifest, tmp_path: Path
+) -> None:
+    """Retention has deleted what comes next, or the topic is another one."""
+    about = {"prefix": topics.prefix, "partitions": PARTITIONS}
+    shared = {"bootstrap": broker, "backfill": str(tmp_path / "backfill"), "topics": about, "join": JOIN}
+    delete_topics(broker, topics)
+    create_topics(broker, topics)
+    with running("join", tmp_path / "empty.log", data_dir=tmp_path / "empty", **shared) as join:
+        assert join.wait(60) == 1, join.said
+        assert "Kafka has records from 0 to 0: make one that ends there" in join.said
+    Players(broker, topics.events, 2, 3_000, pause=0.001, last=False).play()
+    place = {TopicPartition(topics.events, p): made.parts[p].next_offset + 1 for p in range(PARTITIONS)}
+    client = KafkaAdminClient(bootstrap_servers=broker)
+    client.delete_records(place)
+    client.close()
+    with running("join", tmp_path / "short.log", data_dir=tmp_path / "short", **shared) as join:
+        assert join.wait(60) == 1, join.said
+        assert f"Kafka has records from {made.parts[0].next_offset + 1} to" in join.said

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.figures import (
     ablation,
+    backfill,
     compare,
     off_policy,
     publish,
@@ -35,7 +36,7 @@ from tests.figures import (
 from tests.figures.common import Bench, FigureError, Line, Row, say
 
 MODULES: dict[str, dict[str, Line]] = {
-    "ablation": ablation.LINES, "compare": compare.LINES, "offpolicy": off_policy.LINES,
+    "ablation": ablation.LINES, "backfill": backfill.LINES, "compare": compare.LINES, "offpolicy": off_policy.LINES,
     "publish": publish.LINES, "replay": replay.LINES, "replica": replica.LINES, "retrieval": retrieval.LINES,
     "serve": serve.LINES, "store": store.LINES, "streams": streams.LINES, "train": train.LINES,
 }  # fmt: skip
