@@ -127,14 +127,15 @@ def max_speed(bench: Bench) -> list[Row]:
         runs = []
         for number in range(RUNS):
             say(f"{what}: run {number + 1} of {RUNS}")
-            runs.append(_run(bench, name, path))
+            runs.append(run := _run(bench, name, path))
+            say(f"{what}: " + ", ".join(f"{key} {_ratio(run[key]):.2f}" for key in ("clock", "cpu")))
         rows += _rows(what, runs)
     return rows
 
 
 def _rows(what: str, runs: list[dict[str, Any]]) -> list[Row]:
-    by_clock, by_cpu = ([run[key]["through"] / run[key]["reference"] for run in runs] for key in ("clock", "cpu"))
-    middle = sorted(runs, key=lambda run: run["clock"]["through"] / run["clock"]["reference"])[len(runs) // 2]
+    by_clock, by_cpu = ([_ratio(run[key]) for run in runs] for key in ("clock", "cpu"))
+    middle = sorted(runs, key=lambda run: _ratio(run["clock"]))[len(runs) // 2]
     rows = []
     for key, said in (("clock", "by the clock"), ("cpu", "by processor time")):
         one = middle[key]
@@ -150,6 +151,10 @@ def _rows(what: str, runs: list[dict[str, Any]]) -> list[Row]:
         at_least(f"{what}: ratio by processor time ({min(by_cpu):.2f} to {max(by_cpu):.2f})",
                  statistics.median(by_cpu), WANTED, " ×"),
     ]  # fmt: skip
+
+
+def _ratio(found: dict[str, float]) -> float:
+    return found["through"] / found["reference"]
 
 
 def _run(bench: Bench, name: str, path: Path) -> dict[str, Any]:
