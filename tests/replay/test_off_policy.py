@@ -101,6 +101,15 @@ def test_a_policy_that_is_the_log_s_own_has_the_log_s_mean() -> None:
         assert found.ess == pytest.approx(1_000)
 
 
+def test_self_normalised_weights_do_not_add_to_the_error_where_all_earn_alike() -> None:
+    """Σ w·r / Σ w is r whatever is drawn; IPS swings with the sum of the weights."""
+    log = World(decisions=1_000).draw(0)
+    weights, reward = weigh(np.full(1_000, 0.05), log.propensity), np.full(1_000, 0.3)
+    found = estimators.snips(reward, weights, log.cluster)
+    assert (found.value, found.low, found.high) == (pytest.approx(0.3), pytest.approx(0.3), pytest.approx(0.3))
+    assert estimators.ips(reward, weights, log.cluster).error > 0.001
+
+
 def test_clipping_is_asked_for_and_told() -> None:
     target, propensity = np.array([0.5, 0.1, 0.9]), np.array([0.5, 0.5, 0.1])
     assert weigh(target, propensity).values.tolist() == pytest.approx([1, 0.2, 9])

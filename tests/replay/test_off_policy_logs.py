@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from embedding_store.errors import UsageError
+from online_model.examples import Examples
 from online_model.settings import FeatureSettings, TrainerSettings
+from replay.off_policy import ours
 from replay.off_policy.decisions import Decisions, read
 from replay.off_policy.estimate import EstimateSettings, estimate
 from replay.off_policy.policies import Choice
@@ -119,11 +121,22 @@ def test_uniform_on_random_pages_is_the_log_itself(world: Path) -> None:
     assert found["about"]["clustered_by"] == "user"
 
 
-def test_headrace_is_trained_on_the_first_part_and_then_fixed(world: Path) -> None:
+def test_headrace_is_trained_on_the_first_part_and_then_fixed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+
+    class Watched(ours.Model):
+        def learn(self, rows: Examples) -> None:
+            learned.append(int(rows.closed.max()))
+            super().learn(rows)
+
+    monkeypatch.setattr(ours, "Model", Watched)
     model = TrainerSettings(batch_size=128, features=SMALL)
     log = open_log("events", world)
     settings = EstimateSettings("headrace", JoinSettings(), model, choice=Choice(temperature=1.0))
     found = estimate(log, settings)
+    every = decisions(world)
+    assert learned, "some batches are complete before the first decision judged …"
+    assert max(learned) < every.ts[len(every) // 2], "… and none else is learned"
     assert found["about"]["judged"] < 0.6 * found["about"]["decisions"]
     assert abs(found["support"]["mean_weight"] - 1) < 0.1
     best = found["estimates"]["dr"]
