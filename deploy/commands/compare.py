@@ -85,26 +85,12 @@ def compare(
 
     With --settings: the same log under two or more settings files, and beside them the --systems that are named.
     """
-    window = millis("--from", from_time), millis("--until", until_time)
-    if None not in window and window[0] >= window[1]:  # type: ignore[operator]
-        raise UsageError("--from must be before --until")
+    window = _window(from_time, until_time)
     flags = {
         "data_dir": data_dir, "log__format": "events" if name == SIMULATED else name, "log__path": file,
         "model__seed": seed, "model__ranker__seed": seed,
     }  # fmt: skip
-    if settings_files:
-        if config or intervals:
-            raise UsageError("--settings stands in place of --config, and --intervals is of one model: leave it out")
-        settings, variants, chosen = _side_by_side(settings_files, flags, systems)
-    else:
-        settings, variants = settings_for(config, **flags), ()
-        chosen = None
-    if not settings.log.format or not settings.log.path:
-        raise UsageError("which log? headrace compare NAME FILE, or [log] format and path in the settings")
-    if chosen is None:
-        from replay.comparison.harness import choose
-
-        chosen = choose(systems)
+    settings, variants, chosen = _chosen(config, settings_files, flags, systems, intervals)
     from replay.comparison.compare import CompareSettings, write
     from replay.comparison.compare import compare as compared
     from replay.readers import open_log
@@ -121,6 +107,32 @@ def compare(
         report, data = write(result, out or settings.data_dir / "compare")
         result |= {"report": str(report), "data": str(data)}
         output.result(result, _text(result))
+
+
+def _window(from_time: str | None, until_time: str | None) -> tuple[int | None, int | None]:
+    start, end = millis("--from", from_time), millis("--until", until_time)
+    if start is not None and end is not None and start >= end:
+        raise UsageError("--from must be before --until")
+    return start, end
+
+
+def _chosen(
+    config: Path | None, files: list[Path] | None, flags: dict[str, Any], systems: str | None, intervals: bool
+) -> tuple[Settings, tuple[Variant, ...], tuple[str, ...]]:
+    """(settings, those that are compared, the systems); the heavy imports come once the settings are right."""
+    if files and (config or intervals):
+        raise UsageError("--settings stands in place of --config, and --intervals is of one model: leave it out")
+    if files:
+        settings, variants, chosen = _side_by_side(files, flags, systems)
+    else:
+        settings, variants, chosen = settings_for(config, **flags), (), ()
+    if not settings.log.format or not settings.log.path:
+        raise UsageError("which log? headrace compare NAME FILE, or [log] format and path in the settings")
+    if not files:
+        from replay.comparison.harness import choose
+
+        chosen = choose(systems)
+    return settings, variants, chosen
 
 
 def _side_by_side(
