@@ -134,6 +134,8 @@ class TrainWorker:
         self._changed = asyncio.Condition()  # of what follows
         self._waiting: deque[ConsumerRecord | Piece] = deque()
         self._waiting_bytes = 0
+        self._followed: set[int] = set()  # partitions of which a block came from the topic after a backfill
+        self._pending = 0  # rows, or records, that were taken from there and are not learned; 0: none
         self._items: list[CatalogueItem] = []
         self._draining = False
         self._dirty = False  # something was offered since the last commit, or replicas wait for rows
@@ -182,7 +184,8 @@ class TrainWorker:
 
     async def learn_backfill(self) -> None:
         """What the trainer has not learned of the backfill goes to it, before anything of the topics, and then the
-        catalogue as it is now. Returns when that is so, or when the worker is ending.
+        catalogue as it is now. Returns when that is so (a deterministic one still holds what is not below the smallest
+        watermark), or when the worker is ending.
 
         Raises PositionError where the trainer has learned something else; CorruptRecord, StoreError.
         """
@@ -198,7 +201,7 @@ class TrainWorker:
         while not self.ending.is_set() and (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             await self._put([piece], piece.size)
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._waiting or self.ending.is_set())
+            await self._changed.wait_for(lambda: not (self._waiting or self._pending) or self.ending.is_set())
         if not self.ending.is_set():
             log.info("going on from the backfill with %s", self.settings.topics.examples)
             await self._read_catalogue()
@@ -338,7 +341,9 @@ class TrainWorker:
         """What has come, as soon as there is something to do; the flag: it is the last turn."""
         pending = 0 if self._stalled else self._trainer.pending
         async with self._changed:
+            self._pending = pending
             if not pending:
+                self._changed.notify_all()  # who waits for it to be learned
                 seconds = max(0.0, self._commit_due - time.monotonic()) if self._dirty else None
                 await self._changes(seconds, lambda: bool(self._waiting or self._items or self._draining))
                 # A step costs the same for ten rows as for two hundred: a little patience saves most of them. But not
@@ -351,6 +356,7 @@ class TrainWorker:
                 records = list(self._waiting)
                 self._waiting.clear()
                 self._waiting_bytes = 0
+                self._pending += len(records)
             items, self._items = self._items, []
             self._changed.notify_all()
         return records, items, self._draining and not (records or items or pending)
@@ -392,8 +398,9 @@ class TrainWorker:
     def _require_next(self, block: Block, offset: int) -> None:
         """After a backfill the topic has the block that begins where that ends. Raises PositionError."""
         position = self._trainer.positions.get(block.partition)
-        if self._backfill is None or offset == BEFORE or position is None or position.source_offset:
+        if self._backfill is None or offset == BEFORE or block.partition in self._followed or position is None:
             return
+        self._followed.add(block.partition)
         part = self._backfill.parts.get(block.partition)
         if part is not None and position.next == part.next_offset and block.from_offset > position.next:
             raise PositionError(

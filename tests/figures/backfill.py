@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -113,6 +114,7 @@ def handover(bench: Bench) -> list[Row]:
         headrace(folder, "topics", "create")
         with started(folder, "replay", "events", "log.jsonl.gz", "--speed", SPEED, "--no-wait") as player:
             time.sleep(PLAYED_S / SPEED / 2)  # half of it
+            player.send_signal(signal.SIGUSR1)  # it pauses: Spark may take longer than the rest would
             headrace(folder, "record", "--out", "recording", "--from-beginning", "--to-end")
             made = headrace(folder, "backfill", "recording", "--engine", "spark", "--out", "backfill")
             found = _learned(folder, server, player)
@@ -136,6 +138,7 @@ def _learned(folder: Path, server: str, player: subprocess.Popen[bytes]) -> dict
         with started(folder, "train", "--backfill", "backfill", says="training on partitions") as train:
             train.kill()
         with started(folder, "train", "--backfill", "backfill", says="training on partitions"):
+            player.send_signal(signal.SIGUSR2)
             try:
                 if player.wait(PLAYED_S / SPEED + SETTLED_S) != 0:
                     raise FigureError("the play failed: see replay.stderr")
