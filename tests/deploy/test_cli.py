@@ -161,12 +161,15 @@ def test_ctrl_c_is_one_word_and_130(tmp_path: Path) -> None:
         [sys.executable, "-m", "deploy.cli", "simulate", "--seconds", "1e9", "--out", "x.jsonl"], cwd=tmp_path,
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    end = time.monotonic() + 60
-    while not (tmp_path / "x.jsonl").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "x.jsonl").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()  # it would go on for ever
     assert process.returncode == 130
     assert said == "headrace: stopped\n"
 
