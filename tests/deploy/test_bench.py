@@ -6,6 +6,7 @@ import asyncio
 import collections
 import itertools
 import json
+import os
 from pathlib import Path
 
 import aiohttp
@@ -15,10 +16,10 @@ import pytest
 import torch
 from aiohttp import web
 
+from deploy.bench import common, serve_parts, train_parts
 from deploy.bench import join as join_bench
 from deploy.bench import scale as scale_bench
 from deploy.bench import serve as serve_bench
-from deploy.bench import serve_parts, train_parts
 from deploy.bench import store as store_bench
 from deploy.bench.freshness import STAGES as STAGES_OF_A_PROBE
 from deploy.bench.mix import SHARES, standard_mix
@@ -224,3 +225,14 @@ def test_freshness_reports_its_keys_and_stages_that_add_up(broker: str, capfd: p
     assert sum(result["stages"].values()) == pytest.approx(result["p50_ms"], rel=0.5)
     assert result["unreturned"] == 0
     assert {"train", "serve", "join", "producer"} <= result["cores"].keys()
+
+
+def test_a_part_may_last_as_long_as_it_is_told_to_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_part.py").write_text(
+        "import json, sys, time\ntime.sleep(json.loads(sys.argv[2])['sleeps'])\nprint('{}')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(common, "CHILD_SECONDS", 0.5)
+    assert common.run_part("slow_part", "sleep", sleeps=1.0, seconds=30.0) == {}
+    with pytest.raises(common.BenchError, match="did not end within"):
+        common.run_part("slow_part", "sleep", sleeps=60.0)
