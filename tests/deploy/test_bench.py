@@ -227,7 +227,7 @@ def test_freshness_reports_its_keys_and_stages_that_add_up(broker: str, capfd: p
     assert {"train", "serve", "join", "producer"} <= result["cores"].keys()
 
 
-def test_a_part_may_last_as_long_as_it_is_told_to_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_may_last_as_long_as_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "slow_part.py").write_text(
         "import json, sys, time\ntime.sleep(json.loads(sys.argv[2])['sleeps'])\nprint('{}')\n"
     )
