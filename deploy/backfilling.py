@@ -65,8 +65,7 @@ def _recorded(settings: Settings, log: str, out: str, engine: Engine, scratch: s
     """A recording as it is: its offsets are those of the topic."""
     recording = Recording(log)
     join = settings.join.join
-    where = log.rstrip("/") if "://" in log else str(Path(log).absolute())
-    origin = Origin(recording.about.topics[EVENTS].name, ["recording", where], settings_hash(join), join)
+    origin = Origin(recording.about.topics[EVENTS].name, ["recording", _absolute(log)], settings_hash(join), join)
     task = Task(out, origin, ranges_of(recording, before_the_topic=False), scratch)
     if not task.ranges:
         raise LogError(f"{log}: there is no record in it yet: record something first")

@@ -27,7 +27,8 @@ import pyarrow as pa
 from msgspec import Struct
 
 from embedding_store.errors import LogError, UsageError
-from online_model.examples import Counts, ExamplesDigest
+from online_model.examples import ExamplesDigest
+from replay.joining import sum_of
 from replay.recording import EVENTS, ITEMS, Recording
 from streams.backfill import (
     ABOUT,
@@ -219,10 +220,7 @@ def _copy_items(folder: Folder, recording: Recording) -> tuple[int, list[str]]:
 
 def figures(manifest: Manifest) -> dict[str, Any]:
     """What `headrace backfill --json` says of it."""
-    counts = Counts()
-    for part in manifest.parts:
-        for name, value in vars(part.counts).items():
-            setattr(counts, name, getattr(counts, name) + value)
+    counts = sum_of(part.counts for part in manifest.parts)
     names = ("events_in", "rejected", "duplicates", "late", "joined", "history_only", "open", "set_aside")
     return {
         "events_in": counts.events_in,

@@ -30,8 +30,7 @@ from replay.joining import SLICE, sum_of
 from replay.merging import Merged
 from replay.oracle import WRAP, Expected
 from replay.recording import ITEMS, Recorded
-from streams.catalogue import catalogue_item
-from streams.events import Rejected, decode_item
+from streams.catalogue import item_in
 from streams.joiner import Joiner, JoinSettings
 from streams.joiner import Record as LogRecord
 
@@ -113,7 +112,7 @@ class RecordedLog:
             for topic, partition, record in part:
                 if topic != ITEMS:
                     self._lanes[partition].records.append(record)
-                elif (item := _item(record)) is not None:
+                elif (item := item_in(record.value, f"offset {record.offset} of the recorded catalogue")) is not None:
                     items.append(item)
             self.whole_slices += len(part) == SLICE
             yield items, self._blocks()
@@ -131,16 +130,6 @@ class RecordedLog:
                     self._heard(partition, record, aside)
                 raw = (LogRecord(r.offset, r.stamp, r.value) for r in records)
                 yield lane.joiner.process(raw, edge, set_aside=aside).block
-
-
-def _item(record: Recorded) -> CatalogueItem | None:
-    """As streams.catalogue has it: nothing of a tombstone, and of what is no item."""
-    if record.value is None:
-        return None
-    try:
-        return catalogue_item(decode_item(record.value), record.value)
-    except Rejected:
-        return None
 
 
 class RecordedReplay(DirectReplay):
