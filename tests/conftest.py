@@ -10,6 +10,10 @@ import pytest
 from deploy.broker import Broker
 from streams.topics import TopicSettings, create_topics
 
+# What the helpers assert says what it saw, too.
+pytest.register_assert_rewrite(*(f"tests.{part}" for part in (
+    "deploy", "embedding_store", "end_to_end", "figures", "online_model", "replay", "streams")))  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def running_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:

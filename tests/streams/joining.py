@@ -124,10 +124,10 @@ def blocks(broker: str, topics: TopicSettings) -> dict[int, list[Block]]:
     return blocks
 
 
-def joined_up_to(broker: str, topics: TopicSettings) -> int:
-    """How many records have had their effect: the offsets of the group that moves with the blocks."""
+def joined_up_to(broker: str, topics: TopicSettings) -> list[int]:
+    """By partition, how many records have had their effect: the offsets of the group that moves with the blocks."""
     offsets = group_offsets(broker, f"{topics.prefix}headrace-join.store", topics.events, PARTITIONS)
-    return sum(offset or 0 for offset in offsets)
+    return [offset or 0 for offset in offsets]
 
 
 def ready(child: Child) -> None:
