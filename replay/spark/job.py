@@ -9,6 +9,7 @@ Spark does again, or twice at once, changes nothing.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -67,10 +68,13 @@ def join_on_spark(
 
 
 def hadoop_url(path: str) -> str:
-    """As Spark's own file systems have it: a local path as file://, s3:// as s3a://."""
+    """As Spark's own file systems have it: a local path as file://, s3:// as s3a://. They decode no %20, and take it
+    for a pattern unless what could be one is escaped."""
     if "://" not in path:
-        return Path(path).absolute().as_uri().replace("%3D", "=")
-    return f"s3a{path[2:]}" if path.startswith("s3://") else path
+        path = f"file://{Path(path).absolute()}"
+    elif path.startswith("s3://"):
+        path = f"s3a{path[2:]}"
+    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
 
 
 def _join(task: Task, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -31,7 +31,8 @@ needs_spark = pytest.mark.skipif(bool(_spark_missing()), reason=_spark_missing()
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    folder = tmp_path_factory.mktemp("spark")
+    folder = tmp_path_factory.mktemp("spark") / "1,000 events, 5%20 [all] {a,b}"  # Hadoop has views on such names
+    folder.mkdir()
     return recorded(simulated(folder / "log.jsonl", 60), folder / "recording")
 
 
@@ -102,7 +103,8 @@ def test_a_java_that_is_too_old_is_named(
 
 
 def test_paths_for_spark() -> None:
-    assert hadoop_url("/a b/topic=events") == "file:///a%20b/topic=events"
+    assert hadoop_url("/a b/topic=events") == "file:///a b/topic=events"
+    assert hadoop_url("/a,b [1]/100%20") == r"file:///a,b \[1\]/100%20"
     assert hadoop_url("s3://bucket/topic=events") == "s3a://bucket/topic=events"
     assert hadoop_url("hdfs://name/x") == "hdfs://name/x"
     assert hadoop_url("x") == f"file://{os.getcwd()}/x"
