@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ LOGS = {
     "onlineretail": "online-retail/online_retail.csv.gz",
 }
 EVENTS, RATE = 5_000_000, 1_000  # simulated, so many a second of event time
-PLAYED, PLAYED_S, SPEED = 60_000, 1_200, 10  # events of the hand-over in so many seconds of event time, times as fast
+PLAYED, PLAYED_S, SPEED = 60_000, 1_200, 10  # events of the hand-over, in less than so many seconds of event time
+PAUSED_AT = 5_000  # records: a third of them
 SETTLED_S = 180
 SETTINGS = """
 [topics]
@@ -24,6 +24,18 @@ partitions = 4
 ticks = "log"
 [train]
 device = "cpu"
+[simulator]
+requests_per_s = 10
+"""
+_SENT = r"""
+import sys, time
+from streams.topics import end_offsets
+server, wanted, end = sys.argv[1], int(sys.argv[2]), time.monotonic() + float(sys.argv[3])
+while sum(end_offsets(server, "events").values()) < wanted:
+    if time.monotonic() > end:
+        sys.exit("not so much was played in time")
+    time.sleep(0.2)
+print("{}")
 """
 _DIRECT = r"""
 import json, sys
@@ -113,7 +125,7 @@ def handover(bench: Bench) -> list[Row]:
         server = headrace(folder, "broker", "start")["bootstrap"]
         headrace(folder, "topics", "create")
         with started(folder, "replay", "events", "log.jsonl.gz", "--speed", SPEED, "--no-wait") as player:
-            time.sleep(PLAYED_S / SPEED / 2)  # half of it
+            program(_SENT, server, PAUSED_AT, PLAYED_S / SPEED + SETTLED_S)
             player.send_signal(signal.SIGUSR1)  # it pauses: Spark may take longer than the rest would
             headrace(folder, "record", "--out", "recording", "--from-beginning", "--to-end")
             made = headrace(folder, "backfill", "recording", "--engine", "spark", "--out", "backfill")
