@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Histogram
 
 from deploy.freshness import PROBE_S, RECENT, Follower, Prober, tick
 from embedding_store.delta import PartHead, head_of_part
