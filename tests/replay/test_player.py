@@ -136,7 +136,7 @@ def test_what_is_sent_is_counted_by_kind_and_how_late_it_is_is_told() -> None:
     sink.send = slow  # type: ignore[method-assign]
     played = player.play([shown, *(click(ts) for ts in range(500, 2_000, 500)), click(60_000)])
     assert played.kinds == {Impression: 3, Click: 4, Garbage: 5}
-    assert played.kinds.total() == played.events
+    assert sum(played.kinds.values()) == played.events
     assert late == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.0])
     assert player.behind_s == 0  # it is over
 
