@@ -23,6 +23,7 @@ from streams import app
 from streams.follower import Follower
 from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
+from streams.metrics import tell_process
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
 from streams.shadow import Shadow
@@ -39,7 +40,8 @@ def run_serve(settings: ServeWorkerSettings, reload: Callable[[], ServeWorkerSet
 
     `reload`: reads the settings again, at SIGHUP (reloading.py).
     """
-    app.run(lambda stop: _serve(settings, stop, reload), uvloop.new_event_loop)
+    serve = lambda stop: _serve(settings, stop, reload)  # noqa: E731
+    app.run(serve, uvloop.new_event_loop, worker="serve", logs=settings.logs)
 
 
 async def _serve(
@@ -52,7 +54,8 @@ async def _serve(
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
-    web = create_app(holder, settings.serve.max_age_ms)
+    tell_process(holder.metrics.registry, settings.data_dir)
+    web = create_app(holder, settings.serve.max_age_ms, access_log=settings.access_log)
     server = _Server(
         uvicorn.Config(
             web,
