@@ -22,6 +22,7 @@ from embedding_store.errors import UsageError
 from embedding_store.secret import HIDDEN, Secret
 
 if TYPE_CHECKING:
+    from online_model.serving.settings import HttpSettings
     from online_model.settings import TrainerSettings
     from replay.readers.settings import LogSettings
     from replay.simulator.settings import SimulatorSettings
@@ -38,6 +39,7 @@ ABOUT = {
     "join": "the join worker; times in ms of event time",
     "train": "the train worker",
     "serve": "a serving replica",
+    "http": "who may ask the replica, and /metrics of all workers",
     "demo": "headrace demo",
 }
 # Of the command itself, of the embedded Kafka, of tests.
@@ -76,7 +78,7 @@ class Layer:
 class Settings:
     """All settings, checked section by section as they are asked for. Raises UsageError with one line."""
 
-    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "simulator", "demo")
+    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "http", "simulator", "demo")
 
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
@@ -138,6 +140,12 @@ class Settings:
                 text = f"serve.{name} is {getattr(serve, name)}, that of [join] is {joins[name]}: set it there only"
                 raise UsageError(text)
         return serve
+
+    @cached_property
+    def http(self) -> HttpSettings:
+        from online_model.serving.settings import HttpSettings
+
+        return self._section("http", HttpSettings)
 
     @cached_property
     def simulator(self) -> SimulatorSettings:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from online_model.serving.settings import ReplicaSettings
+from online_model.serving.settings import HttpSettings, ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
 from streams.topics import TopicSettings
@@ -29,6 +29,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     data_dir: Path
     topics: TopicSettings = TopicSettings()
     join: JoinSettings = JoinSettings()
+    http: HttpSettings = HttpSettings()
     ticks: Annotated[
         Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
     ] = "live"
@@ -50,7 +51,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
         float, Meta(gt=0, description="so long after a user was forgotten the files are rewritten without them")
     ] = 600.0
     backfill: Begin = ""
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
 
 
 class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -60,6 +61,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     data_dir: Path
     topics: TopicSettings = TopicSettings()
     model: TrainerSettings = TrainerSettings()
+    http: HttpSettings = HttpSettings()
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
     threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
     ranks: Annotated[
@@ -80,7 +82,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     checkpoints_kept: Annotated[int, Meta(ge=1)] = 3
     backfill: Begin = ""
     sync: Sync = False
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
 
     @property
     def store(self) -> Path:
@@ -101,7 +103,11 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     data_dir: Path
     topics: TopicSettings = TopicSettings()
     serve: ReplicaSettings = ReplicaSettings()
-    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
+    http: HttpSettings = HttpSettings()
+    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port; 0: any free one")] = 8080
+    admin_port: Annotated[
+        int, Meta(ge=0, le=65_535, description="/metrics and /docs are here and not on `port`; 0: they are there")
+    ] = 0
     live_actions: Annotated[
         int, Meta(ge=0, description="actions of users kept in memory until their rows hold them; 0: none")
     ] = 100_000
