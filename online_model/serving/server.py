@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -102,10 +103,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int, setting: str) -> socket.socket:
-    """A socket that listens; port 0: any free one. Raises UsageError, which names the `setting` to change."""
+def listen(host: str, port: int, setting: str = "port") -> socket.socket:
+    """A socket that listens; port 0: any free one. Raises UsageError; `setting`: what it calls the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}): choose another {setting}") from error
+        other = f"choose another {setting}" if error.errno == errno.EADDRINUSE else "is it an address of this machine?"
+        raise UsageError(f"cannot listen on {host}:{port}: {other}") from error

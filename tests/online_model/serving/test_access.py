@@ -283,7 +283,7 @@ def test_over_tls_with_a_token(tokens: HttpSettings, certificate: tuple[Path, Pa
 
     async def run() -> None:
         app = create_app(Holder(replica(world())), 1 << 50, gate=Gate(settings, lambda: NOW_S))
-        listening = listen("127.0.0.1", 0, "serve.port")
+        listening = listen("127.0.0.1", 0)
         web = Server(app, settings)
         running = asyncio.create_task(web.serve([listening]))
         url = f"https://127.0.0.1:{listening.getsockname()[1]}"
@@ -360,7 +360,7 @@ def test_who_sends_no_whole_head_is_let_go(monkeypatch: pytest.MonkeyPatch, firs
 def test_more_connections_than_are_allowed_are_refused():
     async def run() -> None:
         web = Server(create_app(Holder(replica(world()))), HttpSettings(connections=3))
-        listening = listen("127.0.0.1", 0, "serve.port")
+        listening = listen("127.0.0.1", 0)
         running = asyncio.create_task(web.serve([listening]))
         host, port = listening.getsockname()
         idle = [await asyncio.open_connection(host, port) for _ in range(3)]
