@@ -221,7 +221,7 @@ def test_wrong_tokens_are_refused_at_start_without_being_shown(tmp_path: Path, l
         Gate(HttpSettings(token=Secret("password")))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "headrace.example", "127.0.0.1.example"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "headrace.example", "127.0.0.1.example"])  # noqa: S104
 def test_nothing_listens_beyond_the_loopback_without_a_token(tokens: HttpSettings, host: str):
     with pytest.raises(UsageError, match=r"set http\.tokens_file or HEADRACE_HTTP_TOKEN"):
         check_listening(HttpSettings(), Gate(), host, "http.host")
