@@ -13,12 +13,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
 from embedding_store.errors import UsageError
+from embedding_store.secret import HIDDEN, Secret
 
 if TYPE_CHECKING:
     from online_model.settings import TrainerSettings
@@ -299,6 +300,11 @@ def _is_section(type_: Any) -> bool:
     return isinstance(type_, type) and (issubclass(type_, Struct) or dataclasses.is_dataclass(type_))
 
 
+def _is_secret(type_: Any) -> bool:
+    """Whether a field holds a Secret, alone, with a Meta, or as one of several types."""
+    return type_ is Secret or any(_is_secret(part) for part in get_args(type_))
+
+
 def _is_elsewhere(name: str, type_: Any) -> bool:
     """Whether a field of a section is another section, or a general setting, and so set there. (`demo.log` is neither:
     it is a text.)"""
@@ -353,15 +359,18 @@ def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: An
     except msgspec.ValidationError as problem:
         error = str(problem).replace("`", "")
         error = error[:1].lower() + error[1:]
+    shown = HIDDEN if _is_secret(type_) else value
     if isinstance(value, _Text):
-        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={value}: {error}")
+        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={shown}: {error}")
     where = "" if layer.source == "flag" else f"{layer.source}: "
-    raise UsageError(f"{where}{'.'.join((*path, name))} = {value!r}: {error}")
+    raise UsageError(f"{where}{'.'.join((*path, name))} = {shown!r}: {error}")
 
 
 def _decode(type_: type, value: Any) -> Any:
     if type_ is Path and isinstance(value, str):
         return Path(value).expanduser()
+    if type_ is Secret and isinstance(value, str):
+        return Secret(value)
     raise ValueError(f"expected {type_.__name__}, got {type(value).__name__}")
 
 
@@ -402,6 +411,9 @@ def _entries(section: Any) -> list[str]:
             continue
         value, about = getattr(section, name), _about(type_)
         comment = f"  # {about}" if about else ""
+        if isinstance(value, Secret):
+            lines.append(f"# {name} is set, and not shown{comment}")
+            continue
         lines.append(f"# {name} is not set{comment}" if value is None else f"{name} = {_toml(value)}{comment}")
     return lines
 
