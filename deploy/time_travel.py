@@ -81,7 +81,7 @@ def replay_recording(
 
     home, live = settings.data_dir / "replay", None
     if journey.go_on:
-        live = partial(LiveTopics, settings.bootstrap)
+        live = partial(LiveTopics, settings.connection)
         live(recording.next_places()).close()  # whether Kafka still has them is said at once, and not after hours
     with alone(settings.data_dir / "replay.lock", "replay", "wait for it"):
         direct = DirectSettings(

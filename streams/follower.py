@@ -39,6 +39,7 @@ from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica, ReplicaSettings, wall_clock_ms
 from online_model.settings import Feedback
 from streams.early import Early, Place, place
+from streams.kafka_clients import client_arguments
 from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
@@ -93,7 +94,7 @@ class Follower:
             registry=holder.metrics.registry,
         )  # fmt: skip
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap,
+            **client_arguments(settings.connection),
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # where what is next was deleted, the replica will see a gap

@@ -10,16 +10,17 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
+from streams.kafka_clients import Bootstrap, client_arguments
 
 SILENCE_SECONDS = 30.0  # so long the broker may not answer
 LOOK_BACK = 20  # offsets, to find the last version
 
 
-async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
+async def newest_version(bootstrap: Bootstrap, topic: str) -> tuple[int, int] | None:
     """(epoch, sequence) of the last version in `parameters`; None: there is none. Raises BrokerError."""
     partition = TopicPartition(topic, 0)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+        **client_arguments(bootstrap), enable_auto_commit=False, isolation_level="read_committed",
         max_partition_fetch_bytes=16 << 20,
     )  # fmt: skip
     try:

@@ -90,7 +90,7 @@ def run_train(settings: TrainWorkerSettings) -> None:
 async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
     topics = settings.topics
     intake = batches.Intake(
-        bootstrap=settings.bootstrap,
+        bootstrap=settings.connection,
         topic=topics.examples,
         group=f"{topics.prefix}headrace-train",
         member=app.member_name("train", settings.store),
@@ -128,8 +128,8 @@ class TrainWorker:
         self.settings, self._launch, self._ranked = settings, launch, ranks
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
-        self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
-        self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
+        self._outlet = Outlet(settings.connection, f"{settings.topics.prefix}headrace-train")
+        self._catalogue = Catalogue(settings.connection, settings.topics.items)
         self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
         self._changed = asyncio.Condition()  # of what follows
         self._waiting: deque[ConsumerRecord | Piece] = deque()
@@ -236,7 +236,7 @@ class TrainWorker:
 
     async def _supersede(self) -> None:
         """Where replicas may have seen versions that the store has forgotten: a new epoch."""
-        published = await newest_version(self.settings.bootstrap, self.settings.topics.parameters)
+        published = await newest_version(self.settings.connection, self.settings.topics.parameters)
         if published is not None and await self._in_thread(self._trainer.supersede, *published):
             log.warning(
                 "version %s.%s was published, the store is at %s: going on from there in epoch %s",

@@ -113,9 +113,9 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
         from streams.backfill import Backfill
 
         Backfill(train.backfill).check(settings.topics, join.join)
-    wait_for_broker(settings.bootstrap)
+    wait_for_broker(settings.connection)
     check_topics(
-        settings.bootstrap,
+        settings.connection,
         settings.topics,
         purchase_window_ms=join.join.purchase_window_ms,
         snapshot_interval_ms=int(train.snapshot_interval_s * 1000),
