@@ -26,11 +26,13 @@ import shutil
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import filelock
 import psutil
@@ -38,7 +40,7 @@ import psutil
 from deploy.broker_security import client_file, credentials, is_secure, make_secure, properties, write_client
 from deploy.kafka_jars import KAFKA_VERSION, Progress, aot_flags, kafka_jars
 from deploy.processes import PORTS, ends_with_parent, free_port, is_free, listener, terminate, write_atomically
-from deploy.settings import load
+from deploy.settings import Settings
 from embedding_store.errors import BrokerError
 from streams.kafka_clients import Connection
 
@@ -219,8 +221,16 @@ def status(data_dir: Path) -> BrokerStatus | None:
 
 def connection(data_dir: Path, bootstrap: str) -> Connection:
     """How the broker of this data directory, which is at `bootstrap`, is reached."""
+    return Settings([]).with_flags({"bootstrap": bootstrap, **client_flags(data_dir)}).connection
+
+
+def client_flags(data_dir: Path) -> dict[str, Any]:
+    """What of [kafka] lets a client in to the broker of this data directory, as flags; nothing if it is open."""
     home = _home(data_dir)
-    return Connection(bootstrap, load(client_file(home)).kafka) if is_secure(home) else Connection(bootstrap)
+    if not is_secure(home):
+        return {}
+    values = tomllib.loads(client_file(home).read_text("utf-8"))["kafka"]
+    return {f"kafka.{name}": value for name, value in values.items()}
 
 
 def ensure(

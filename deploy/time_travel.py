@@ -94,7 +94,7 @@ def replay_recording(
             "checkpoint": journey.from_checkpoint,
             "settings": (direct.join, direct.model, direct.partitions),
         }
-        kept = KeptCheckpoints(settings.train.checkpoints_url)
+        kept = KeptCheckpoints(settings.train.checkpoints_url, settings.train.signer)
         if journey.from_checkpoint is not None and not journey.resume:
             kept.find(journey.from_checkpoint)  # before the last replay goes
         begin(home, journey.resume, msgspec.to_builtins(about))

@@ -99,12 +99,5 @@ class Signer:
         return made.digest()
 
 
-def require_files(found: dict[str, str], expected: dict[str, str], what: str) -> None:
-    """Raises Forged unless the files are those of the seal."""
-    if found != expected:
-        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise Forged(f"{what}: {', '.join(names[:3])} is not what was signed: it is refused", "forged")
-
-
 def _sealed(sha256: dict[str, str], claims: bytes) -> bytes:
     return msgspec.json.encode([sorted(sha256.items()), hashlib.sha256(claims).hexdigest()])

@@ -100,6 +100,10 @@ class KafkaSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         return context
 
 
+class NotKafka(ConnectionError):
+    """What answers is not Kafka, or not as it was asked."""
+
+
 CLEAR = KafkaSettings()
 
 
@@ -141,8 +145,8 @@ def knock(to: Bootstrap, host: str, port: int, timeout_s: float = KNOCK_SECONDS)
     """One connection, as a client makes it: certificates, password, and a question that only Kafka answers.
 
     The clients themselves try on for their whole timeout where they are turned away, and do not say why. Returns when
-    Kafka has answered. Raises BrokerError where it turns us away, or we it; OSError, with the reason, where nobody
-    listens or the answer is not Kafka's: that may pass. UsageError.
+    Kafka has answered. Raises BrokerError where it turns us away, or we it; NotKafka, another OSError where nobody
+    answers: that may pass. UsageError.
     """
     arguments = client_arguments(to)
     del arguments["bootstrap_servers"]
@@ -165,7 +169,7 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
     except ssl.SSLError as error:
         text = f"no TLS with Kafka at {where} ({_reason(error)})"
         raise BrokerError(f"{text}: does that port speak TLS, and does it ask for a kafka.cert_file?") from None
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, TimeoutError):
         raise
     except (AuthenticationFailedError, SaslAuthenticationFailed):
         raise BrokerError(
@@ -176,7 +180,7 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
             f"Kafka at {where} does not take {kafka.sasl_mechanism}: look at its listeners, and set [kafka] alike"
         ) from None
     except (OSError, KafkaError) as error:
-        raise ConnectionError(
+        raise NotKafka(
             f"what listens at {where} does not answer as Kafka with {kafka.security_protocol} ({_reason(error)}): "
             "is kafka.security_protocol that of its listener?"
         ) from None

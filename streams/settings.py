@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from embedding_store.signing import SigningSettings
+from embedding_store.signing import Signer, SigningSettings
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
@@ -97,6 +97,11 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     def connection(self) -> Connection:
         """Where Kafka is, and how it is reached."""
         return Connection(self.bootstrap, self.kafka)
+
+    @property
+    def signer(self) -> Signer | None:
+        """Of versions, snapshots and kept checkpoints. Raises UsageError where the keys cannot be read."""
+        return self.signing.signer(self.topics.parameters)
 
     @property
     def store(self) -> Path:

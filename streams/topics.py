@@ -20,7 +20,7 @@ from kafka.errors import KafkaError, for_code
 
 from embedding_store.errors import BrokerError, UsageError
 from streams.events import MAX_EVENT_BYTES
-from streams.kafka_clients import Bootstrap, client_arguments, knock, servers
+from streams.kafka_clients import Bootstrap, NotKafka, client_arguments, knock, servers
 from streams.outlet import MAX_MESSAGE_BYTES
 
 PURCHASE_WINDOW_MS = 3 * 24 * 3_600_000
@@ -190,12 +190,12 @@ def wait_for_broker(bootstrap: Bootstrap, timeout_s: float = CONNECT_TIMEOUT_S) 
                 socket.create_connection((host, port), timeout=left).close()
                 knock(bootstrap, host, port, max(1.0, left))
                 return
-            except ConnectionRefusedError:
-                pass
-            except OSError as error:
+            except NotKafka as error:
                 why = str(error)
+            except OSError:
+                pass
         if time.monotonic() + 0.1 > deadline:
-            raise BrokerError(why) if why.startswith("what listens") else _no_answer(bootstrap)
+            raise BrokerError(why) if why else _no_answer(bootstrap)
         time.sleep(0.1)
 
 

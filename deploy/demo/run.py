@@ -30,7 +30,7 @@ from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
 from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.errors import HeadraceError
+from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
@@ -51,6 +51,8 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
         open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
+    if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
+        raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
     if settings.bootstrap:
         wait_for_broker(settings.connection)
     home = settings.data_dir / "demo"
