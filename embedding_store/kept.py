@@ -76,8 +76,10 @@ class KeptCheckpoints:
         return self._copies.damaged_manifests()
 
     def fetch(self, manifest: Manifest, directory: Path) -> None:
-        """Makes `directory` a store out of a kept one. Raises CorruptRecord where it is not as it was (Forged: not as it
-        was signed), DiskFull."""
+        """Makes `directory` a store out of a kept one.
+
+        Raises CorruptRecord where it is not as it was (Forged: not as it was signed), DiskFull.
+        """
         shutil.rmtree(directory, ignore_errors=True)
         self._copies.fetch(manifest, directory)
         with CheckpointStore(directory, None, read_only=True) as store:
