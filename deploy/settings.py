@@ -22,10 +22,12 @@ from embedding_store.errors import UsageError
 from embedding_store.secret import HIDDEN, Secret
 
 if TYPE_CHECKING:
+    from embedding_store.signing import SigningSettings
     from online_model.serving.settings import HttpSettings
     from online_model.settings import TrainerSettings
     from replay.readers.settings import LogSettings
     from replay.simulator.settings import SimulatorSettings
+    from streams.kafka_clients import Connection, KafkaSettings
     from streams.settings import JoinWorkerSettings, ServeWorkerSettings, TrainWorkerSettings
     from streams.topics import TopicSettings
 
@@ -35,6 +37,8 @@ DEFAULT_FILE = "headrace.toml"
 PREFIX = "HEADRACE_"
 ABOUT = {
     "log": "a historical log: of headrace replay and log",
+    "kafka": "how Kafka is reached; where it is says bootstrap, at the top",
+    "signing": "who may make versions, snapshots and checkpoints",
     "topics": "names and partitions of the Kafka topics",
     "join": "the join worker; times in ms of event time",
     "train": "the train worker",
@@ -78,7 +82,9 @@ class Layer:
 class Settings:
     """All settings, checked section by section as they are asked for. Raises UsageError with one line."""
 
-    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "http", "simulator", "demo")
+    SECTIONS = (
+        "log", "kafka", "signing", "topics", "join", "model", "train", "serve", "http", "simulator", "demo"
+    )  # fmt: skip
 
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
@@ -94,6 +100,25 @@ class Settings:
         from replay.readers.settings import LogSettings
 
         return self._section("log", LogSettings)
+
+    @cached_property
+    def kafka(self) -> KafkaSettings:
+        from streams.kafka_clients import KafkaSettings
+
+        return self._section("kafka", KafkaSettings)
+
+    @cached_property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        from streams.kafka_clients import Connection
+
+        return Connection(self.bootstrap, self.kafka)
+
+    @cached_property
+    def signing(self) -> SigningSettings:
+        from embedding_store.signing import SigningSettings
+
+        return self._section("signing", SigningSettings)
 
     @cached_property
     def topics(self) -> TopicSettings:
@@ -360,6 +385,11 @@ def _leaves(fields: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: Any) -> Any:
+    if _is_secret(type_) and not isinstance(value, _Text):  # files are copied, and all users see the flags of a process
+        raise UsageError(
+            f"{layer.source}: {'.'.join((*path, name))} is a secret: set {PREFIX}{'_'.join((*path, name)).upper()} in "
+            f"the environment, or {name}_file to a file that holds it"
+        )
     try:
         if not isinstance(value, _Text):
             return msgspec.convert(value, type_, dec_hook=_decode)

@@ -56,6 +56,7 @@ from faust.types import TP
 
 from embedding_store.errors import StoreError, UsageError
 from streams.app import die
+from streams.kafka_clients import Bootstrap, client_arguments
 
 log = logging.getLogger("headrace")
 
@@ -84,7 +85,7 @@ class Feed(Protocol):
 class Intake:
     """Where a feed's records come from, and how they are fetched."""
 
-    bootstrap: str
+    bootstrap: Bootstrap
     topic: str
     group: str
     member: str | None = None  # a name that outlives the process: started again, it has its partitions back at once
@@ -120,7 +121,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._assignor = RoundRobinPartitionAssignor
         intake = self.app.intake
         return AIOKafkaConsumer(
-            bootstrap_servers=intake.bootstrap,
+            **client_arguments(intake.bootstrap),
             client_id=intake.group,
             group_id=intake.group,
             group_instance_id=intake.member,

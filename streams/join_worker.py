@@ -47,6 +47,7 @@ from streams.dead_letters import DeadLetter
 from streams.join_snapshots import LaneSnapshots
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
+from streams.kafka_clients import client_arguments
 from streams.metrics import JoinMetrics, serve_metrics
 from streams.outlet import Message, Outlet
 from streams.settings import JoinWorkerSettings
@@ -80,7 +81,7 @@ async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
     await worker.start()
     try:
         intake = batches.Intake(
-            bootstrap=settings.bootstrap,
+            bootstrap=settings.connection,
             topic=settings.topics.events,
             group=worker.group,
             member=app.member_name("join", settings.data_dir / "join"),
@@ -227,7 +228,7 @@ class Lane:
             log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
 
     def _new_outlet(self) -> Outlet:
-        return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
+        return Outlet(self._settings.connection, f"{self._worker.group}-{self.partition}")
 
     async def _open_store(self) -> JoinStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -459,10 +460,10 @@ class JoinWorker:
         self.store_group = f"{self.group}.store"
         self.lanes: dict[int, Lane] = {}
         self._kafka = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap, group_id=self.store_group, enable_auto_commit=False
+            **client_arguments(settings.connection), group_id=self.store_group, enable_auto_commit=False
         )
-        self._ticks = AIOKafkaProducer(bootstrap_servers=settings.bootstrap, acks="all", linger_ms=0)
-        self._admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap)
+        self._ticks = AIOKafkaProducer(**client_arguments(settings.connection), acks="all", linger_ms=0)
+        self._admin = AIOKafkaAdminClient(**client_arguments(settings.connection))
         self._tasks: list[asyncio.Task] = []
         self._stopping = False
         self.backfill = Backfill(settings.backfill) if settings.backfill else None

@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from embedding_store.signing import Signer, SigningSettings
 from online_model.serving.settings import HttpSettings, ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
+from streams.kafka_clients import Connection, KafkaSettings
 from streams.topics import TopicSettings
 
 LARGEST_BATCHES = 4  # times `batch_size`: rows that a train worker learns at once at most, where many wait
@@ -27,6 +29,8 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
 
     bootstrap: str
     data_dir: Path
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
     topics: TopicSettings = TopicSettings()
     join: JoinSettings = JoinSettings()
     http: HttpSettings = HttpSettings()
@@ -53,12 +57,19 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     backfill: Begin = ""
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
 
+    @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)
+
 
 class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What `run_train` needs; the section [train]."""
 
     bootstrap: str
     data_dir: Path
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
     topics: TopicSettings = TopicSettings()
     model: TrainerSettings = TrainerSettings()
     http: HttpSettings = HttpSettings()
@@ -85,6 +96,16 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
 
     @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)
+
+    @property
+    def signer(self) -> Signer | None:
+        """Of versions, snapshots and kept checkpoints. Raises UsageError where the keys cannot be read."""
+        return self.signing.signer(self.topics.parameters)
+
+    @property
     def store(self) -> Path:
         """Where the trainer's store is."""
         return self.data_dir / "train"
@@ -101,6 +122,8 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
     topics: TopicSettings = TopicSettings()
     serve: ReplicaSettings = ReplicaSettings()
     http: HttpSettings = HttpSettings()
@@ -118,3 +141,8 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     shadow_share: Annotated[float, Meta(ge=0, le=1, description="of the requests")] = 1.0
     disorder_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 250
     future_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 60_000
+
+    @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)

@@ -39,7 +39,7 @@ class Live:
         self.url = f"http://127.0.0.1:{settings.serve.port}"
         self.model, self.freshness = Model(), Freshness()
         topics = settings.topics
-        self._prober = Prober(self.freshness, settings.bootstrap, topics.events, topics.partitions)
+        self._prober = Prober(self.freshness, settings.connection, topics.events, topics.partitions)
         self._replica = Follower(self.url)
         self._connected = contextlib.AsyncExitStack()
         self.traffic: ClosedLoop | LogPlay | None = None
