@@ -23,6 +23,7 @@ from streams import app
 from streams.follower import Follower
 from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
+from streams.metrics import tell_process
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
 from streams.shadow import Shadow
@@ -36,7 +37,8 @@ def run_serve(settings: ServeWorkerSettings, reload: Callable[[], ServeWorkerSet
 
     `reload`: reads the settings again, at SIGHUP (reloading.py).
     """
-    app.run(lambda stop: _serve(settings, stop, reload), uvloop.new_event_loop)
+    serve = lambda stop: _serve(settings, stop, reload)  # noqa: E731
+    app.run(serve, uvloop.new_event_loop, worker="serve", logs=settings.logs)
 
 
 async def _serve(
@@ -49,6 +51,7 @@ async def _serve(
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
+    tell_process(holder.metrics.registry, settings.data_dir)
     web = listeners.over(holder)
     live = LiveUsers(settings.live_actions, settings.disorder_ms)
     follower = Follower(settings, holder, live)
@@ -101,7 +104,10 @@ class _Listeners:
     def over(self, holder: Holder) -> App:
         """The app that scores."""
         settings = self._settings
-        web = create_app(holder, settings.serve.max_age_ms, gate=self._gate, admin=not settings.admin_port)
+        web = create_app(
+            holder, settings.serve.max_age_ms, gate=self._gate, admin=not settings.admin_port,
+            access_log=settings.access_log,
+        )  # fmt: skip
         apps = [web, create_admin_app(holder, self._gate, web.turns)] if settings.admin_port else [web]
         self._servers = [Server(web, settings.http) for web in apps]
         return web

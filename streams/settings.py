@@ -12,6 +12,7 @@ from online_model.serving.settings import HttpSettings, ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
 from streams.kafka_clients import Connection, KafkaSettings
+from streams.logs import Style
 from streams.topics import TopicSettings
 
 LARGEST_BATCHES = 4  # times `batch_size`: rows that a train worker learns at once at most, where many wait
@@ -31,6 +32,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
     data_dir: Path
     kafka: KafkaSettings = KafkaSettings()
     signing: SigningSettings = SigningSettings()
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     join: JoinSettings = JoinSettings()
     http: HttpSettings = HttpSettings()
@@ -70,6 +72,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     data_dir: Path
     kafka: KafkaSettings = KafkaSettings()
     signing: SigningSettings = SigningSettings()
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     model: TrainerSettings = TrainerSettings()
     http: HttpSettings = HttpSettings()
@@ -122,6 +125,7 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    logs: Style = "text"
     kafka: KafkaSettings = KafkaSettings()
     signing: SigningSettings = SigningSettings()
     topics: TopicSettings = TopicSettings()
@@ -131,6 +135,7 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     admin_port: Annotated[
         int, Meta(ge=0, le=65_535, description="/metrics and /docs are here and not on `port`; 0: they are there")
     ] = 0
+    access_log: Annotated[bool, Meta(description="a log line for each request")] = False
     live_actions: Annotated[
         int, Meta(ge=0, description="actions of users kept in memory until their rows hold them; 0: none")
     ] = 100_000

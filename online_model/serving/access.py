@@ -108,6 +108,16 @@ class Gate:
             return EXPIRED_TOKEN
         return None if not scope or scope in found.scopes else WRONG_SCOPE
 
+    def refuses(self, wanted: str | None, authorization: str | None, host: str | None) -> Denial | None:
+        """As `denies`, of a whole request. `wanted`: the scope of its route, PUBLIC too, None where it has no entry in
+        the table; the other two: its headers."""
+        if wanted is None:
+            return NO_ENTRY
+        # Without tokens a page of another site could ask through a visitor's browser, under a name of its own.
+        if self.open and not _is_local(host or ""):
+            return WRONG_HOST
+        return self.denies(authorization, "" if wanted == PUBLIC else wanted)
+
     def tell(self, denial: Denial, client: str, route: str) -> None:
         """Log a refusal, the first of its reason and then one in LOG_EVERY_S, with how many there were meanwhile."""
         now = time.monotonic()
@@ -253,7 +263,8 @@ class Guard:
         route = next((route for route in self._app.routes if route.matches(scope)[0] is not Match.NONE), None)
         # To who may not ask at all an unknown path is like any other.
         wanted = "" if route is None else self._scopes.get(_path(route))
-        denial = self._denies(Request(scope), wanted)
+        headers = Request(scope).headers
+        denial = self._gate.refuses(wanted, headers.get("authorization"), headers.get("host"))
         scope[ALLOWED] = denial is None
         if denial is None or wanted == PUBLIC:
             await self._app(scope, receive, send)
@@ -262,14 +273,6 @@ class Guard:
         client = scope.get("client") or ("unknown",)
         self._gate.tell(denial, client[0], "an unknown path" if route is None else _path(route))
         await self._refuse(denial)(scope, receive, send)
-
-    def _denies(self, request: Request, wanted: str | None) -> Denial | None:
-        if wanted is None:
-            return NO_ENTRY
-        # Without tokens a page of another site could ask through a visitor's browser, under a name of its own.
-        if self._gate.open and not _is_local(request.headers.get("host", "")):
-            return WRONG_HOST
-        return self._gate.denies(request.headers.get("authorization"), "" if wanted == PUBLIC else wanted)
 
 
 def _path(route: BaseRoute) -> str:

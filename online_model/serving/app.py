@@ -6,11 +6,12 @@ Every answer but the metrics and the page of documentation is JSON; every refusa
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,7 +51,10 @@ from online_model.serving.problems import (
 )
 from online_model.serving.settings import Limits
 
+log = logging.getLogger("headrace")
+
 T = TypeVar("T", bound=Struct)
+REQUEST_ID = "headrace.request_id"  # in the scope of a request that has one
 READ_ON = 8  # times the limit: what is too large is thrown away up to there, so that the client can read why
 
 
@@ -75,13 +79,15 @@ def create_app(
     clock: Callable[[], float] = time.time,
     gate: Gate | None = None,
     admin: bool = True,
+    access_log: bool = False,
 ) -> App:
     """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970;
-    `gate`: who may ask, None: everybody on this machine; `admin`: with the routes of ADMIN (`create_admin_app`)."""
+    `gate`: who may ask, None: everybody on this machine; `admin`: with the routes of ADMIN (`create_admin_app`);
+    `access_log`: each request is a line of the log."""
     turns = Turns(lambda: holder.policy.limits)
     holder.metrics.watch_waiting(lambda: turns.waiting)
     scopes = (PUBLIC, SCORE, ADMIN) if admin else (PUBLIC, SCORE)
-    return _app(holder, scopes, gate or Gate(), turns, max_age_ms=max_age_ms, clock=clock)
+    return _app(holder, scopes, gate or Gate(), turns, max_age_ms=max_age_ms, clock=clock, access_log=access_log)
 
 
 def create_admin_app(holder: Holder, gate: Gate, turns: Turns) -> App:
@@ -89,7 +95,9 @@ def create_admin_app(holder: Holder, gate: Gate, turns: Turns) -> App:
     return _app(holder, (ADMIN,), gate, turns)
 
 
-def _app(holder: Holder, scopes: Collection[str], gate: Gate, turns: Turns, **state: Any) -> App:
+def _app(
+    holder: Holder, scopes: Collection[str], gate: Gate, turns: Turns, access_log: bool = False, **state: Any
+) -> App:
     made = Starlette(
         routes=[route for route, scope in ROUTES if scope in scopes],
         exception_handlers=handlers(holder.metrics.refused),
@@ -104,7 +112,8 @@ def _app(holder: Holder, scopes: Collection[str], gate: Gate, turns: Turns, **st
         return denial(denied)
 
     table = {route.path: scope for route, scope in ROUTES if scope in scopes}
-    return App(Guard(made, table, gate, refuse), holder.metrics, turns)
+    accessed = partial(_log_access, holder) if access_log else None
+    return App(Guard(made, table, gate, refuse), holder.metrics, turns, accessed)
 
 
 async def _rank(request: Request) -> Response:
@@ -113,6 +122,7 @@ async def _rank(request: Request) -> Response:
     metrics.candidates("rank", len(asked.candidates))
     async with _turn(request):
         answer = _holder(request).replica.rank(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.answered("rank", answer.degraded)
     _holder(request).answered(asked, answer)
     return _json(answer)
@@ -123,6 +133,7 @@ async def _recommend(request: Request) -> Response:
     metrics = _holder(request).metrics
     async with _turn(request):
         answer = _holder(request).replica.recommend(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.candidates("recommend", answer.candidates)
     metrics.answered("recommend", answer.degraded)
     _holder(request).answered(asked, answer)
@@ -272,12 +283,24 @@ def _json(content: Any) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
+def _log_access(holder: Holder, scope: Scope, route: str, status: int, seconds: float) -> None:
+    """A line for a request. Of what strangers send only the method is in it."""
+    of = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6),
+          "epoch": holder.replica.epoch, "sequence": holder.replica.sequence}  # fmt: skip
+    if REQUEST_ID in scope:
+        of["request_id"] = scope[REQUEST_ID]
+    log.info("%s %s %s in %.1f ms", scope["method"], route, status, 1e3 * seconds, extra=of)
+
+
 class App:
     """The app, counting each request by route and status. Unknown paths share one label: strangers must not make
-    metrics. `turns`: who waits."""
+    metrics. `turns`: who waits. `accessed`: is told (scope, route, status, seconds) of each."""
 
-    def __init__(self, app: Guard, metrics: Metrics, turns: Turns) -> None:
-        self._app, self._metrics, self.turns = app, metrics, turns
+    def __init__(
+        self, app: Guard, metrics: Metrics, turns: Turns,
+        accessed: Callable[[Scope, str, int, float], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._app, self._metrics, self.turns, self._accessed = app, metrics, turns, accessed
 
     @property
     def routes(self) -> list[Route]:
@@ -303,4 +326,7 @@ class App:
         finally:
             route = scope.get("route")
             label = route.path_format if isinstance(route, Route) else "other"
-            self._metrics.request(label, status, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._metrics.request(label, status, seconds)
+            if self._accessed is not None:
+                self._accessed(scope, label, status, seconds)
