@@ -35,6 +35,7 @@ from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
+from online_model.serving.settings import HttpSettings
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
 from replay.sinks import KafkaSink
@@ -58,6 +59,8 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
         open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
     if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
         raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
+    if settings.http != HttpSettings():  # its workers are asked on the loopback, without tokens
+        raise UsageError("[http] is set, and the demo works without tokens and TLS, on the loopback: leave it out")
     if settings.bootstrap:
         wait_for_broker(settings.connection)
     home = settings.data_dir / "demo"

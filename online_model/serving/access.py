@@ -75,7 +75,7 @@ class Gate:
 
     def __init__(self, settings: HttpSettings | None = None, clock: Callable[[], float] = time.time) -> None:
         settings = settings or HttpSettings()
-        self._file, self._clock, self._open_scoring = settings.tokens_file, clock, settings.open_scoring
+        self._file, self._clock, self._open_scoring = settings.token_file, clock, settings.open_scoring
         self._own: tuple[Token, ...] = ()
         if settings.token is not None:
             text = settings.token.reveal()
@@ -84,7 +84,7 @@ class Gate:
             self._own = (Token(_digest(text.encode()), math.inf, SCOPES),)
         self._seen: tuple[int, ...] = ()
         self._told: dict[str, tuple[float, int]] = {}
-        self._tokens = self._own
+        self._tokens: tuple[Token, ...] = self._own
         if self._file is not None:
             self._seen = _stamp(self._file)
             self._tokens = self._own + parse_tokens(self._file)
@@ -155,14 +155,14 @@ def parse_tokens(path: Path) -> tuple[Token, ...]:
     which names the line and shows nothing of it.
     """
     tokens = []
-    for number, line in enumerate(read_secret_file(path, "http.tokens_file").splitlines(), 1):
+    for number, line in enumerate(read_secret_file(path, "http.token_file").splitlines(), 1):
         if words := line.partition("#")[0].split():
             try:
                 tokens.append(_token(words))
             except ValueError as error:
-                raise UsageError(f"http.tokens_file: {path}, line {number}: {error}") from None
+                raise UsageError(f"http.token_file: {path}, line {number}: {error}") from None
     if not tokens:
-        raise UsageError(f"http.tokens_file: {path} has no token: write one a line")
+        raise UsageError(f"http.token_file: {path} has no token: write one a line")
     return tuple(tokens)
 
 
@@ -216,7 +216,7 @@ def check_listening(settings: HttpSettings, gate: Gate, host: str, name: str) ->
         return
     if gate.open:
         raise UsageError(
-            f"{name} = {host} is beyond the loopback and asks for a token: set http.tokens_file or HEADRACE_HTTP_TOKEN"
+            f"{name} = {host} is beyond the loopback and asks for a token: set http.token_file or HEADRACE_HTTP_TOKEN"
         )
     if settings.open_scoring:
         raise UsageError(f"http.open_scoring is for the loopback, and {name} = {host} is beyond it: leave one of them")

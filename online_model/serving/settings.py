@@ -122,7 +122,7 @@ class HttpSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fie
         str, Meta(description="a replica listens here: a name or an address; beyond the loopback only with tokens")
     ] = "127.0.0.1"
     admin_host: Annotated[str, Meta(description="/metrics and what else is not scoring: the same")] = "127.0.0.1"
-    tokens_file: Annotated[
+    token_file: Annotated[
         Path | None, Meta(description="a line each: TOKEN [EXPIRES] [score,admin]; read again when it changes")
     ] = None
     token: Annotated[

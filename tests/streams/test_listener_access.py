@@ -32,7 +32,7 @@ METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS")
 def tokens(tmp_path: Path) -> HttpSettings:
     path = tmp_path / "tokens"
     path.write_text(f"{SCORES}\n{ADMINS} admin\n{ENDED} 2020-01-01 score,admin\n")
-    return HttpSettings(tokens_file=path)
+    return HttpSettings(token_file=path)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def test_over_tls(tokens: HttpSettings, tmp_path: Path) -> None:
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     authority.configure_trust(trusting)
     pem = tmp_path / "both.pem"
-    with listening(HttpSettings(tokens_file=tokens.tokens_file, tls_cert=pem, tls_key=pem)) as (port, _):
+    with listening(HttpSettings(token_file=tokens.token_file, tls_cert=pem, tls_key=pem)) as (port, _):
         silent = socket.create_connection(("127.0.0.1", port))  # a handshake that never comes holds nobody up
         headers = authorization(Secret(ADMINS))
         assert httpx.get(f"https://127.0.0.1:{port}/metrics", headers=headers, verify=trusting).status_code == 200

@@ -44,7 +44,7 @@ def tokens(tmp_path: Path) -> HttpSettings:
     path.write_text(
         f"# of the tests\n{SCORES} 2028-01-01\n{ADMINS} admin  # Prometheus\n{ENDED} 2027-01-01 score,admin\n"
     )
-    return HttpSettings(tokens_file=path)
+    return HttpSettings(token_file=path)
 
 
 def apps(gate: Gate) -> Iterator[tuple[App, dict[str, str]]]:
@@ -177,7 +177,7 @@ def test_ready_says_why_not_only_to_who_may_know(tokens: HttpSettings):
 
 def test_tokens_change_and_end_without_a_restart(tokens: HttpSettings, caplog: pytest.LogCaptureFixture):
     now = [NOW_S]
-    gate, path = Gate(tokens, lambda: now[0]), tokens.tokens_file
+    gate, path = Gate(tokens, lambda: now[0]), tokens.token_file
     assert path is not None
     assert gate.denies(f"Bearer {SCORES}", SCORE) is None
     now[0] = 1_830_297_600.0  # 2028-01-01T00:00:00Z
@@ -214,8 +214,8 @@ def test_other_headers_let_nobody_in(tokens: HttpSettings, header: str):
 def test_wrong_tokens_are_refused_at_start_without_being_shown(tmp_path: Path, line: str):
     path = tmp_path / "tokens"
     path.write_text(line + "\n")
-    with pytest.raises(UsageError, match=r"http\.tokens_file") as error:
-        Gate(HttpSettings(tokens_file=path))
+    with pytest.raises(UsageError, match=r"http\.token_file") as error:
+        Gate(HttpSettings(token_file=path))
     assert ADMINS not in str(error.value)
     with pytest.raises(UsageError, match=r"http\.token has not 16 to 256 characters"):
         Gate(HttpSettings(token=Secret("password")))
@@ -223,10 +223,10 @@ def test_wrong_tokens_are_refused_at_start_without_being_shown(tmp_path: Path, l
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "headrace.example", "127.0.0.1.example"])  # noqa: S104
 def test_nothing_listens_beyond_the_loopback_without_a_token(tokens: HttpSettings, host: str):
-    with pytest.raises(UsageError, match=r"set http\.tokens_file or HEADRACE_HTTP_TOKEN"):
+    with pytest.raises(UsageError, match=r"set http\.token_file or HEADRACE_HTTP_TOKEN"):
         check_listening(HttpSettings(), Gate(), host, "http.host")
     check_listening(tokens, Gate(tokens), host, "http.host")
-    open_scoring = HttpSettings(tokens_file=tokens.tokens_file, open_scoring=True)
+    open_scoring = HttpSettings(token_file=tokens.token_file, open_scoring=True)
     with pytest.raises(UsageError, match="open_scoring is for the loopback"):
         check_listening(open_scoring, Gate(open_scoring), host, "http.host")
     for near in ("127.0.0.1", "::1", "localhost"):
@@ -234,7 +234,7 @@ def test_nothing_listens_beyond_the_loopback_without_a_token(tokens: HttpSetting
 
 
 def test_scoring_may_be_open_and_the_rest_not(tokens: HttpSettings):
-    gate = Gate(HttpSettings(tokens_file=tokens.tokens_file, open_scoring=True))
+    gate = Gate(HttpSettings(token_file=tokens.token_file, open_scoring=True))
     assert gate.denies(None, SCORE) is None
     assert gate.denies(None, ADMIN) is access.NO_TOKEN
 
@@ -279,7 +279,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, s
 
 def test_over_tls_with_a_token(tokens: HttpSettings, certificate: tuple[Path, Path, ssl.SSLContext]):
     cert, key, trusting = certificate
-    settings = HttpSettings(tokens_file=tokens.tokens_file, tls_cert=cert, tls_key=key)
+    settings = HttpSettings(token_file=tokens.token_file, tls_cert=cert, tls_key=key)
 
     async def run() -> None:
         app = create_app(Holder(replica(world())), 1 << 50, gate=Gate(settings, lambda: NOW_S))
