@@ -91,14 +91,15 @@ class _Listeners:
         http, self._settings = settings.http, settings
         self._gate = Gate(http)
         check_listening(http, self._gate, http.host, "http.host")
-        self._sockets = [listen(http.host, settings.port)]
         if settings.admin_port:
             check_listening(http, self._gate, http.admin_host, "http.admin_host")
-            self._sockets.append(listen(http.admin_host, settings.admin_port, "admin_port"))
         elif not is_loopback(http.host):
             raise UsageError(
                 f"http.host = {http.host} is beyond the loopback, where /metrics does not belong: set serve.admin_port"
             )
+        self._sockets = [listen(http.host, settings.port)]
+        if settings.admin_port:
+            self._sockets.append(listen(http.admin_host, settings.admin_port, "admin_port"))
         self._servers: list[Server] = []
 
     def over(self, holder: Holder) -> App:

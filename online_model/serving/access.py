@@ -53,8 +53,8 @@ WRONG_TOKEN = Denial("wrong-token", 401, 'Bearer error="invalid_token"')
 EXPIRED_TOKEN = Denial("expired-token", 401, 'Bearer error="invalid_token"')  # who asks is not told which of both
 WRONG_SCOPE = Denial("wrong-scope", 403, 'Bearer error="insufficient_scope"')
 WRONG_HOST = Denial("wrong-host", 403, "Bearer")
+WRONG_ORIGIN = Denial("wrong-origin", 403, "Bearer")
 NO_ENTRY = Denial("no-entry", 403, "Bearer")
-DENIALS = (NO_TOKEN, WRONG_TOKEN, EXPIRED_TOKEN, WRONG_SCOPE, WRONG_HOST, NO_ENTRY)
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,19 @@ class Gate:
             return EXPIRED_TOKEN
         return None if not scope or scope in found.scopes else WRONG_SCOPE
 
-    def refuses(self, wanted: str | None, authorization: str | None, host: str | None) -> Denial | None:
+    def refuses(
+        self, wanted: str | None, authorization: str | None, host: str | None, origin: str | None = None
+    ) -> Denial | None:
         """As `denies`, of a whole request. `wanted`: the scope of its route, PUBLIC too, None where it has no entry in
-        the table; the other two: its headers."""
+        the table; the others: its headers."""
         if wanted is None:
             return NO_ENTRY
-        # Without tokens a page of another site could ask through a visitor's browser, under a name of its own.
+        # Without tokens a page of another site could ask through a visitor's browser: under a name of its own that it
+        # lets point here, or, to have an effect, across sites, which a browser says in Origin.
         if self.open and not _is_local(host or ""):
             return WRONG_HOST
+        if self.open and origin is not None and origin.partition("://")[2] != host:
+            return WRONG_ORIGIN
         return self.denies(authorization, "" if wanted == PUBLIC else wanted)
 
     def tell(self, denial: Denial, client: str, route: str) -> None:
@@ -264,7 +269,8 @@ class Guard:
         # To who may not ask at all an unknown path is like any other.
         wanted = "" if route is None else self._scopes.get(_path(route))
         headers = Request(scope).headers
-        denial = self._gate.refuses(wanted, headers.get("authorization"), headers.get("host"))
+        asking = (headers.get("authorization"), headers.get("host"), headers.get("origin"))
+        denial = self._gate.refuses(wanted, *asking)
         scope[ALLOWED] = denial is None
         if denial is None or wanted == PUBLIC:
             await self._app(scope, receive, send)

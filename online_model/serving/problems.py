@@ -65,7 +65,7 @@ TOKEN_NEEDED = Kind(
 )  # fmt: skip
 NOT_ALLOWED = Kind(
     "not-allowed", 403, "Not allowed",
-    "The token is not for this route. Where none is needed: the Host header names neither an address nor localhost.",
+    "The token is not for this route. Without tokens: Host is no address and not localhost, or Origin is another site.",
 )  # fmt: skip
 UNKNOWN_ITEM = Kind(
     "unknown-item", 404, "Unknown item", "The version served does not have this item: it never came, or it has expired."

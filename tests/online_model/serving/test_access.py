@@ -251,6 +251,19 @@ def test_without_tokens_another_sites_name_is_refused():
     assert asyncio.run(run()) == [200, 200, 200, 403, 403]
 
 
+def test_without_tokens_a_page_of_another_site_has_no_effect():
+    """It can send a body to 127.0.0.1 through a visitor's browser, which then says in Origin where it comes from."""
+    app = create_app(Holder(replica(world())), gate=Gate())
+
+    async def run() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:80") as http:
+            sites = ("http://127.0.0.1", "https://evil.example", "http://127.0.0.1:81", "null")
+            asked = [await http.post("/v1/recommend", json={"user": 1}, headers={"Origin": site}) for site in sites]
+            return [answer.status_code for answer in asked]
+
+    assert asyncio.run(run()) == [200, 403, 403, 403]
+
+
 def test_no_cache_keeps_an_answer_and_no_browser_guesses_its_type():
     for app, scopes in apps(Gate()):
 
