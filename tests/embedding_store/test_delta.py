@@ -160,6 +160,7 @@ LIES = {
     "blobs of no bytes": ("blob", {"ids": MANY, "sizes": MANY, "bytes": np.zeros(0, np.uint8)}, "fp32"),
     "sizes that go back": ("blob", {"ids": np.arange(1_001), "sizes": FAR, "bytes": np.zeros(10**6, np.uint8)}, "fp32"),
     "sizes past the end": ("blob", {"ids": IDS, "sizes": IDS + (1 << 60), "bytes": np.zeros(9, np.uint8)}, "fp32"),
+    "sizes of more than there is": ("blob", {"ids": IDS, "sizes": IDS * 0 + 9, "bytes": np.zeros(9, np.uint8)}, "fp32"),
     "one row, many scales": (
         "table",
         {"ids": IDS, "weights.": np.zeros((1, 100_000), np.uint8), "weights.scale": np.ones(100_000, np.float32),
