@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy import broker
 from deploy.kafka_jars import KAFKA_VERSION, cache_dir
 from deploy.settings import Settings
 from embedding_store.errors import HeadraceError, UsageError
+
+if TYPE_CHECKING:
+    from streams.kafka_clients import Bootstrap
 
 MIN_FREE_BYTES = 1 << 30
 PROBE_TIMEOUT_S = 300.0  # a cold import of torch from a slow disk
@@ -60,7 +63,7 @@ def examine(
     doing("data directory")
     checks += [_settings(settings), _writable(settings.data_dir), _disk(settings.data_dir), _broker(settings)]
     if settings.bootstrap:
-        checks.append(_reachable(settings.bootstrap))
+        checks.append(_reachable(settings.connection))
     return checks
 
 
@@ -204,24 +207,27 @@ def _broker(settings: Settings) -> Check:
     if running.seconds_to_start is None:
         return Check("embedded broker", False, f"pid {running.pid} is starting, or hangs",
                      f"wait, or `headrace broker stop --data-dir {settings.data_dir}`")  # fmt: skip
-    answers = _reachable(running.bootstrap)
+    answers = _reachable(broker.connection(settings.data_dir, running.bootstrap))
     remedy = f"`headrace broker stop --data-dir {settings.data_dir}`, then start it again"
     return Check("embedded broker", answers.ok, f"Kafka {running.version}, pid {running.pid}, {answers.detail}",
                  "" if answers.ok else remedy)  # fmt: skip
 
 
-def _reachable(bootstrap: str) -> Check:
-    """Whether something answers at the first address of a bootstrap list, and whether it speaks Kafka."""
+def _reachable(connection: Bootstrap) -> Check:
+    """Whether Kafka answers, and lets us in."""
     from kafka import KafkaAdminClient
     from kafka.errors import KafkaError
 
-    host, _, port = bootstrap.split(",")[0].strip().rpartition(":")
+    from streams.kafka_clients import client_arguments
+    from streams.topics import wait_for_broker
+
     try:
-        with socket.create_connection((host, int(port)), 5):
-            pass
-        client = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=10_000, request_timeout_ms=10_000)
+        wait_for_broker(connection)
+        client = KafkaAdminClient(
+            **client_arguments(connection), bootstrap_timeout_ms=10_000, request_timeout_ms=10_000
+        )
         topics = client.list_topics()
         client.close()
-    except (OSError, ValueError, KafkaError) as error:
-        return Check("bootstrap", False, f"{bootstrap}: {error}", "start that Kafka, or correct `bootstrap`")
-    return Check("bootstrap", True, f"{bootstrap} answers, {len(topics)} topics")
+    except (HeadraceError, KafkaError) as error:
+        return Check("bootstrap", False, f"{connection}: {error}", "start that Kafka, or correct `bootstrap`")
+    return Check("bootstrap", True, f"{connection} answers, {len(topics)} topics")

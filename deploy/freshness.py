@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from streams.events import Event, Refund, Tick, encode
+from streams.kafka_clients import Bootstrap, client_arguments
 
 PROBE_S = 0.05  # between two rounds of probes
 POLL_MS = 1_000  # a long poll
@@ -99,7 +100,7 @@ class Prober:
     """Sends probes: rounds of one into each partition of `topic`. An async context."""
 
     def __init__(
-        self, sent: Callable[[int, int, float], object], bootstrap: str, topic: str, partitions: int,
+        self, sent: Callable[[int, int, float], object], bootstrap: Bootstrap, topic: str, partitions: int,
         probe: Callable[[str, int], Event] = tick,
     ) -> None:
         """`sent`: is told of each that Kafka has, as `Freshness.sent`. `probe`: makes one of its name and its time
@@ -111,7 +112,7 @@ class Prober:
 
     async def __aenter__(self) -> Prober:
         """Raises BrokerError."""
-        self._producer = AIOKafkaProducer(bootstrap_servers=self._bootstrap, acks="all", linger_ms=5)
+        self._producer = AIOKafkaProducer(**client_arguments(self._bootstrap), acks="all", linger_ms=5)
         try:
             await self._producer.start()
         except KafkaError as error:

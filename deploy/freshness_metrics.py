@@ -31,6 +31,7 @@ from embedding_store.delta import PartHead, head_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
 from streams.blocks import handled_in
 from streams.events import Event
+from streams.kafka_clients import Bootstrap, client_arguments
 from streams.metrics import About, Value, Values
 from streams.topics import TopicSettings
 
@@ -143,7 +144,7 @@ class Probes:
     """Sends probes, and follows them through the topics and a replica. An async context; `tasks` are to be run."""
 
     def __init__(
-        self, bootstrap: str, topics: TopicSettings, url: str, registry: CollectorRegistry,
+        self, bootstrap: Bootstrap, topics: TopicSettings, url: str, registry: CollectorRegistry,
         probe: Callable[[str, int], Event] = tick, moment: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:  # fmt: skip
         """url: of the replica. probe, moment: what is sent, and the event time (ms UTC) that it says it is."""
@@ -202,7 +203,7 @@ class Probes:
     async def _follow_topics(self) -> None:
         while True:
             consumer = AIOKafkaConsumer(
-                bootstrap_servers=self._bootstrap, isolation_level="read_committed", enable_auto_commit=False,
+                **client_arguments(self._bootstrap), isolation_level="read_committed", enable_auto_commit=False,
                 max_partition_fetch_bytes=16 << 20,
             )  # fmt: skip
             try:

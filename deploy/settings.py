@@ -13,17 +13,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
 from embedding_store.errors import UsageError
+from embedding_store.secret import HIDDEN, Secret
 
 if TYPE_CHECKING:
+    from embedding_store.signing import SigningSettings
+    from online_model.serving.settings import HttpSettings
     from online_model.settings import TrainerSettings
     from replay.readers.settings import LogSettings
     from replay.simulator.settings import SimulatorSettings
+    from streams.kafka_clients import Connection, KafkaSettings
     from streams.settings import JoinWorkerSettings, ServeWorkerSettings, TrainWorkerSettings
     from streams.topics import TopicSettings
 
@@ -33,10 +37,13 @@ DEFAULT_FILE = "headrace.toml"
 PREFIX = "HEADRACE_"
 ABOUT = {
     "log": "a historical log: of headrace replay and log",
+    "kafka": "how Kafka is reached; where it is says bootstrap, at the top",
+    "signing": "who may make versions, snapshots and checkpoints",
     "topics": "names and partitions of the Kafka topics",
     "join": "the join worker; times in ms of event time",
     "train": "the train worker",
     "serve": "a serving replica",
+    "http": "who may ask the replica, and /metrics of all workers",
     "demo": "headrace demo",
 }
 # Of the command itself, of the embedded Kafka, of tests.
@@ -76,7 +83,9 @@ class Layer:
 class Settings:
     """All settings, checked section by section as they are asked for. Raises UsageError with one line."""
 
-    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "simulator", "demo")
+    SECTIONS = (
+        "log", "kafka", "signing", "topics", "join", "model", "train", "serve", "http", "simulator", "demo"
+    )  # fmt: skip
 
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
@@ -92,6 +101,25 @@ class Settings:
         from replay.readers.settings import LogSettings
 
         return self._section("log", LogSettings)
+
+    @cached_property
+    def kafka(self) -> KafkaSettings:
+        from streams.kafka_clients import KafkaSettings
+
+        return self._section("kafka", KafkaSettings)
+
+    @cached_property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        from streams.kafka_clients import Connection
+
+        return Connection(self.bootstrap, self.kafka)
+
+    @cached_property
+    def signing(self) -> SigningSettings:
+        from embedding_store.signing import SigningSettings
+
+        return self._section("signing", SigningSettings)
 
     @cached_property
     def topics(self) -> TopicSettings:
@@ -138,6 +166,12 @@ class Settings:
                 text = f"serve.{name} is {getattr(serve, name)}, that of [join] is {joins[name]}: set it there only"
                 raise UsageError(text)
         return serve
+
+    @cached_property
+    def http(self) -> HttpSettings:
+        from online_model.serving.settings import HttpSettings
+
+        return self._section("http", HttpSettings)
 
     @cached_property
     def simulator(self) -> SimulatorSettings:
@@ -300,6 +334,11 @@ def _is_section(type_: Any) -> bool:
     return isinstance(type_, type) and (issubclass(type_, Struct) or dataclasses.is_dataclass(type_))
 
 
+def _is_secret(type_: Any) -> bool:
+    """Whether a field holds a Secret, alone, with a Meta, or as one of several types."""
+    return type_ is Secret or any(_is_secret(part) for part in get_args(type_))
+
+
 def _is_elsewhere(name: str, type_: Any) -> bool:
     """Whether a field of a section is another section, or a general setting, and so set there. (`demo.log` is neither:
     it is a text.)"""
@@ -347,6 +386,11 @@ def _leaves(fields: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: Any) -> Any:
+    if _is_secret(type_) and not isinstance(value, _Text):  # files are copied, and all users see the flags of a process
+        raise UsageError(
+            f"{layer.source}: {'.'.join((*path, name))} is a secret: set {PREFIX}{'_'.join((*path, name)).upper()} in "
+            f"the environment, or {name}_file to a file that holds it"
+        )
     try:
         if not isinstance(value, _Text):
             return msgspec.convert(value, type_, dec_hook=_decode)
@@ -354,15 +398,18 @@ def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: An
     except msgspec.ValidationError as problem:
         error = str(problem).replace("`", "")
         error = error[:1].lower() + error[1:]
+    shown = HIDDEN if _is_secret(type_) else value
     if isinstance(value, _Text):
-        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={value}: {error}")
+        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={shown}: {error}")
     where = "" if layer.source == "flag" else f"{layer.source}: "
-    raise UsageError(f"{where}{'.'.join((*path, name))} = {value!r}: {error}")
+    raise UsageError(f"{where}{'.'.join((*path, name))} = {shown!r}: {error}")
 
 
 def _decode(type_: type, value: Any) -> Any:
     if type_ is Path and isinstance(value, str):
         return Path(value).expanduser()
+    if type_ is Secret and isinstance(value, str):
+        return Secret(value)
     raise ValueError(f"expected {type_.__name__}, got {type(value).__name__}")
 
 
@@ -403,6 +450,9 @@ def _entries(section: Any) -> list[str]:
             continue
         value, about = getattr(section, name), _about(type_)
         comment = f"  # {about}" if about else ""
+        if isinstance(value, Secret):
+            lines.append(f"# {name} is set, and not shown{comment}")
+            continue
         lines.append(f"# {name} is not set{comment}" if value is None else f"{name} = {_toml(value)}{comment}")
     return lines
 

@@ -23,14 +23,14 @@ import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import fsspec.core
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from embedding_store.copies import mapped_errors
 from embedding_store.errors import CorruptRecord, PositionError, StoreError, UsageError
@@ -66,6 +66,9 @@ BLOCKS = pa.schema(
 ITEMS = pa.schema([pa.field("stamp", pa.int64(), nullable=False), pa.field("value", pa.binary())])
 
 
+FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]  # never a way out of its folder
+
+
 class Origin(Struct, frozen=True, forbid_unknown_fields=True):
     """What a backfill is a function of."""
 
@@ -86,7 +89,7 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True):
     row_ids: int  # their sum modulo 2^64
     digest: int  # the sum of an ExamplesDigest
     counts: Counts
-    files: list[str]  # names, in their order, in the partition's folders of `examples` and of `blocks`
+    files: list[FileName]  # names, in their order, in the partition's folders of `examples` and of `blocks`
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,7 +99,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     parts: list[Part]
     examples_digest: str
     items: int
-    item_files: list[str]
+    item_files: list[FileName]
 
 
 class Piece(NamedTuple):

@@ -8,6 +8,8 @@ import time
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from streams.kafka_clients import Bootstrap, client_arguments
+
 ASK_SECONDS = 2.0
 ANSWER_SECONDS = 5.0  # Kafka that takes longer is away
 
@@ -19,7 +21,7 @@ class Ends:
     noticed while the worker itself has nothing to ask.
     """
 
-    def __init__(self, bootstrap: str, topic: str, partitions: int, committed_only: bool = False) -> None:
+    def __init__(self, bootstrap: Bootstrap, topic: str, partitions: int, committed_only: bool = False) -> None:
         """committed_only: up to the first record that belongs to a transaction under way."""
         self.ends: dict[int, int] = {}  # partition → the offset that the next record gets, as last heard
         self._bootstrap = bootstrap
@@ -31,7 +33,7 @@ class Ends:
         """Ask until cancelled. That there is no answer is not an error here: `away_s` says it."""
         self._heard = time.monotonic()
         while True:
-            consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, isolation_level=self._isolation)
+            consumer = AIOKafkaConsumer(**client_arguments(self._bootstrap), isolation_level=self._isolation)
             try:
                 await consumer.start()
                 await self._ask(consumer)

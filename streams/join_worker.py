@@ -50,6 +50,7 @@ from streams.join_snapshots import LaneSnapshots
 from streams.join_state import NEVER
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
+from streams.kafka_clients import client_arguments
 from streams.listener import serve_metrics
 from streams.metrics import JoinMetrics, LaneFigures, tell_process
 from streams.outlet import Message, Outlet
@@ -85,7 +86,7 @@ async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
     await worker.start()
     try:
         intake = batches.Intake(
-            bootstrap=settings.bootstrap,
+            bootstrap=settings.connection,
             topic=settings.topics.events,
             group=worker.group,
             member=app.member_name("join", settings.data_dir / "join"),
@@ -236,7 +237,7 @@ class Lane:
             self._log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
 
     def _new_outlet(self) -> Outlet:
-        return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
+        return Outlet(self._settings.connection, f"{self._worker.group}-{self.partition}")
 
     async def _open_store(self) -> JoinStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -477,22 +478,22 @@ class JoinWorker:
         self.store_group = f"{self.group}.store"
         self.lanes: dict[int, Lane] = {}
         self._kafka = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap, group_id=self.store_group, enable_auto_commit=False
+            **client_arguments(settings.connection), group_id=self.store_group, enable_auto_commit=False
         )
-        self._ticks = AIOKafkaProducer(bootstrap_servers=settings.bootstrap, acks="all", linger_ms=0)
-        self._admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap)
+        self._ticks = AIOKafkaProducer(**client_arguments(settings.connection), acks="all", linger_ms=0)
+        self._admin = AIOKafkaAdminClient(**client_arguments(settings.connection))
         self._tasks: list[asyncio.Task] = []
         self._stopping = False
         self.backfill = Backfill(settings.backfill) if settings.backfill else None
         if self.backfill is not None:
             self.backfill.check(settings.topics, settings.join)
-        self._ends = Ends(settings.bootstrap, settings.topics.events, settings.topics.partitions)
+        self._ends = Ends(settings.connection, settings.topics.events, settings.topics.partitions)
         self.metrics = JoinMetrics(self._figures)
         tell_process(self.metrics.registry, settings.data_dir)
 
     async def start(self) -> None:
         """Connect. Raises BrokerError, UsageError."""
-        serve_metrics(self.metrics.registry, self.settings.metrics_port, self.unwell)
+        serve_metrics(self.metrics.registry, self.settings.metrics_port, self.unwell, self.settings.http)
         try:
             await self._kafka.start()
             await self._admin.start()

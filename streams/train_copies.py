@@ -95,7 +95,7 @@ class TrainCopies:
             with self._lock:
                 path = snapshot_of(
                     self._trainer.store, self._folder, self._settings.snapshots_kept,
-                    lambda version: not is_held(version.info), anew,
+                    lambda version: not is_held(version.info), anew, self._settings.signer,
                 )  # fmt: skip
         except StoreError as error:
             log.error("no snapshot: %s", error)

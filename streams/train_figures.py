@@ -31,7 +31,8 @@ class TrainFigures:
         blocks that wait, and the last sequence that is in Kafka."""
         self.progress = Progress()
         self._settings, self._expected, self._told = settings, expected, told
-        self._ends = Ends(settings.bootstrap, settings.topics.examples, settings.topics.partitions, committed_only=True)
+        topics = settings.topics
+        self._ends = Ends(settings.connection, topics.examples, topics.partitions, committed_only=True)
         self._trainer: Trainer | None = None
         self._committed = time.time()
         self._snapshot: float | None = None  # when the newest was made

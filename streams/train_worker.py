@@ -51,8 +51,8 @@ from streams.backfill import Backfill, Piece
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
 from streams.listener import serve_metrics
-from streams.outlet import Message, Outlet
-from streams.published import newest_version
+from streams.outlet import Outlet
+from streams.published import newest_version, signed
 from streams.settings import LARGEST_BATCHES, TrainWorkerSettings
 from streams.train_copies import TrainCopies
 from streams.train_figures import TrainFigures
@@ -91,7 +91,7 @@ def run_train(settings: TrainWorkerSettings) -> None:
 async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
     topics = settings.topics
     intake = batches.Intake(
-        bootstrap=settings.bootstrap,
+        bootstrap=settings.connection,
         topic=topics.examples,
         group=f"{topics.prefix}headrace-train",
         member=app.member_name("train", settings.store),
@@ -127,10 +127,11 @@ class TrainWorker:
         """launch: of the first rank, where something else starts the others. ranks: as of a worker before it in this
         process."""
         self.settings, self._launch, self._ranked = settings, launch, ranks
+        self._signer = settings.signer
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
-        self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
-        self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
+        self._outlet = Outlet(settings.connection, f"{settings.topics.prefix}headrace-train")
+        self._catalogue = Catalogue(settings.connection, settings.topics.items)
         self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
         self._changed = asyncio.Condition()  # of what follows
         self._waiting: deque[ConsumerRecord | Piece] = deque()
@@ -180,7 +181,7 @@ class TrainWorker:
         if self._backfill is None:
             self._begin(self._follow_catalogue())
         port = self.settings.metrics_port
-        self._end_metrics = serve_metrics(self._metrics.registry, port, self._figures.unwell)
+        self._end_metrics = serve_metrics(self._metrics.registry, port, self._figures.unwell, self.settings.http)
 
     def _begin(self, *tasks: Coroutine[Any, Any, None]) -> None:
         for task in map(asyncio.create_task, tasks):
@@ -241,7 +242,9 @@ class TrainWorker:
 
     async def _supersede(self) -> None:
         """Where replicas may have seen versions that the store has forgotten: a new epoch."""
-        published = await newest_version(self.settings.bootstrap, self.settings.topics.parameters)
+        published = await newest_version(
+            self.settings.connection, self.settings.topics.parameters, self._signer
+        )
         if published is not None and await self._in_thread(self._trainer.supersede, *published):
             log.warning(
                 "version %s.%s was published, the store is at %s: going on from there in epoch %s",
@@ -254,7 +257,7 @@ class TrainWorker:
         device, partitions, threads = _ways(settings)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        kept = KeptCheckpoints(settings.checkpoints_url)
+        kept = KeptCheckpoints(settings.checkpoints_url, self._signer)
         _refuse_to_begin_anew(settings.store, kept)
         went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, kept)
         if self._ranked is None:
@@ -461,7 +464,7 @@ class TrainWorker:
         topic = self.settings.topics.parameters
         fault("publish.begun")
         with self._metrics.publish.time():
-            await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+            await self._outlet.send([signed(part, topic, self._signer) for part in parts])
         self._metrics.published(parts)
         fault("publish.sent")
         self._published = sequence  # the next turn acknowledges it

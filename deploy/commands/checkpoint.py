@@ -143,7 +143,7 @@ def _opened(config: Path | None, data_dir: Path | None) -> tuple[TrainWorkerSett
     settings = settings_for(config, data_dir=data_dir).train
     from embedding_store.kept import KeptCheckpoints
 
-    return settings, KeptCheckpoints(settings.checkpoints_url)
+    return settings, KeptCheckpoints(settings.checkpoints_url, settings.signer)
 
 
 def _nothing(settings: TrainWorkerSettings, kept: KeptCheckpoints) -> StoreError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, connected, settings_for
@@ -120,9 +121,9 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
         from streams.backfill import Backfill
 
         Backfill(train.backfill).check(settings.topics, join.join)
-    wait_for_broker(settings.bootstrap)
+    wait_for_broker(settings.connection)
     check_topics(
-        settings.bootstrap,
+        settings.connection,
         settings.topics,
         purchase_window_ms=join.join.purchase_window_ms,
         snapshot_interval_ms=int(train.snapshot_interval_s * 1000),
@@ -132,7 +133,8 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
 
         def again() -> ServeWorkerSettings:
             new = settings_for(config, **flags)
-            return (new if new.bootstrap else new.with_flags({"bootstrap": settings.bootstrap})).serve
+            serve = (new if new.bootstrap else new.with_flags({"bootstrap": settings.bootstrap})).serve
+            return serve if new.mentions("kafka") else msgspec.structs.replace(serve, kafka=settings.kafka)
 
         _load(kind).run_serve(settings.serve, again)
     else:

@@ -45,7 +45,7 @@ class Live:
         self.url = f"http://127.0.0.1:{settings.serve.port}"
         self.model, self.freshness = Model(), Freshness()
         topics = settings.topics
-        self.probes = Probes(settings.bootstrap, topics, self.url, registry, moment=self._moment)
+        self.probes = Probes(settings.connection, topics, self.url, registry, moment=self._moment)
         self.probes.probing = False  # but while events flow: freshness is a figure under load
         self.probes.sent.append(self.freshness.sent)
         self.probes.answered.append(self._answered)

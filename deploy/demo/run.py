@@ -33,11 +33,13 @@ from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
 from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.errors import HeadraceError
+from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
+from online_model.serving.settings import HttpSettings
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
 from replay.sinks import KafkaSink
+from streams.kafka_clients import client_arguments
 from streams.listener import serve_metrics
 from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
@@ -55,8 +57,12 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
         open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
+    if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
+        raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
+    if settings.http != HttpSettings():  # its workers are asked on the loopback, without tokens
+        raise UsageError("[http] is set, and the demo works without tokens and TLS, on the loopback: leave it out")
     if settings.bootstrap:
-        wait_for_broker(settings.bootstrap)
+        wait_for_broker(settings.connection)
     home = settings.data_dir / "demo"
     with alone(home.parent / "demo.lock", "demo", "stop it (Ctrl-C)"), contextlib.ExitStack() as stack:
         if not options.keep and home.exists():
@@ -91,15 +97,15 @@ class _Demo:
     def run(self) -> dict[str, Any]:
         settings = self.settings
         create_topics(
-            settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
+            settings.connection, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
             join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
         )  # fmt: skip
         write_atomically(self.home / "headrace.toml", dump(settings))
         with contextlib.ExitStack() as stack:
             if settings.topics.prefix != "" and not self.options.keep:
-                stack.callback(delete_topics, settings.bootstrap, settings.topics)
-            sink = stack.enter_context(KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items))
+                stack.callback(delete_topics, settings.connection, settings.topics)
+            sink = stack.enter_context(KafkaSink(settings.connection, settings.topics.events, settings.topics.items))
             page = LivePage(self.options.port) if self.options.page else None
             if page:
                 stack.callback(page.stop)
@@ -140,7 +146,7 @@ class _Demo:
             else:
                 seconds = await self._log(live, sink, stop)
             played = time.monotonic()
-            ends = await asyncio.to_thread(end_offsets, self.settings.bootstrap, self.settings.topics.events)
+            ends = await asyncio.to_thread(end_offsets, self.settings.connection, self.settings.topics.events)
             live.note = "draining: what was sent is on its way to the replica"
             await live.drained(ends)
             if self.options.log is not None:
@@ -199,7 +205,7 @@ class _Demo:
         """What the oracle makes of the log: of all records that the last version claims, and at least of all that were
         sent by us (further ticks may lie behind)."""
         until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
-        records = read_topic(self.settings.bootstrap, self.settings.topics.events, until)
+        records = read_topic(client_arguments(self.settings.connection), self.settings.topics.events, until)
         return compare(expect(records, Rules.of(self.settings.join.join), model.set_aside), model.trained)
 
     def _sequence(self) -> int:

@@ -19,8 +19,6 @@ from typing import Any
 import orjson
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -28,6 +26,7 @@ from starlette.staticfiles import StaticFiles
 
 from deploy.page.history import History
 from embedding_store.errors import HeadraceError, UsageError
+from online_model.serving.access import ADMIN, Gate, Guard
 
 HOST = "127.0.0.1"
 KEEP_ALIVE_S = 15.0
@@ -37,6 +36,9 @@ PLOTLY = Path(str(files("plotly"))) / "package_data" / "plotly.min.js"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; img-src 'self' data:"
 )
+
+# Of all routes: access.py refuses what is not here. The page is of this machine, where no token is asked for.
+SCOPES = dict.fromkeys(("/", "/plotly.js", "/samples", "/samples.json", "/static"), ADMIN)
 
 
 class Feed:
@@ -152,7 +154,7 @@ class LivePage:
         await self._server.serve(sockets=[listener])
 
 
-def make_app(feed: Feed, title: str) -> Starlette:
+def make_app(feed: Feed, title: str) -> Guard:
     """The page's HTTP app over `feed`."""
     index = (STATIC / "index.html").read_text("utf-8").replace("{{title}}", _escape(title))
 
@@ -178,11 +180,10 @@ def make_app(feed: Feed, title: str) -> Starlette:
         Route("/samples", samples),
         Route("/samples.json", all_samples),
     ]
-    # Another site's name that resolves to 127.0.0.1 must not read the page through a visitor's browser.
-    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
-    app = Starlette(routes=routes, middleware=[hosts])
+    app = Starlette(routes=routes)
     app.mount("/static", StaticFiles(directory=STATIC))
-    return app
+    # Another site must not read the page, nor do anything here, through a visitor's browser.
+    return Guard(app, SCOPES, Gate(), lambda denial: Response(denial.reason, denial.status))
 
 
 def _escape(text: str) -> str:

@@ -107,7 +107,13 @@ def test_nothing_comes_from_elsewhere_and_nobody_else_may_ask(page: LivePage) ->
     answer = httpx.get(url)
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     assert "http" not in answer.text.replace("http-equiv", "").split("<body>")[0]
-    assert httpx.get(url, headers={"Host": "elsewhere.example"}).status_code == 400
+    for path in ("", "plotly.js", "samples", "samples.json", "static/page.css"):
+        for headers in ({"Host": "elsewhere.example"}, {"Origin": "https://elsewhere.example"}):
+            assert httpx.get(url + path, headers=headers).status_code == 403
+            assert httpx.post(url + path, headers=headers).status_code == 403
+        assert httpx.post(url + path).status_code == 405
+    assert httpx.get(f"{url}static/../app.py").status_code == 404
+    assert httpx.get(f"{url}static/..%2Fapp.py").status_code == 404
     assert b"plotly.js" in httpx.get(f"{url}plotly.js").content[:200]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from deploy.settings import Settings, dump, load
 from embedding_store.errors import UsageError
+from embedding_store.secret import Secret
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +218,16 @@ def test_a_way_to_learn_purchases_that_does_not_fit_the_joiner_is_refused(text: 
     with pytest.raises(UsageError, match=says) as refused:
         load().check()
     assert "\n" not in str(refused.value)
+
+
+def test_a_secret_is_set_and_never_shown() -> None:
+    token = "t0ken-" + "x" * 20
+    settings = load(None, {"HEADRACE_HTTP_TOKEN": token, "HEADRACE_HTTP_HOST": "127.0.0.1"})
+    assert settings.serve.http.token == settings.join.http.token == Secret(token)
+    text = dump(settings)
+    assert "# token is set, and not shown" in text
+    assert token not in text + repr(settings.http) + repr(settings.serve)
+    written(f'[http]\ntoken = "{token}"\n')
+    with pytest.raises(UsageError, match=r"http\.token is a secret: set HEADRACE_HTTP_TOKEN") as error:
+        _ = load().http
+    assert token not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,12 @@ def test_it_lies_wherever_fsspec_goes(recording: Recording, whole: Path) -> None
     made = backfilled(recording, "memory://backfill-of-a-test")
     assert made == Backfill(str(whole)).manifest
     assert len(list(Backfill("memory://backfill-of-a-test").pieces({}, 0))) > PARTITIONS
+
+
+@pytest.mark.parametrize("name", ["../../else.parquet", "/etc/passwd", "..", "a/b.parquet", ""])
+def test_it_names_files_of_its_own_folder_only(whole: Path, tmp_path: Path, name: str) -> None:
+    manifest = json.loads((whole / "backfill.json").read_text())
+    for damaged in ({"item_files": [name]}, {"parts": [manifest["parts"][0] | {"files": [name]}]}):
+        (tmp_path / "backfill.json").write_text(json.dumps(manifest | damaged))
+        with pytest.raises(UsageError, match="make the backfill again"):
+            Backfill(str(tmp_path))
