@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import (
     AuthenticationFailedError,
     IllegalSaslStateError,
@@ -28,6 +28,7 @@ from embedding_store.errors import BrokerError, UsageError
 from embedding_store.secret import Secret, read_secret
 
 KNOCK_SECONDS = 5.0
+CLOSE_SECONDS = 0.3  # in which a connection that came about is closed; of one that did not nothing is heard
 
 
 class KafkaSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -158,17 +159,15 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
     kafka, where = _kafka(to), f"{host}:{port}"
     try:
         async with asyncio.timeout(timeout_s):
-            connection = await create_conn(host, port, request_timeout_ms=int(timeout_s * 1000), **arguments)
+            connection = AIOKafkaConnection(host, port, request_timeout_ms=int(timeout_s * 1000), **arguments)
             try:
+                await connection.connect()
                 await connection.send(MetadataRequest([]))
             finally:
-                connection.close()
+                await asyncio.wait([connection.close()], timeout=CLOSE_SECONDS)
     except ssl.SSLCertVerificationError as error:
         why = error.verify_message.rstrip(".")
         raise BrokerError(f"the certificate of Kafka at {where} is refused ({why}): {_remedy(error)}") from None
-    except ssl.SSLError as error:
-        text = f"no TLS with Kafka at {where} ({_reason(error)})"
-        raise BrokerError(f"{text}: does that port speak TLS, and does it ask for a kafka.cert_file?") from None
     except (ConnectionRefusedError, TimeoutError):
         raise
     except (AuthenticationFailedError, SaslAuthenticationFailed):
@@ -180,9 +179,10 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
             f"Kafka at {where} does not take {kafka.sasl_mechanism}: look at its listeners, and set [kafka] alike"
         ) from None
     except (OSError, KafkaError) as error:
+        ours = ", and does it want a kafka.cert_file" if kafka.tls and not kafka.cert_file else ""
         raise NotKafka(
             f"what listens at {where} does not answer as Kafka with {kafka.security_protocol} ({_reason(error)}): "
-            "is kafka.security_protocol that of its listener?"
+            f"is kafka.security_protocol that of its listener{ours}?"
         ) from None
 
 
