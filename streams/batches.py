@@ -52,6 +52,7 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import TP
+from faust.types.auth import CredentialsT
 
 from embedding_store.errors import StoreError
 from streams.app import die
@@ -233,6 +234,17 @@ class BatchTransport(driver.Transport):
     Consumer = BatchConsumer
 
 
+def _credentials(to: Bootstrap) -> CredentialsT | None:
+    """For Faust's own producer, which is always there."""
+    given = client_arguments(to)
+    if "sasl_mechanism" in given:
+        return faust.SASLCredentials(
+            username=given["sasl_plain_username"], password=given["sasl_plain_password"],
+            mechanism=given["sasl_mechanism"], ssl_context=given.get("ssl_context"),
+        )  # fmt: skip
+    return faust.SSLCredentials(given["ssl_context"]) if "ssl_context" in given else None
+
+
 class BatchApp(faust.App):
     """A Faust app with an agent that takes whole batches of one topic for a feed; others are added before `start`."""
 
@@ -242,6 +254,7 @@ class BatchApp(faust.App):
         super().__init__(
             intake.group,
             broker=f"kafka://{intake.bootstrap}",
+            broker_credentials=_credentials(intake.bootstrap),
             loop=asyncio.get_running_loop(),
             value_serializer="raw",
             key_serializer="raw",
