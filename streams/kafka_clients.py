@@ -27,7 +27,8 @@ from msgspec import Meta, Struct
 from embedding_store.errors import BrokerError, UsageError
 from embedding_store.secret import Secret, read_secret
 
-KNOCK_SECONDS = 5.0
+KNOCK_SECONDS = 10.0  # handshake and password take their time on a busy machine …
+CLEAR_SECONDS = 1.0  # … without them who speaks TLS hangs up at once, and who is only slow is not our concern
 CLOSE_SECONDS = 0.3  # in which a connection that came about is closed; of one that did not nothing is heard
 
 
@@ -142,21 +143,27 @@ def servers(to: Bootstrap) -> list[str]:
     return [server.strip() for server in str(to).split(",")]
 
 
-def knock(to: Bootstrap, host: str, port: int, timeout_s: float = KNOCK_SECONDS) -> None:
+def knock(to: Bootstrap, host: str, port: int) -> None:
     """One connection, as a client makes it: certificates, password, and a question that only Kafka answers.
 
     The clients themselves try on for their whole timeout where they are turned away, and do not say why. Returns when
-    Kafka has answered. Raises BrokerError where it turns us away, or we it; NotKafka, another OSError where nobody
-    answers: that may pass. UsageError.
+    Kafka has answered; in the clear also where it is slow. Raises BrokerError where it turns us away, or we it;
+    NotKafka, another OSError where nobody answers: that may pass. UsageError.
     """
+    kafka = _kafka(to)
     arguments = client_arguments(to)
     del arguments["bootstrap_servers"]
     with ThreadPoolExecutor(1) as other:  # the caller may have an event loop of its own
-        other.submit(lambda: asyncio.run(_knock(to, host, port, arguments, timeout_s))).result()
+        asking = other.submit(lambda: asyncio.run(_knock(kafka, host, port, arguments)))
+        try:
+            asking.result()
+        except TimeoutError:
+            if is_guarded(to):
+                raise
 
 
-async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any], timeout_s: float) -> None:
-    kafka, where = _kafka(to), f"{host}:{port}"
+async def _knock(kafka: KafkaSettings, host: str, port: int, arguments: dict[str, Any]) -> None:
+    where, timeout_s = f"{host}:{port}", KNOCK_SECONDS if kafka.tls or kafka.sasl else CLEAR_SECONDS
     try:
         async with asyncio.timeout(timeout_s):
             connection = AIOKafkaConnection(host, port, request_timeout_ms=int(timeout_s * 1000), **arguments)
@@ -184,6 +191,11 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
             f"what listens at {where} does not answer as Kafka with {kafka.security_protocol} ({_reason(error)}): "
             f"is kafka.security_protocol that of its listener{ours}?"
         ) from None
+
+
+def is_guarded(to: Bootstrap) -> bool:
+    """Whether there are handshakes before the first answer."""
+    return _kafka(to).tls or _kafka(to).sasl
 
 
 def _kafka(to: Bootstrap) -> KafkaSettings:
