@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import trustme
 
 USER, FOLDER = "headrace", "secure"
-YEARS = 10
+VALID = datetime.timedelta(days=3650)
 
 # Kafka talks to itself too: as the user through the listener, and to its controller with its own certificate.
 _PROPERTIES = """\
@@ -46,16 +46,16 @@ def is_secure(home: Path) -> bool:
     return (home / FOLDER).is_dir()
 
 
-def make_secure(home: Path) -> None:
-    """Certificates and password for a Kafka that has no data yet. Raises BrokerError."""
+def make_secure(home: Path, valid: datetime.timedelta = VALID) -> None:
+    """Certificates, `valid` for so long, and a password for a Kafka that has no data yet. Raises BrokerError."""
     if is_secure(home):
         return
     if (home / "data").exists():
         raise BrokerError(f"the Kafka in {home} was made without --secure: choose another --data-dir")
     partial = home / f"{FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(mode=0o700)
-    _write_certificates(partial)
+    partial.mkdir(mode=0o700, parents=True)
+    _write_certificates(partial, valid)
     _write_private(partial / "password", secrets.token_urlsafe(32).encode())
     partial.rename(home / FOLDER)
 
@@ -103,18 +103,18 @@ def _password(home: Path) -> str:
     return (home / FOLDER / "password").read_text("utf-8").strip()
 
 
-def _write_certificates(folder: Path) -> None:
+def _write_certificates(folder: Path, valid: datetime.timedelta) -> None:
     try:
         import trustme
     except ImportError:
         raise BrokerError("certificates need the package trustme: pip install 'headrace[secure]'") from None
-    until = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) + datetime.timedelta(days=365 * YEARS)
+    until = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) + valid
     authority = trustme.CA(organization_name="Headrace", organization_unit_name="embedded Kafka")
-    write_server(folder / "server.pem", authority.issue_cert("127.0.0.1", not_after=until))
+    _write_server(folder / "server.pem", authority.issue_cert("127.0.0.1", not_after=until))
     authority.cert_pem.write_to_path(folder / "ca.pem")
 
 
-def write_server(path: Path, certificate: trustme.LeafCert) -> None:
+def _write_server(path: Path, certificate: trustme.LeafCert) -> None:
     """Key and certificates as Kafka reads them: the key as PKCS 8."""
     from cryptography.hazmat.primitives import serialization as pem
 

@@ -386,7 +386,9 @@ def _leaves(fields: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: Any) -> Any:
-    if _is_secret(type_) and not isinstance(value, _Text):  # files are copied, and all users see the flags of a process
+    if _is_secret(type_):  # files are copied, and all users see the flags of a process
+        if isinstance(value, _Text):
+            return Secret(str(value))
         raise UsageError(
             f"{layer.source}: {'.'.join((*path, name))} is a secret: set {PREFIX}{'_'.join((*path, name)).upper()} in "
             f"the environment, or {name}_file to a file that holds it"

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from embedding_store.columns import TableRows
-from embedding_store.copies import write_synced
+from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
 from embedding_store.errors import OtherLayouts, PositionError, StoreError, disk_errors
@@ -488,6 +488,7 @@ def _say_closed(path: Path, place: tuple[int, int]) -> None:
     with disk_errors(f"no space left for {path}: free some; nothing was lost", f"{path} cannot be written"):
         write_synced(new, io.BytesIO(b"%d.%d\n" % place))
         new.replace(path)
+        sync_directory(path.parent)
 
 
 def _closed_at(path: Path) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 
 import fsspec.core
 import msgspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from msgspec import Struct
 from xxhash import xxh3_64, xxh3_64_hexdigest
@@ -116,10 +117,10 @@ class Copies:
             raw = msgspec.json.encode(manifest)
             if self._signer is not None:
                 self._write(f"{place}/{SEAL}", self._signer.seal(f"copy {number}", sha256, raw))
-            self._sync(place)  # the manifest is never there before what it vouches for
+            sync_folder(self._system, place)  # the manifest is never there before what it vouches for
             self._write(f"{place}/{MANIFEST}", raw)
-            self._sync(place)
-            self._sync(self._root)
+            sync_folder(self._system, place)
+            sync_folder(self._system, self._root)
             fault("copy.manifest")
             self._remove_old(number, keep)
             fault("copy.done")
@@ -210,23 +211,13 @@ class Copies:
                     return _pump(path.name, source, None, hashed, stopped)
             with self._system.open(place, "wb") as target:
                 file = _pump(path.name, source, target, hashed, stopped)
-                self._sync_file(target)
+                sync_file(self._system, target)
                 return file
 
     def _write(self, place: str, content: bytes) -> None:
         with self._system.open(place, "wb") as target:
             target.write(content)
-            self._sync_file(target)
-
-    def _sync_file(self, target: BinaryIO) -> None:
-        """Where it is a file here: an object store has kept it when it is closed."""
-        if isinstance(self._system, LocalFileSystem):
-            target.flush()
-            os.fsync(target.fileno())
-
-    def _sync(self, place: str) -> None:
-        if isinstance(self._system, LocalFileSystem):
-            sync_directory(Path(place))
+            sync_file(self._system, target)
 
     def _place(self, number: int) -> str:
         return f"{self._root}/{number}"
@@ -281,6 +272,19 @@ def write_synced(path: Path, source: BinaryIO, hashed: Hashed | None = None) -> 
         target.flush()
         os.fsync(target.fileno())
     return file
+
+
+def sync_file(system: AbstractFileSystem, file: BinaryIO) -> None:
+    """Brings what was written to the disk, if it is one of this machine: an object store has it when it is closed."""
+    if isinstance(system, LocalFileSystem):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(system: AbstractFileSystem, place: str) -> None:
+    """As `sync_file`, the names in a folder."""
+    if isinstance(system, LocalFileSystem):
+        sync_directory(Path(place))
 
 
 def sync_directory(path: Path) -> None:

@@ -32,7 +32,6 @@ from embedding_store.signing import SEAL, Signer
 KEEP = 3
 _PART_BYTES = 16 << 20
 _CHUNK = 10_000  # rows at a time: small, so that the trainer's thread gets its turn in between
-_PARTS = "part-*"
 _NAME = re.compile(r"\d+-\d+")
 _WANTED = ".wanted-"
 _MAX_REQUEST = 4_096  # bytes that are read of a request
@@ -138,7 +137,7 @@ def read_snapshot(path: Path, signer: Signer | None = None) -> Version:
     assembler, version, sha256 = Assembler(), None, {}
     with _mapped_errors(path):
         signed = None if signer is None else _signed(path, signer)
-        for file in sorted(path.glob(_PARTS)):
+        for file in sorted(file for file in path.iterdir() if file.name != SEAL):
             part = file.read_bytes()
             if signed is not None:  # before anything is made of it
                 sha256[file.name] = hashlib.sha256(part).hexdigest()

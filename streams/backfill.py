@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Meta, Struct
 
-from embedding_store.copies import mapped_errors
+from embedding_store.copies import inside, mapped_errors, sync_file, sync_folder
 from embedding_store.errors import CorruptRecord, PositionError, StoreError, UsageError
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Block, Counts, Examples
@@ -135,8 +135,11 @@ class Folder:
         partial = f"{path}.partial"
         with mapped_errors(path):
             self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.system.pipe_file(partial, data)
+            with self.system.open(partial, "wb") as file:
+                file.write(data)
+                sync_file(self.system, file)
             self.system.mv(partial, path)
+            sync_folder(self.system, path.rpartition("/")[0])
 
     @contextlib.contextmanager
     def writing(self, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
@@ -144,8 +147,11 @@ class Folder:
         path = f"{self.root}/{name}"
         with mapped_errors(path):
             self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with self.system.open(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-                yield writer
+            with self.system.open(path, "wb") as file:
+                with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+                    yield writer
+                sync_file(self.system, file)
+            sync_folder(self.system, path.rpartition("/")[0])
 
     def batches(self, name: str, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         """A Parquet file by so many rows. Raises CorruptRecord where it is none, or has other columns."""
@@ -246,6 +252,8 @@ class Backfill:
         if self.manifest.origin.format != FORMAT:
             found = self.manifest.origin.format
             raise UsageError(f"{url} is a backfill of format {found}, this version reads {FORMAT}: make it again")
+        for name in self.manifest.item_files:
+            inside(Path("items"), name)
         self.parts = {part.partition: part for part in self.manifest.parts}
 
     def check(self, topics: TopicSettings, join: JoinSettings | None = None) -> None:

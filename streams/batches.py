@@ -53,6 +53,7 @@ from faust.serializers import codecs
 from faust.transport.drivers import aiokafka as driver
 from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import TP
+from faust.types.auth import CredentialsT
 
 from embedding_store.errors import StoreError, UsageError
 from streams.app import die
@@ -255,6 +256,17 @@ def _forget_pickle() -> None:
         _refuse_pickle(codec, f"Faust's codec {name}")
 
 
+def _credentials(to: Bootstrap) -> CredentialsT | None:
+    """For Faust's own producer, which is always there."""
+    given = client_arguments(to)
+    if "sasl_mechanism" in given:
+        return faust.SASLCredentials(
+            username=given["sasl_plain_username"], password=given["sasl_plain_password"],
+            mechanism=given["sasl_mechanism"], ssl_context=given.get("ssl_context"),
+        )  # fmt: skip
+    return faust.SSLCredentials(given["ssl_context"]) if "ssl_context" in given else None
+
+
 class BatchApp(faust.App):
     """A Faust app with an agent that takes whole batches of one topic for a feed; others are added before `start`."""
 
@@ -265,6 +277,7 @@ class BatchApp(faust.App):
         super().__init__(
             intake.group,
             broker=f"kafka://{intake.bootstrap}",
+            broker_credentials=_credentials(intake.bootstrap),
             loop=asyncio.get_running_loop(),
             value_serializer="raw",
             key_serializer="raw",

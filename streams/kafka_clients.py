@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import (
     AuthenticationFailedError,
     IllegalSaslStateError,
@@ -27,7 +27,9 @@ from msgspec import Meta, Struct
 from embedding_store.errors import BrokerError, UsageError
 from embedding_store.secret import Secret, read_secret
 
-KNOCK_SECONDS = 5.0
+KNOCK_SECONDS = 10.0  # handshake and password take their time on a busy machine …
+CLEAR_SECONDS = 1.0  # … without them who speaks TLS hangs up at once, and who is only slow is not our concern
+CLOSE_SECONDS = 0.3  # in which a connection that came about is closed; of one that did not nothing is heard
 
 
 class KafkaSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -141,34 +143,38 @@ def servers(to: Bootstrap) -> list[str]:
     return [server.strip() for server in str(to).split(",")]
 
 
-def knock(to: Bootstrap, host: str, port: int, timeout_s: float = KNOCK_SECONDS) -> None:
+def knock(to: Bootstrap, host: str, port: int) -> None:
     """One connection, as a client makes it: certificates, password, and a question that only Kafka answers.
 
     The clients themselves try on for their whole timeout where they are turned away, and do not say why. Returns when
-    Kafka has answered. Raises BrokerError where it turns us away, or we it; NotKafka, another OSError where nobody
-    answers: that may pass. UsageError.
+    Kafka has answered; in the clear also where it is slow. Raises BrokerError where it turns us away, or we it;
+    NotKafka, another OSError where nobody answers: that may pass. UsageError.
     """
+    kafka = _kafka(to)
     arguments = client_arguments(to)
     del arguments["bootstrap_servers"]
     with ThreadPoolExecutor(1) as other:  # the caller may have an event loop of its own
-        other.submit(lambda: asyncio.run(_knock(to, host, port, arguments, timeout_s))).result()
+        asking = other.submit(lambda: asyncio.run(_knock(kafka, host, port, arguments)))
+        try:
+            asking.result()
+        except TimeoutError:
+            if is_guarded(to):
+                raise
 
 
-async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any], timeout_s: float) -> None:
-    kafka, where = _kafka(to), f"{host}:{port}"
+async def _knock(kafka: KafkaSettings, host: str, port: int, arguments: dict[str, Any]) -> None:
+    where, timeout_s = f"{host}:{port}", KNOCK_SECONDS if kafka.tls or kafka.sasl else CLEAR_SECONDS
     try:
         async with asyncio.timeout(timeout_s):
-            connection = await create_conn(host, port, request_timeout_ms=int(timeout_s * 1000), **arguments)
+            connection = AIOKafkaConnection(host, port, request_timeout_ms=int(timeout_s * 1000), **arguments)
             try:
+                await connection.connect()
                 await connection.send(MetadataRequest([]))
             finally:
-                connection.close()
+                await asyncio.wait([connection.close()], timeout=CLOSE_SECONDS)
     except ssl.SSLCertVerificationError as error:
         why = error.verify_message.rstrip(".")
         raise BrokerError(f"the certificate of Kafka at {where} is refused ({why}): {_remedy(error)}") from None
-    except ssl.SSLError as error:
-        text = f"no TLS with Kafka at {where} ({_reason(error)})"
-        raise BrokerError(f"{text}: does that port speak TLS, and does it ask for a kafka.cert_file?") from None
     except (ConnectionRefusedError, TimeoutError):
         raise
     except (AuthenticationFailedError, SaslAuthenticationFailed):
@@ -180,10 +186,16 @@ async def _knock(to: Bootstrap, host: str, port: int, arguments: dict[str, Any],
             f"Kafka at {where} does not take {kafka.sasl_mechanism}: look at its listeners, and set [kafka] alike"
         ) from None
     except (OSError, KafkaError) as error:
+        ours = ", and does it want a kafka.cert_file" if kafka.tls and not kafka.cert_file else ""
         raise NotKafka(
             f"what listens at {where} does not answer as Kafka with {kafka.security_protocol} ({_reason(error)}): "
-            "is kafka.security_protocol that of its listener?"
+            f"is kafka.security_protocol that of its listener{ours}?"
         ) from None
+
+
+def is_guarded(to: Bootstrap) -> bool:
+    """Whether there are handshakes before the first answer."""
+    return _kafka(to).tls or _kafka(to).sasl
 
 
 def _kafka(to: Bootstrap) -> KafkaSettings:

@@ -20,7 +20,7 @@ from kafka.errors import KafkaError, for_code
 
 from embedding_store.errors import BrokerError, UsageError
 from streams.events import MAX_EVENT_BYTES
-from streams.kafka_clients import Bootstrap, NotKafka, client_arguments, knock, servers
+from streams.kafka_clients import KNOCK_SECONDS, Bootstrap, NotKafka, client_arguments, is_guarded, knock, servers
 from streams.outlet import MAX_MESSAGE_BYTES
 
 PURCHASE_WINDOW_MS = 3 * 24 * 3_600_000
@@ -188,7 +188,7 @@ def wait_for_broker(bootstrap: Bootstrap, timeout_s: float = CONNECT_TIMEOUT_S) 
             left = max(0.1, deadline - time.monotonic())
             try:
                 socket.create_connection((host, port), timeout=left).close()
-                knock(bootstrap, host, port, max(1.0, left))
+                knock(bootstrap, host, port)
                 return
             except NotKafka as error:
                 why = str(error)
@@ -274,7 +274,7 @@ def _admin(bootstrap: Bootstrap) -> Iterator[KafkaAdminClient]:
     try:
         admin = KafkaAdminClient(
             **client_arguments(bootstrap),
-            bootstrap_timeout_ms=int(CONNECT_TIMEOUT_S * 1000),
+            bootstrap_timeout_ms=int(1000 * (KNOCK_SECONDS if is_guarded(bootstrap) else CONNECT_TIMEOUT_S)),
             request_timeout_ms=_REQUEST_TIMEOUT_MS,
         )
     except KafkaError:

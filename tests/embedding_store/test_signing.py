@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -116,19 +117,19 @@ def _hurt(place: Path, attack: str) -> None:
     if attack in ("a file", "a file and the manifest"):
         (place / "rows").write_bytes(b"rowz")
     if attack == "the manifest":
-        _seal_anew(place, about={"rows": 5})
+        seal_anew(place, about={"rows": 5})
     if attack == "a file and the manifest":
-        _seal_anew(place, files=[File("rows", 4, xxh3_64_hexdigest(b"rowz"))])
+        seal_anew(place, files=[File("rows", 4, xxh3_64_hexdigest(b"rowz"))])
     if attack == "the signature":
         (place / SEAL).write_bytes((place / SEAL).read_bytes().replace(b"hmac", b"hnac"))
     if attack == "no signature":
         (place / SEAL).unlink()
     if attack == "another number":
-        _seal_anew(place, number=8)
+        seal_anew(place, number=8)
         place.rename(place.with_name("8"))
 
 
-def _seal_anew(place: Path, **changes: object) -> None:
+def seal_anew(place: Path, **changes: object) -> None:
     """A manifest as somebody who knows the format makes it."""
     manifest = msgspec.json.decode((place / MANIFEST).read_bytes(), type=Manifest)
     manifest = msgspec.structs.replace(manifest, **changes)
@@ -143,7 +144,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> N
     (source / "rows").write_bytes(b"rows")
     copies = Copies(str(tmp_path / "copies"))
     copies.put(source, 7, {}, keep=2)
-    _seal_anew(place, files=[File(name, 4, xxh3_64_hexdigest(b"rows"))])
+    seal_anew(place, files=[File(name, 4, xxh3_64_hexdigest(b"rows"))])
     manifest = next(copies.newest_first())
     with pytest.raises(CorruptRecord, match="not in its folder"):
         copies.fetch(manifest, tmp_path / "fetched")
@@ -154,3 +155,25 @@ def test_a_link_in_the_folder_does_not_lead_out_of_it(tmp_path: Path) -> None:
     (tmp_path / "rows").symlink_to("/etc/hostname")
     with pytest.raises(CorruptRecord, match="not in its folder"):
         inside(tmp_path, "rows")
+
+
+def test_a_manifest_is_on_the_disk_after_what_it_vouches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut leaves no manifest whose files are not there: each file, then the folder, then the manifest."""
+    source, synced = tmp_path / "source", list[tuple[str, list[str] | bytes]]()
+    source.mkdir()
+    (source / "rows").write_bytes(b"rows")
+    sync = os.fsync
+
+    def watched(handle: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        held = sorted(path.name for path in place.iterdir()) if place.is_dir() else place.read_bytes()
+        synced.append((place.name, held))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    Copies(str(tmp_path / "copies"), SIGNER).put(source, 7, {}, keep=2)
+    names = [name for name, _ in synced]
+    assert names == ["rows", SEAL, "7", MANIFEST, "7", "copies"]
+    assert dict(synced[:3])["rows"] == b"rows"
+    assert synced[2][1] == ["rows", SEAL], "the manifest comes after them"
+    assert synced[3][1] == (tmp_path / "copies" / "7" / MANIFEST).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.figures import security
 from tests.figures.common import Bench, Line, Row, at_most, headrace
 
 RATE, SECONDS = 1000, 60
@@ -20,4 +21,4 @@ def freshness(bench: Bench) -> list[Row]:
     return rows
 
 
-LINES: dict[str, Line] = {"freshness": freshness}
+LINES: dict[str, Line] = {"freshness": freshness, "security": security.security}

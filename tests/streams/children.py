@@ -95,16 +95,20 @@ def wait_for(true: Any, seconds: float = 60.0, child: Child | None = None, what:
     return value
 
 
-def read_all(bootstrap: str, topic: str, committed: bool = True) -> dict[int, list[ConsumerRecord]]:
-    """All records of a topic by partition, up to its end as it is now; of transactions the committed ones only."""
+def read_all(
+    bootstrap: str | dict[str, Any], topic: str, committed: bool = True
+) -> dict[int, list[ConsumerRecord]]:
+    """All records of a topic by partition, up to its end as it is now; of transactions the committed ones only.
+
+    bootstrap: HOST:PORT, or all that a client is made with.
+    """
     return asyncio.run(_read_all(bootstrap, topic, committed))
 
 
-async def _read_all(bootstrap: str, topic: str, committed: bool) -> dict[int, list[ConsumerRecord]]:
+async def _read_all(bootstrap: str | dict[str, Any], topic: str, committed: bool) -> dict[int, list[ConsumerRecord]]:
     level = "read_committed" if committed else "read_uncommitted"
-    consumer = AIOKafkaConsumer(
-        topic, bootstrap_servers=bootstrap, isolation_level=level, auto_offset_reset="earliest"
-    )
+    where = {"bootstrap_servers": bootstrap} if isinstance(bootstrap, str) else bootstrap
+    consumer = AIOKafkaConsumer(topic, **where, isolation_level=level, auto_offset_reset="earliest")
     async with consumer:
         partitions = sorted(consumer.assignment())
         ends = await consumer.end_offsets(partitions)
