@@ -83,9 +83,10 @@ ALERTS: tuple[Alert, ...] = (
     ),
     Alert(
         "freshness-burn-slow", "ticket", "0s", f"{_burns(3, '1d', '2h')} or {_burns(1, '3d', '6h')}",
-        "{{ $value | humanizePercentage }} of events take longer than a second to reach users: the error budget will not"
-        " last",
-        "Open Freshness over three days: since when, which stage, how much load. Usually it is the processor that is short.",
+        "{{ $value | humanizePercentage }} of events take longer than a second to reach users: the error budget will"
+        " not last",
+        "Open Freshness over three days: since when, which stage, how much load. Usually it is the processor that is"
+        " short.",
         good.PAST_FRESHNESS,
     ),
     Alert(
@@ -148,33 +149,34 @@ ALERTS: tuple[Alert, ...] = (
         "guard-tripped", "page", "0s",
         f"headrace_train_guard_held > {good.GUARD.high:g} or headrace_train_guard_rollbacks > {good.GUARD.high:g}",
         "The guard holds versions back: what the trainer learned is bad, replicas serve the last good version",
-        "The trainer's log says which task, and since when. Stop the source of the bad events; if the guard does not let"
-        " go, `headrace checkpoint rollback`.", good.GUARD,
+        "The trainer's log says which task, and since when. Stop the source of the bad events; if the guard does not"
+        " let go, `headrace checkpoint rollback`.", good.GUARD,
     ),
     Alert(
         "replica-stale", "page", "1m",
         f"headrace_replica_age_seconds > {good.REPLICA_AGE.high:g} and on (instance)"
         " (headrace_replica_sequence < scalar(max(headrace_train_published_sequence)))",
-        "The replica at {{ $labels.instance }} serves a version that is {{ $value | humanizeDuration }} old, and there is"
-        " a newer one",
+        "The replica at {{ $labels.instance }} serves a version that is {{ $value | humanizeDuration }} old, and"
+        " there is a newer one",
         "Can it reach Kafka? Its log says so. Restarted it loads the newest snapshot and catches up.", good.REPLICA_AGE,
     ),
     Alert(
         "dead-letters", "ticket", "5m", f"{_REFUSED} > {good.DEAD_LETTERS.high:g}",
         "{{ $value | humanizePercentage }} of what comes in is refused",
-        "Streams says for which reason; the records are in `events.dead`, whole, with their place. Mend the source, then"
-        " `headrace replay dead`.", good.DEAD_LETTERS,
+        "Streams says for which reason; the records are in `events.dead`, whole, with their place. Mend the source,"
+        " then `headrace replay dead`.", good.DEAD_LETTERS,
     ),
     Alert(
         "disk-low", "page", "1m", f"headrace_disk_free_bytes < {good.DISK_FREE.low:.0f}",
         "{{ $value | humanize1024 }}B are free on the disk of {{ $labels.job }} at {{ $labels.instance }}",
-        "Make room: kept checkpoints and snapshots that nobody needs, Kafka's retention. Stores stop at a full disk and go"
-        " on when there is room.", good.DISK_FREE,
+        "Make room: kept checkpoints and snapshots that nobody needs, Kafka's retention. Stores stop at a full disk"
+        " and go on when there is room.", good.DISK_FREE,
     ),
     Alert(
         "disk-filling", "ticket", "1h",
         f"predict_linear(headrace_disk_free_bytes[6h], 86400) < 0 and headrace_disk_free_bytes < {20 * 2**30}",
-        "At the pace of the last six hours the disk of {{ $labels.job }} at {{ $labels.instance }} is full within a day",
+        "At the pace of the last six hours the disk of {{ $labels.job }} at {{ $labels.instance }} is full within a"
+        " day",
         "What grows: Kafka's topics, snapshots, kept checkpoints, the store itself? Bound it, or make the disk larger.",
         good.DISK_FREE,
     ),

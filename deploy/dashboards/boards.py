@@ -6,7 +6,6 @@ from deploy.dashboards import objectives as good
 from deploy.dashboards.model_boards import MODEL_QUALITY, SERVING, STORE
 from deploy.dashboards.panels import JOBS, Board, Panel, Query, quantiles
 
-
 FRESHNESS = Board(
     "headrace-freshness",
     "Headrace / Freshness",
@@ -15,20 +14,21 @@ FRESHNESS = Board(
         "From outside: probes": [
             Panel(
                 "Freshness", "s",
-                "From an event being produced to a replica that answers with its effect, by probes. Above the line: look"
-                " at the stages beside it for the one that grew.",
+                "From an event being produced to a replica that answers with its effect, by probes. Above the line:"
+                " look at the stages beside it for the one that grew.",
                 quantiles('headrace_freshness_seconds_bucket{stage="servable"}', of=(0.5, 0.95, 0.99)),
                 good.FRESHNESS, log=True,
             ),
             Panel(
                 "Freshness by stage, p99", "s",
-                "From produced until joined, trained, committed, servable; each includes those before. The first line that"
-                " rises is the stage that is late: see Streams, Embedding store or Serving.",
+                "From produced until joined, trained, committed, servable; each includes those before. The first line"
+                " that rises is the stage that is late: see Streams, Embedding store or Serving.",
                 quantiles('headrace_freshness_seconds_bucket', "stage", (0.99,), "{{stage}}"), log=True,
             ),
             Panel(
                 "Probes past the objective", "percentunit",
-                f"Share of probes that took longer than {good.FRESHNESS.high:g} s. Above the line the error budget is spent"
+                f"Share of probes that took longer than {good.FRESHNESS.high:g} s. Above the line the error budget is"
+                f" spent"
                 " faster than it comes in.",
                 [Query('1 - sum(rate(headrace_freshness_seconds_bucket{stage="servable",le="1.0"}[$__rate_interval]))'
                        ' / sum(rate(headrace_freshness_seconds_count{stage="servable"}[$__rate_interval]))', "past")],
@@ -50,7 +50,8 @@ FRESHNESS = Board(
             ),
             Panel(
                 "Probes", "short",
-                "Sent per second, and in flight. None sent: `headrace monitor` does not run, and nobody measures freshness.",
+                "Sent per second, and in flight. None sent: `headrace monitor` does not run, and nobody measures"
+                " freshness.",
                 [Query("rate(headrace_freshness_probes_total[$__rate_interval])", "sent per second"),
                  Query("headrace_freshness_waiting", "in flight")],
             ),
@@ -63,7 +64,8 @@ FRESHNESS = Board(
             ),
             Panel(
                 "Age of the version served", "s",
-                "Since the version was made that a replica serves. It also grows when nothing happens that could be learned.",
+                "Since the version was made that a replica serves. It also grows when nothing happens that could be"
+                " learned.",
                 [Query("headrace_replica_age_seconds{}")], good.REPLICA_AGE,
             ),
         ],
@@ -78,8 +80,8 @@ STREAMS = Board(
         "Events": [
             Panel(
                 "Events by outcome", "short",
-                "Per second; they must balance: events_in is the sum of the others. Many late: the disorder of the sources is"
-                " larger than [join] disorder_ms.",
+                "Per second; they must balance: events_in is the sum of the others. Many late: the disorder of the"
+                " sources is larger than [join] disorder_ms.",
                 [Query('sum by (outcome) (rate(headrace_join_events{outcome!="open"}[$__rate_interval]))', "{{outcome}}")],
             ),
             Panel(
@@ -88,12 +90,13 @@ STREAMS = Board(
             ),
             Panel(
                 "Refused, by reason", "short",
-                "Records per second that are no events; they are in `events.dead`, whole. Mend the source, then `headrace"
-                " replay dead`.",
+                "Records per second that are no events; they are in `events.dead`, whole. Mend the source, then"
+                " `headrace replay dead`.",
                 [Query("sum by (reason) (rate(headrace_join_rejected_total{}[$__rate_interval]))", "{{reason}}")],
             ),
             Panel(
-                "Share refused", "percentunit", "Of all records read. Above the line: a source sends what nobody can read.",
+                "Share refused", "percentunit", "Of all records read. Above the line: a source sends what nobody can"
+                                                " read.",
                 [Query("sum(rate(headrace_join_rejected_total{}[$__rate_interval]))"
                        " / sum(rate(headrace_join_offset{}[$__rate_interval]))", "refused")],
                 good.DEAD_LETTERS,
@@ -109,17 +112,19 @@ STREAMS = Board(
             ),
             Panel(
                 "Watermark behind the clock", "s",
-                "Now less the event time up to which a partition is joined. Grows in one partition: its worker. In all: too"
-                " little processor, or Kafka.",
+                "Now less the event time up to which a partition is joined. Grows in one partition: its worker. In"
+                " all: too little processor, or Kafka.",
                 [Query("headrace_join_watermark_lag_seconds{}", "partition {{partition}}")], log=True,
             ),
             Panel(
-                "Open impressions", "short", "Windows that still wait for actions. Bounded by [join]; on disk past in_memory.",
+                "Open impressions", "short", "Windows that still wait for actions. Bounded by [join]; on disk past"
+                                             " in_memory.",
                 [Query("headrace_join_open_impressions{}", "partition {{partition}}")],
             ),
             Panel(
                 "Commit and publish", "s",
-                "One block: the write to the store, the transaction in Kafka. Slow commits: the disk. Slow transactions: Kafka.",
+                "One block: the write to the store, the transaction in Kafka. Slow commits: the disk. Slow"
+                " transactions: Kafka.",
                 [*quantiles("headrace_join_commit_seconds_bucket{}", of=(0.99,), legend="commit"),
                  *quantiles("headrace_join_publish_seconds_bucket{}", of=(0.99,), legend="publish")], log=True,
             ),
@@ -155,8 +160,8 @@ KAFKA = Board(
         "events": [
             Panel(
                 "Records that wait", "short",
-                "Of `events`, by partition: its end less what the join worker has done. Growing: more join workers, or find"
-                " out what slows this one.",
+                "Of `events`, by partition: its end less what the join worker has done. Growing: more join workers,"
+                " or find out what slows this one.",
                 [Query("headrace_join_lag_records{}", "partition {{partition}}")], good.JOIN_LAG,
             ),
             Panel(
@@ -185,7 +190,8 @@ KAFKA = Board(
                 [Query("headrace_train_lag_records{}", "partition {{partition}}")], good.TRAIN_LAG,
             ),
             Panel(
-                "Transactions", "s", "p99 of one transaction of join (a block) and train (a version). Slow: Kafka or its disk.",
+                "Transactions", "s", "p99 of one transaction of join (a block) and train (a version). Slow: Kafka or"
+                                     " its disk.",
                 [*quantiles("headrace_join_publish_seconds_bucket{}", of=(0.99,), legend="join"),
                  *quantiles("headrace_train_publish_seconds_bucket{}", of=(0.99,), legend="train")], log=True,
             ),

@@ -10,13 +10,14 @@ TASK = "{{task}} {{scenario}}"
 MODEL_QUALITY = Board(
     "headrace-model",
     "Headrace / Model quality",
-    "Is the model still good? Each example was scored before it was learned; figures are of a sliding window of examples.",
+    "Is the model still good? Each example was scored before it was learned; figures are of a sliding window of"
+    " examples.",
     {
         "Test-then-train": [
             Panel(
                 "AUC", "none",
-                "By task and scenario. A fall after a change of the sources: their features. A slow fall: compare with a"
-                " kept checkpoint (`headrace checkpoint list`).",
+                "By task and scenario. A fall after a change of the sources: their features. A slow fall: compare"
+                " with a kept checkpoint (`headrace checkpoint list`).",
                 [Query("headrace_train_auc{}", TASK)],
             ),
             Panel(
@@ -26,8 +27,8 @@ MODEL_QUALITY = Board(
             ),
             Panel(
                 "Calibration", "none",
-                "Predicted over actual. Outside the lines scores are wrong as probabilities: look for a change of labels"
-                " (late purchases, a lost source of clicks) before anything else.",
+                "Predicted over actual. Outside the lines scores are wrong as probabilities: look for a change of"
+                " labels (late purchases, a lost source of clicks) before anything else.",
                 [Query("headrace_train_calibration{}", TASK)], good.CALIBRATION,
             ),
             Panel("Loss", "none", "Log loss by task; what the guard and the drift detector look at.",
@@ -36,12 +37,13 @@ MODEL_QUALITY = Board(
         "Guard": [
             Panel(
                 "Held back by the guard", "none",
-                "1: versions are not published, replicas serve the last good one; the trainer's log says why. Rollbacks in a"
-                " row beside it. `headrace checkpoint rollback` if it does not mend itself.",
+                "1: versions are not published, replicas serve the last good one; the trainer's log says why."
+                " Rollbacks in a row beside it. `headrace checkpoint rollback` if it does not mend itself.",
                 [Query("headrace_train_guard_held{}", "held"), Query("headrace_train_guard_rollbacks{}", "rollbacks")],
                 good.GUARD,
             ),
-            Panel("Drift of the loss", "none", "Changes that were found, by task, per hour. Each is a reason to look at AUC.",
+            Panel("Drift of the loss", "none", "Changes that were found, by task, per hour. Each is a reason to look"
+                                               " at AUC.",
                   [Query("sum by (task) (increase(headrace_train_drifts_total{}[1h]))", "{{task}}")]),
         ],
         "Training": [
@@ -49,7 +51,8 @@ MODEL_QUALITY = Board(
                   [Query("rate(headrace_train_rows_total{}[$__rate_interval])")]),
             Panel("Examples in a batch", "short", "Full batches ([model] batch_size) mean catching up.",
                   quantiles("headrace_train_batch_rows_bucket{}")),
-            Panel("Step", "s", "One test-then-train step. Grows with batch, tables that are read from disk, other processes.",
+            Panel("Step", "s", "One test-then-train step. Grows with batch, tables that are read from disk, other"
+                               " processes.",
                   quantiles("headrace_train_step_seconds_bucket{}"), log=True),
             Panel("Where a step's time goes", "percentunit", "Seconds per second, by stage.",
                   [Query("sum by (stage) (rate(headrace_train_stage_seconds_total{}[$__rate_interval]))", "{{stage}}")]),
@@ -70,8 +73,8 @@ STORE = Board(
                   [Query("sum by (table) (rate(headrace_train_admissions_total{}[$__rate_interval]))", "{{table}} in"),
                    Query("sum by (table) (rate(headrace_train_evictions_total{}[$__rate_interval]))", "{{table}} out")]),
             Panel("Reads of the tier on disk", "short",
-                  "Ids that were not in memory, per second: `hit`, it was on disk; `miss`, nowhere, so new. Many hits: more"
-                  " rows in memory pay.",
+                  "Ids that were not in memory, per second: `hit`, it was on disk; `miss`, nowhere, so new. Many"
+                  " hits: more rows in memory pay.",
                   [Query("sum by (table, outcome) (rate(headrace_train_tier_reads_total{}[$__rate_interval]))",
                          "{{table}} {{outcome}}")]),
             Panel("Rows that wait for their turn", "short",
@@ -80,15 +83,16 @@ STORE = Board(
         ],
         "Checkpoints": [
             Panel("Time since the last commit", "s",
-                  "Commits come several times a second while there is anything to learn. Above the line while examples wait:"
-                  " the trainer is stuck; what it learned since would be learned again.",
+                  "Commits come several times a second while there is anything to learn. Above the line while"
+                  " examples wait: the trainer is stuck; what it learned since would be learned again.",
                   [Query("headrace_train_checkpoint_age_seconds{}")], good.CHECKPOINT_AGE),
             Panel("Commit", "s", "One atomic write of a version. Grows with rows touched, and with a slow disk.",
                   quantiles("headrace_train_commit_seconds_bucket{}"), log=True),
             Panel("Store on disk", "bytes", "The trainer's store; beside it stand snapshots and kept checkpoints.",
                   [Query("headrace_train_checkpoint_bytes{}")]),
             Panel("Age of the newest snapshot", "s",
-                  "New replicas start from it. Above the line: is the snapshots' place full or away? See the trainer's log.",
+                  "New replicas start from it. Above the line: is the snapshots' place full or away? See the"
+                  " trainer's log.",
                   [Query("headrace_train_snapshot_age_seconds{}")], good.SNAPSHOT_AGE),
         ],
         "Versions": [
@@ -99,7 +103,8 @@ STORE = Board(
             Panel("Bytes a row", "bytes", "Of a version. fp32, fp16 and int8 differ: [model] encoding.",
                   [Query("rate(headrace_train_delta_bytes_total{}[$__rate_interval])"
                          " / rate(headrace_train_delta_rows_total{}[$__rate_interval])")]),
-            Panel("Oldest row owed", "s", "Held back by [model] row_bytes_per_s. Grows without end: the budget is too small.",
+            Panel("Oldest row owed", "s", "Held back by [model] row_bytes_per_s. Grows without end: the budget is too"
+                                          " small.",
                   [Query("headrace_train_owed_oldest_seconds{}")]),
         ],
     },
@@ -116,27 +121,31 @@ SERVING = Board(
                   [Query("sum by (route, status) (rate(headrace_serve_requests_total{}[$__rate_interval]))",
                          "{{route}} {{status}}")]),
             Panel("Latency", "s",
-                  "Of rank and recommend, from a request's head to the end of its answer. Above the line: fewer candidates,"
-                  " more replicas, or a version that is slow to apply.",
+                  "Of rank and recommend, from a request's head to the end of its answer. Above the line: fewer"
+                  " candidates, more replicas, or a version that is slow to apply.",
                   [Query(f"histogram_quantile({q}, sum by (le, route)"
                          f" (rate(headrace_serve_request_seconds_bucket{{{SCORING}}}[$__rate_interval])))",
                          f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99)], good.SERVE_SECONDS, log=True),
-            Panel("Share of requests that failed", "percentunit", "Answered with 500 or more, overload (503) among them.",
+            Panel("Share of requests that failed", "percentunit", "Answered with 500 or more, overload (503) among"
+                                                                  " them.",
                   [Query('(sum(rate(headrace_serve_requests_total{status=~"5..",instance=~"$instance"}[$__rate_interval]))'
                          " or vector(0)) / sum(rate(headrace_serve_requests_total{}[$__rate_interval]))", "failed")],
                   good.SERVE_ERRORS),
             Panel("Requests refused", "reqps",
-                  "By the problem that was said, per second. too-many-waiting, waited-too-long: overload; add replicas.",
+                  "By the problem that was said, per second. too-many-waiting, waited-too-long: overload; add"
+                  " replicas.",
                   [Query("sum by (reason) (rate(headrace_serve_refused_total{}[$__rate_interval]))", "{{reason}}")]),
             Panel("Waiting, degraded", "short",
-                  "Requests that wait for their turn; answers cut short by the deadline, per second. Both are overload.",
+                  "Requests that wait for their turn; answers cut short by the deadline, per second. Both are"
+                  " overload.",
                   [Query("headrace_serve_waiting{}", "waiting {{instance}}"),
                    Query("sum by (route) (rate(headrace_serve_degraded_total{}[$__rate_interval]))", "degraded {{route}}")]),
             Panel("Candidates per request", "short", "Items scored; latency goes with them.",
                   quantiles("headrace_serve_candidates_bucket{}")),
         ],
         "Versions": [
-            Panel("Version served", "none", "Sequence of the version; replicas lie on one line, close below the trainer.",
+            Panel("Version served", "none", "Sequence of the version; replicas lie on one line, close below the"
+                                            " trainer.",
                   [Query("headrace_replica_sequence{}"),
                    Query("headrace_train_published_sequence", "published by the trainer")]),
             Panel("Age of the version served", "s",

@@ -140,7 +140,8 @@ class _Asker:
             ) from None
         except ValueError:
             raise HeadraceError(
-                f"{self._client.base_url} answers {path} with HTTP {answer.status_code} and no JSON: is it a Prometheus?"
+                f"{self._client.base_url} answers {path} with HTTP {answer.status_code} and no JSON: is it a"
+                f" Prometheus?"
             ) from None
         if told.get("status") != "success":
             self._report.errors.append(f"{where}: {told.get('error', answer.status_code)}: {promql}")
