@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import shutil
 import signal
@@ -18,6 +19,8 @@ import time
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from deploy import broker
 from deploy.demo.figures import Model, balance
@@ -35,6 +38,8 @@ from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
 from replay.sinks import KafkaSink
+from streams.listener import serve_metrics
+from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
@@ -101,8 +106,26 @@ class _Demo:
             summary = stack.enter_context(Summary(page.start() if page else None))
             for worker in self.workers:
                 worker.go()
-            live = Live(settings, self.workers, [summary, page] if page else [summary])
+            registry = CollectorRegistry()
+            live = Live(settings, self.workers, [summary, page] if page else [summary], registry)
+            self._serve_metrics(registry, stack)
+            summary.say(f"metrics: {self._targets} (targets for Prometheus' file_sd_configs)")
             return asyncio.run(self._live(live, sink))
+
+    @property
+    def _targets(self) -> Path:
+        return self.home.parent / "targets.json"
+
+    def _serve_metrics(self, registry: CollectorRegistry, stack: contextlib.ExitStack) -> None:
+        """Those of this process at a free port, and a file that names all ports while they answer."""
+        settings, port = self.settings, free_port()
+        tell_process(registry, self.home)
+        stack.callback(serve_metrics(registry, port))
+        ports = {"join": settings.join.metrics_port, "train": settings.train.metrics_port,
+                 "serve": settings.serve.port, "demo": port}  # fmt: skip
+        targets = [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": job}} for job, port in ports.items()]
+        write_atomically(self._targets, json.dumps(targets, indent=1) + "\n")
+        stack.callback(self._targets.unlink, missing_ok=True)
 
     async def _live(self, live: Live, sink: KafkaSink) -> dict[str, Any]:
         """Everything between the start of the workers and the figures."""
@@ -219,7 +242,11 @@ class _Demo:
 
 def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str) -> Settings:
     """The run's settings: its own folder, broker and ports; a joiner that fits the source."""
-    flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
+    flags: dict[str, Any] = {
+        "data_dir": home, "bootstrap": bootstrap, "serve.port": free_port(),
+        "join.metrics_port": settings.join.metrics_port or free_port(),
+        "train.metrics_port": settings.train.metrics_port or free_port(),
+    }  # fmt: skip
     if settings.bootstrap:  # somebody's cluster: topics of our own there
         flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
     if options.log is None:
