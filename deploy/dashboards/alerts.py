@@ -52,7 +52,7 @@ def _past(window: str) -> str:
     """The share of probes in a window that took longer than the objective."""
     servable = 'stage="servable"'
     return (
-        f'(1 - sum(rate(headrace_freshness_seconds_bucket{{{servable},le="{good.FRESHNESS.high}"}}[{window}]))'
+        f'(1 - sum(rate(headrace_freshness_seconds_bucket{{{servable},le="{good.FRESHNESS_S}"}}[{window}]))'
         f" / sum(rate(headrace_freshness_seconds_count{{{servable}}}[{window}])))"
     )
 
@@ -76,7 +76,7 @@ _SCORED = (
 ALERTS: tuple[Alert, ...] = (
     Alert(
         "freshness-burn-fast", "page", "0s",
-        f"{_burns(good.BURN_FAST.high or 0, '1h', '5m')} or {_burns(6, '6h', '30m')}",
+        f"{_burns(good.FAST_BURN, '1h', '5m')} or {_burns(6, '6h', '30m')}",
         "{{ $value | humanizePercentage }} of events take longer than a second to reach users: the error budget of a"
         " month is gone within days",
         "Open Freshness: the first stage that rose is the one that is late. Then the runbook.", good.FRESHNESS,
@@ -256,7 +256,7 @@ def _grafana_rule(alert: Alert, runbooks: str) -> Any:
     window = RelativeTimeRange(from_val=600, to=0)
     asked = prometheus.Dataquery().expr(alert.expr).instant().ref_id("A").interval_ms(1_000).max_data_points(43_200)
     holds = expr.TypeMath().expression("is_number($A) || is_inf($A)").ref_id("B")
-    holds = holds.interval_ms(1_000).max_data_points(43_200)  # what the server would fill in, so that plan sees no change
+    holds = holds.interval_ms(1_000).max_data_points(43_200)  # the server would fill these in, and plan see a change
     return (
         alerting.Rule(alert.title)
         .uid(alert.uid)

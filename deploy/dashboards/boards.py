@@ -27,7 +27,7 @@ FRESHNESS = Board(
             ),
             Panel(
                 "Probes past the objective", "percentunit",
-                f"Share of probes that took longer than {good.FRESHNESS.high:g} s. Above the line the error budget is"
+                f"Share of probes that took longer than {good.FRESHNESS_S:g} s. Above the line the error budget is"
                 f" spent"
                 " faster than it comes in.",
                 [Query('1 - sum(rate(headrace_freshness_seconds_bucket{stage="servable",le="1.0"}[$__rate_interval]))'
@@ -82,7 +82,8 @@ STREAMS = Board(
                 "Events by outcome", "short",
                 "Per second; they must balance: events_in is the sum of the others. Many late: the disorder of the"
                 " sources is larger than [join] disorder_ms.",
-                [Query('sum by (outcome) (rate(headrace_join_events{outcome!="open"}[$__rate_interval]))', "{{outcome}}")],
+                [Query('sum by (outcome) (rate(headrace_join_events{outcome!="open"}[$__rate_interval]))',
+                       "{{outcome}}")],
             ),
             Panel(
                 "Events by kind", "short", "Per second. A kind that is missing has lost its source.",
@@ -141,7 +142,8 @@ STREAMS = Board(
             ),
             Panel(
                 "Processor", "percentunit", "Seconds of processor per second; 100 % is one core.",
-                [Query(f'rate(process_cpu_seconds_total{{job=~"{JOBS}",instance=~"$instance"}}[$__rate_interval])', "{{job}} {{instance}}")],
+                [Query(f'rate(process_cpu_seconds_total{{job=~"{JOBS}",instance=~"$instance"}}[$__rate_interval])',
+                       "{{job}} {{instance}}")],
             ),
             Panel(
                 "Memory", "bytes", "Resident. Growth without an end is a fault: send a `headrace doctor --bundle`.",
@@ -172,7 +174,8 @@ KAFKA = Board(
             ),
             Panel(
                 "Time to catch up", "s", "What waits, at the pace of now. Infinite: nothing is done.",
-                [Query("sum(headrace_join_lag_records{}) / sum(rate(headrace_join_offset{}[$__rate_interval]))", "join")],
+                [Query("sum(headrace_join_lag_records{}) / sum(rate(headrace_join_offset{}[$__rate_interval]))",
+                       "join")],
             ),
             Panel(
                 "End of the topic", "short", "The next offset of each partition. One that lags: keys are skewed.",

@@ -25,12 +25,13 @@ class Objective:
 _UNITS = {"s": " s", "percentunit": " (a share)", "bytes": " bytes"}
 
 # 99 % of probes are in a replica's answers within a second, over 30 days: the other 1 % is the error budget.
-# FRESHNESS.high is a bound of the buckets of headrace_freshness_seconds.
-FRESHNESS = Objective("freshness", "s", high=1.0)
+FRESHNESS_S = 1.0  # also a bound of the buckets of headrace_freshness_seconds
+FRESHNESS = Objective("freshness", "s", high=FRESHNESS_S)
 ERROR_BUDGET = 0.01
 PAST_FRESHNESS = Objective("share of probes past the objective", "percentunit", high=ERROR_BUDGET)
 # Times the pace at which the budget would last for 30 days; as in the Google SRE workbook, chapter 5, table 5-8.
-BURN_FAST = Objective("burn rate", "none", high=14.4)
+FAST_BURN = 14.4
+BURN_FAST = Objective("burn rate", "none", high=FAST_BURN)
 STALL = Objective("age of the oldest probe in flight", "s", high=15.0)  # a restarted train worker takes as long
 EVENT_TIME = Objective("pace of event time", "none", low=0.0)
 JOIN_LAG = Objective("records of `events` that wait", "short", high=10_000)
