@@ -101,7 +101,8 @@ STORE = Board(
         "Versions": [
             Panel("Versions published", "short", "Per second; none while examples come: see the guard.",
                   [Query("rate(headrace_train_versions_published_total{}[$__rate_interval])")]),
-            Panel("Rows in versions", "short", "Per second.",
+            Panel("Rows in versions", "short",
+                  "Per second; what replicas take over. None while versions go out: only dense weights move.",
                   [Query("rate(headrace_train_delta_rows_total{}[$__rate_interval])")]),
             Panel("Bytes a row", "bytes", "Of a version. fp32, fp16 and int8 differ: [model] encoding.",
                   [Query("rate(headrace_train_delta_bytes_total{}[$__rate_interval])"
@@ -159,7 +160,7 @@ SERVING = Board(
                   [Query("rate(headrace_replica_versions_applied_total{}[$__rate_interval])")]),
             Panel("Applying a version", "s", "Requests wait meanwhile.",
                   quantiles("headrace_replica_apply_seconds_bucket{}"), log=True),
-            Panel("Rows held", "short", "By table.",
+            Panel("Rows held", "short", "By table and replica; all replicas hold the same.",
                   [Query("headrace_replica_rows{}", "{{instance}} {{table}}")], log=True),
             Panel("Memory of rows", "bytes", "Reserved by tables; twice that while a snapshot is loaded.",
                   [Query("headrace_replica_bytes{}", "{{instance}} {{table}}")]),

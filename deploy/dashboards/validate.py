@@ -92,9 +92,7 @@ class _Asker:
 
     def panel(self, where: str, query: Query, promql: str) -> None:
         """A panel's query: a number at least once in the range, and all labels that its legend names."""
-        self._ask(where, promql, at="now")
-        series = self._ask(where, promql, at="range")
-        if series is None:
+        if self._ask(where, promql, at="now") is None or (series := self._ask(where, promql, at="range")) is None:
             return
         numbers = [one for one in series if any(not math.isnan(float(value)) for _, value in one["values"])]
         if not numbers:

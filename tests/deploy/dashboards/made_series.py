@@ -119,7 +119,7 @@ CASES = (
           f"headrace_train_published_sequence{{{TRAINER}}}": level((15, 7))},
          quiet=(4, 14), name="there is nothing newer"),
     Case("dead-letters",
-         {f'headrace_join_rejected_total{{instance="j:1",reason="not_json"}}': rising((20, 0), (20, 50), (30, 0)),
+         {'headrace_join_rejected_total{instance="j:1",reason="not_json"}': rising((20, 0), (20, 50), (30, 0)),
           f"headrace_join_offset{{{OF}}}": rising((70, 1_000))},
          quiet=(19, 60), fires=(30, 40)),
     Case("disk-low", {'headrace_disk_free_bytes{instance="t:1"}': level((5, 1e12), (5, 1e9), (5, 1e12))},

@@ -1,7 +1,8 @@
 """A stand-in for Grafana's HTTP API, as far as `headrace dashboards` uses it. It is not Grafana.
 
 It keeps what it is sent, adds what a server adds of its own (ids, versions, times, provenance), and refuses bodies that
-Grafana's own models do not know in full: a dashboard or a rule must come back unchanged from the SDK's reading of it.
+Grafana's own models do not know in full: a dashboard or a rule must come back unchanged from the SDK's reading of it,
+and a dashboard must be as the published types have it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from grafana_foundation_sdk.models.alerting import Rule
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from deploy.dashboards.panels import to_json
+from tests.deploy.dashboards.grafana_types import faults
 
 TOKEN = "right"
 DEFAULT_INTERVAL_S = 60  # of a rule group that comes into being with its first rule
@@ -89,8 +91,8 @@ class Grafana(ThreadingHTTPServer):
     def write_dashboard(self, body: dict) -> dict:
         _known(body, {"dashboard", "folderUid", "overwrite", "message"})
         sent = body["dashboard"]
-        if to_json(Dashboard.from_json(sent)) != sent:
-            raise Refused(400, "not a dashboard as Grafana's model has it")
+        if to_json(Dashboard.from_json(sent)) != sent or faults(sent):
+            raise Refused(400, f"not a dashboard as Grafana's types have it: {faults(sent)}")
         self.read_folder(body["folderUid"])
         known = self.dashboards.get(sent["uid"])
         if known and not body.get("overwrite"):
