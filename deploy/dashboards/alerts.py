@@ -98,7 +98,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "probes-missing", "ticket", "5m",
         "absent(headrace_freshness_probes_total) or sum(rate(headrace_freshness_probes_total[5m])) == 0",
-        "Nobody measures freshness", "Start `headrace monitor`, or have Prometheus scrape it.", good.STALL,
+        "Nobody measures freshness", "Start `headrace monitor`, or have Prometheus scrape it.", good.PROBES,
     ),
     Alert(
         "watermark-stalled", "page", "1m",

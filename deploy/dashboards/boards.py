@@ -53,7 +53,7 @@ FRESHNESS = Board(
                 "Sent per second, and in flight. None sent: `headrace monitor` does not run, and nobody measures"
                 " freshness.",
                 [Query("rate(headrace_freshness_probes_total[$__rate_interval])", "sent per second"),
-                 Query("headrace_freshness_waiting", "in flight")],
+                 Query("headrace_freshness_waiting", "in flight")], good.PROBES,
             ),
         ],
         "From inside": [

@@ -23,11 +23,14 @@ from kafka import KafkaProducer
 
 from deploy.dashboards.alerts import ALERTS
 from deploy.dashboards.files import RULES, build
+from deploy.dashboards.validate import Report, validate
 from streams.events import Click, Event, Impression, encode
 from tests.deploy.dashboards.prometheus import Prometheus, prometheus
 from tests.end_to_end.demos import Demo, demo
 
 SCALE = 1 / 60
+ANSWERS_S = 180  # until every series is there
+WINDOW_S, RATE = 60, "20s"  # looked back; for $__rate_interval
 FIRES_S, CLEARS_S = 120, 240  # at most; a machine that others use takes its time
 CROWD_PER_S = 200
 SETTINGS = """
@@ -68,18 +71,23 @@ class Watched:
 
     def caused(self, cause: str, alerts: dict[str, dict[str, str]], under: contextlib.AbstractContextManager) -> None:
         """All `alerts` (with labels) are quiet, fire while `under` lasts, and are quiet again after it."""
+        fired, summaries = {}, {}
         for alert, labels in alerts.items():
-            self.prometheus.until(lambda a=alert, k=labels: not self.firing(a, **k), CLEARS_S, f"{alert} is quiet before")  # type: ignore[misc]
-        summaries, fired, begun = {}, {}, time.monotonic()
+            self._until(False, alert, labels, CLEARS_S, f"before {cause}")
+        begun = time.monotonic()
         with under:
             for alert, labels in alerts.items():
-                self.prometheus.until(lambda a=alert, k=labels: self.firing(a, **k), FIRES_S, f"{alert} fires: {cause}")  # type: ignore[misc]
+                self._until(True, alert, labels, FIRES_S, cause)
                 fired[alert] = time.monotonic() - begun
                 summaries[alert] = self.firing(alert, **labels)[0]["annotations"]["summary"]
         ended = time.monotonic()
         for alert, labels in alerts.items():
-            self.prometheus.until(lambda a=alert, k=labels: not self.firing(a, **k), CLEARS_S, f"{alert} clears: {cause}")  # type: ignore[misc]
+            self._until(False, alert, labels, CLEARS_S, f"after {cause}")
             self.told.append(Told(alert, cause, fired[alert], time.monotonic() - ended, summaries[alert]))
+
+    def _until(self, fires: bool, alert: str, labels: dict[str, str], timeout_s: float, when: str) -> None:
+        what = f"{alert} {'fires' if fires else 'is quiet'}, {when}"
+        self.prometheus.until(lambda: bool(self.firing(alert, **labels)) == fires, timeout_s, what)
 
 
 @contextmanager
@@ -97,6 +105,17 @@ def watched(folder: Path) -> Iterator[Watched]:
         found = Watched(running, server)
         server.until(lambda: found.value("headrace_train_rows_total") > 1_000, 180, "the demo learns")
         yield found
+
+
+def answered(found: Watched) -> Report:
+    """What `validate` says once every query has an answer, or after ANSWERS_S."""
+    def asked() -> Report:
+        return validate(found.prometheus.url, WINDOW_S, RATE)
+
+    end = time.monotonic() + ANSWERS_S
+    while (report := asked()).empty and time.monotonic() < end:
+        time.sleep(1)  # the next scrape
+    return report
 
 
 def story(found: Watched) -> list[Told]:

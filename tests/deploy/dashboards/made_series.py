@@ -102,8 +102,10 @@ CASES = (
          {f"headrace_train_snapshot_age_seconds{{{TRAINER}}}": level((5, 900), (15, 3_000), (5, 10)),
           f"headrace_train_versions_published_total{{{TRAINER}}}": rising((25, 300))},
          quiet=(4, 22), fires=(15,)),
-    Case("calibration-off", {CALIBRATION: level((5, 1.0), (15, 1.6), (5, 1.1))}, quiet=(4, 22), fires=(17,), name="high"),
-    Case("calibration-off", {CALIBRATION: level((5, 1.0), (15, 0.5), (5, 0.9))}, quiet=(4, 22), fires=(17,), name="low"),
+    Case("calibration-off", {CALIBRATION: level((5, 1.0), (15, 1.6), (5, 1.1))}, quiet=(4, 22), fires=(17,),
+         name="high"),
+    Case("calibration-off", {CALIBRATION: level((5, 1.0), (15, 0.5), (5, 0.9))}, quiet=(4, 22), fires=(17,),
+         name="low"),
     Case("guard-tripped",
          {f"headrace_train_guard_held{{{TRAINER}}}": level((5, 0), (5, 1), (5, 0)),
           f"headrace_train_guard_rollbacks{{{TRAINER}}}": level((15, 0))},
@@ -136,6 +138,7 @@ CASES = (
          quiet=(9, 30), fires=(16, 20)),
     Case("serve-slow",
          {f'headrace_serve_request_seconds_bucket{{{ROUTE},le="{le}"}}': rising((10, fast), (20, slow), (20, fast))
-          for le, fast, slow in (("0.02", 1_000, 500), ("0.05", 1_000, 500), ("0.1", 1_000, 990), ("+Inf", 1_000, 1_000))},
+          for le, fast, slow in (("0.02", 1_000, 500), ("0.05", 1_000, 500), ("0.1", 1_000, 990),
+                                ("+Inf", 1_000, 1_000))},
          quiet=(9, 40), fires=(28,)),
 )  # fmt: skip

@@ -64,7 +64,8 @@ class Grafana(ThreadingHTTPServer):
         if uid is not None:
             self.read_source(uid)
         version = self.sources.get(body["uid"], {}).get("version", 0) + 1
-        self.sources[body["uid"]] = {**body, "id": 1, "orgId": 1, "version": version, "readOnly": False, "isDefault": False}
+        own = {"id": 1, "orgId": 1, "version": version, "readOnly": False, "isDefault": False}
+        self.sources[body["uid"]] = {**body, **own}
         return {"id": 1, "name": body["name"], "datasource": self.sources[body["uid"]], "message": "Datasource saved"}
 
     def read_folder(self, uid: str) -> dict:

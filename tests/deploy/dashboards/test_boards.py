@@ -26,9 +26,9 @@ def test_it_is_a_dashboard_as_grafana_publishes_the_type(board: Board) -> None:
 
 def test_the_types_refuse_what_is_none() -> None:
     good = grafana_json(BOARDS[0])
-    for place, key, value in (("panels", "colour", "red"), ("panels", "title", 5), ("panels", "gridPos", {"w": "wide"})):
+    for key, value in (("colour", "red"), ("title", 5), ("gridPos", {"w": "wide"})):
         bad = copy.deepcopy(good)
-        bad[place][1][key] = value
+        bad["panels"][1][key] = value
         assert faults(bad), (key, value)
     bad = copy.deepcopy(good)
     bad["panels"][1]["options"]["legend"]["placement"] = "left"
@@ -65,7 +65,8 @@ def test_the_bounds_on_panels_are_those_of_the_alerts() -> None:
     assert {alert.objective for alert in ALERTS} <= drawn
     assert drawn - {alert.objective for alert in ALERTS} <= {objectives.BURN_FAST}  # of the same alert's two bounds
     for board in BOARDS:
-        for panel, built in zip(board.panels, [p for p in grafana_json(board)["panels"] if p["type"] != "row"], strict=True):
+        plots = [panel for panel in grafana_json(board)["panels"] if panel["type"] != "row"]
+        for panel, built in zip(board.panels, plots, strict=True):
             steps = [step["value"] for step in built["fieldConfig"]["defaults"]["thresholds"]["steps"]]
             bound = panel.objective
             wanted = [None] + [v for v in (bound.low, bound.high) if v is not None] if bound else [None]
