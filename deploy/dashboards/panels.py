@@ -78,7 +78,7 @@ def to_json(model: Any) -> Any:
 def grafana_json(board: Board) -> dict[str, Any]:
     """The board as Grafana's JSON model."""
     from grafana_foundation_sdk.builders import dashboard
-    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, VariableRefresh
+    from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DashboardLinkType, VariableRefresh
 
     built = (
         dashboard.Dashboard(board.title)
@@ -103,7 +103,7 @@ def grafana_json(board: Board) -> dict[str, Any]:
         )
         .link(
             dashboard.DashboardLink("Headrace")
-            .type("dashboards").tags(["headrace"]).as_dropdown(True).keep_time(True)
+            .type(DashboardLinkType.DASHBOARDS).tags(["headrace"]).as_dropdown(True).keep_time(True)
         )
     )  # fmt: skip
     number = 0

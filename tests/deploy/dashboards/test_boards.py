@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import promql_parser
@@ -16,6 +17,7 @@ from deploy.dashboards.files import GRAFANA_RULES, build
 from deploy.dashboards.panels import Board, grafana_json
 from tests.deploy.dashboards.grafana_types import faults
 
+METRICS = Path(__file__).parents[3] / "docs" / "metrics.md"
 boards = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
 
 
@@ -79,6 +81,16 @@ def test_an_alert_asks_for_its_objectives_bound() -> None:
         bounds = [value for value in (alert.objective.low, alert.objective.high) if value is not None]
         for bound in bounds if alert.name not in elsewhere else ():
             assert f"{bound:g}" in alert.expr or f"{bound:.0f}" in alert.expr, alert.name
+
+
+def test_every_metric_that_is_asked_for_is_in_the_docs() -> None:
+    """docs/metrics.md is held to what the processes export."""
+    told = set(re.findall(r"`(headrace_\w+)`", METRICS.read_text("utf-8")))
+    asked = [query.promql for board in BOARDS for panel in board.panels for query in panel.queries]
+    asked += [alert.expr for alert in ALERTS]
+    named = {name for promql in asked for name in re.findall(r"headrace_\w+", promql)}
+    assert len(named) > 50
+    assert {re.sub(r"_(bucket|count)$", "", name) for name in named} - told == set()
 
 
 def test_the_files_are_what_is_pushed(tmp_path: Path) -> None:
