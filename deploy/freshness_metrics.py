@@ -47,10 +47,10 @@ ABOUT: About = {
 
 
 def _buckets() -> tuple[float, ...]:
-    """Upper bounds, seconds: a tenth apart from 50 ms to 2 s, so that a quantile is known to some per cent there."""
+    """Upper bounds, seconds: a tenth apart from 50 ms to 10 s, so that a quantile is known to some per cent there."""
     bounds = [0.01, 0.02, 0.03, 0.04, 0.05]
     while bounds[-1] < 60:
-        bounds.append(float(f"{bounds[-1] * (1.1 if bounds[-1] < 2 else 1.25):.3g}"))
+        bounds.append(float(f"{bounds[-1] * (1.1 if bounds[-1] < 10 else 1.25):.3g}"))
     return tuple(sorted({*bounds, FRESHNESS_S}))  # the objective is one, so that shares of it are exact
 
 

@@ -111,7 +111,7 @@ class JoinMetrics:
 
 def join_values(lanes: Mapping[int, LaneFigures]) -> dict[str, Value]:
     """For `Values`."""
-    named = {(str(partition),): lane for partition, lane in lanes.items()}
+    named: dict[tuple[str, ...], LaneFigures] = {(str(partition),): lane for partition, lane in lanes.items()}
     marks = {p: lane.watermark_ms / 1000 for p, lane in named.items() if lane.watermark_ms is not None}
     now = time.time()
     return {

@@ -65,7 +65,11 @@ def _burns(factor: float, long: str, short: str) -> str:
 
 
 _WAITS = "(headrace_train_pending_rows > 0 or on (instance) sum by (instance) (headrace_train_lag_records) > 0)"
-_REFUSED = "sum(rate(headrace_join_rejected_total[10m])) / sum(rate(headrace_join_offset[10m]))"
+# Of what sources send: ticks, and with them probes, would thin it out where little happens.
+_REFUSED = (
+    "sum(rate(headrace_join_rejected_total[10m])) / (sum(rate(headrace_join_rejected_total[10m]))"
+    ' + sum(rate(headrace_join_kinds_total{kind!="tick"}[10m])))'
+)
 _ABSENT = " or ".join(f'absent(up{{job="{job}"}})' for job in ("join", "train", "serve"))
 _FAILED = 'sum(rate(headrace_serve_requests_total{status=~"5.."}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
 _SCORED = (

@@ -96,10 +96,12 @@ STREAMS = Board(
                 [Query("sum by (reason) (rate(headrace_join_rejected_total{}[$__rate_interval]))", "{{reason}}")],
             ),
             Panel(
-                "Share refused", "percentunit", "Of all records read. Above the line: a source sends what nobody can"
-                                                " read.",
+                "Share refused", "percentunit",
+                "Of what sources send, ticks left out. Above the line: a source sends what nobody can read.",
                 [Query("sum(rate(headrace_join_rejected_total{}[$__rate_interval]))"
-                       " / sum(rate(headrace_join_offset{}[$__rate_interval]))", "refused")],
+                       " / (sum(rate(headrace_join_rejected_total{}[$__rate_interval]))"
+                       ' + sum(rate(headrace_join_kinds_total{kind!="tick",instance=~"$instance"}'
+                       "[$__rate_interval])))", "refused")],
                 good.DEAD_LETTERS,
             ),
         ],
@@ -118,8 +120,8 @@ STREAMS = Board(
                 [Query("headrace_join_watermark_lag_seconds{}", "partition {{partition}}")], log=True,
             ),
             Panel(
-                "Open impressions", "short", "Windows that still wait for actions. Bounded by [join]; on disk past"
-                                             " in_memory.",
+                "Open impressions", "short",
+                "Windows that still wait for actions. Bounded by [join]; on disk past in_memory.",
                 [Query("headrace_join_open_impressions{}", "partition {{partition}}")],
             ),
             Panel(

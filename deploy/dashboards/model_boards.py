@@ -42,8 +42,8 @@ MODEL_QUALITY = Board(
                 [Query("headrace_train_guard_held{}", "held"), Query("headrace_train_guard_rollbacks{}", "rollbacks")],
                 good.GUARD,
             ),
-            Panel("Drift of the loss", "none", "Changes that were found, by task, per hour. Each is a reason to look"
-                                               " at AUC.",
+            Panel("Drift of the loss", "none",
+                  "Changes that were found, by task, per hour. Each is a reason to look at AUC.",
                   [Query("sum by (task) (increase(headrace_train_drifts_total{}[1h]))", "{{task}}")]),
         ],
         "Training": [
@@ -107,8 +107,8 @@ STORE = Board(
             Panel("Bytes a row", "bytes", "Of a version. fp32, fp16 and int8 differ: [model] encoding.",
                   [Query("rate(headrace_train_delta_bytes_total{}[$__rate_interval])"
                          " / rate(headrace_train_delta_rows_total{}[$__rate_interval])")]),
-            Panel("Oldest row owed", "s", "Held back by [model] row_bytes_per_s. Grows without end: the budget is too"
-                                          " small.",
+            Panel("Oldest row owed", "s",
+                  "Held back by [model] row_bytes_per_s. Grows without end: the budget is too small.",
                   [Query("headrace_train_owed_oldest_seconds{}")]),
         ],
     },
@@ -130,8 +130,8 @@ SERVING = Board(
                   [Query(f"histogram_quantile({q}, sum by (le, route)"
                          f" (rate(headrace_serve_request_seconds_bucket{{{SCORING}}}[$__rate_interval])))",
                          f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99)], good.SERVE_SECONDS, log=True),
-            Panel("Share of requests that failed", "percentunit", "Answered with 500 or more, overload (503) among"
-                                                                  " them.",
+            Panel("Share of requests that failed", "percentunit",
+                  "Answered with 500 or more, overload (503) among them.",
                   [Query('(sum(rate(headrace_serve_requests_total{status=~"5..",instance=~"$instance"}[$__rate_interval]))'
                          " or vector(0)) / sum(rate(headrace_serve_requests_total{}[$__rate_interval]))", "failed")],
                   good.SERVE_ERRORS),
@@ -149,8 +149,8 @@ SERVING = Board(
                   quantiles("headrace_serve_candidates_bucket{}")),
         ],
         "Versions": [
-            Panel("Version served", "none", "Sequence of the version; replicas lie on one line, close below the"
-                                            " trainer.",
+            Panel("Version served", "none",
+                  "Sequence of the version; replicas lie on one line, close below the trainer.",
                   [Query("headrace_replica_sequence{}"),
                    Query("headrace_train_published_sequence", "published by the trainer")]),
             Panel("Age of the version served", "s",

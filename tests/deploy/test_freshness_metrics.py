@@ -24,7 +24,7 @@ def _quantiles(registry: CollectorRegistry, stage: str) -> tuple[float, float]:
     return quantile(0.5, buckets), quantile(0.99, buckets)
 
 
-@pytest.mark.parametrize("middle", [0.1, 0.35, 1.1])
+@pytest.mark.parametrize("middle", [0.1, 0.35, 5.0])
 def test_the_quantiles_of_the_histogram_are_those_of_the_probes_within_some_per_cent(middle: float) -> None:
     registry = CollectorRegistry()
     stages = StageFreshness(registry)
@@ -84,5 +84,5 @@ def test_buckets_are_dense_where_freshness_is() -> None:
     bounds = np.array(BUCKETS)
     assert (np.diff(bounds) > 0).all()
     assert bounds[-1] >= 60
-    within = bounds[(bounds >= 0.05) & (bounds <= 2.0)]
+    within = bounds[(bounds >= 0.05) & (bounds <= 10.0)]
     assert (within[1:] / within[:-1] < 1.11).all()
