@@ -14,7 +14,7 @@ from typing import Any
 from deploy.dashboards import objectives as good
 from deploy.dashboards.boards import BOARDS
 from deploy.dashboards.objectives import Objective
-from deploy.dashboards.panels import JOBS, SOURCE_UID, to_json
+from deploy.dashboards.panels import JOBS, SOURCE_UID, past_objective, to_json
 
 FOLDER_UID = GROUP = "headrace"
 EVERY_S = 30  # between two evaluations
@@ -48,20 +48,11 @@ class Alert:
         return f"headrace-{self.name}"
 
 
-def _past(window: str) -> str:
-    """The share of probes in a window that took longer than the objective."""
-    servable = 'stage="servable"'
-    return (
-        f'(1 - sum(rate(headrace_freshness_seconds_bucket{{{servable},le="{good.FRESHNESS_S}"}}[{window}]))'
-        f" / sum(rate(headrace_freshness_seconds_count{{{servable}}}[{window}])))"
-    )
-
-
 def _burns(factor: float, long: str, short: str) -> str:
     """Both windows burn the budget `factor` times too fast: the long one says that it matters, the short one that it
     still does (Google SRE workbook, chapter 5, multiwindow, multi-burn-rate alerts)."""
     bound = f"{factor:g} * {good.ERROR_BUDGET:g}"
-    return f"({_past(long)} > {bound} and {_past(short)} > {bound})"
+    return f"({past_objective(long)} > {bound} and {past_objective(short)} > {bound})"
 
 
 _WAITS = "(headrace_train_pending_rows > 0 or on (instance) sum by (instance) (headrace_train_lag_records) > 0)"

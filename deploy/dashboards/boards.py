@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deploy.dashboards import objectives as good
 from deploy.dashboards.model_boards import MODEL_QUALITY, SERVING, STORE
-from deploy.dashboards.panels import JOBS, Board, Panel, Query, quantiles
+from deploy.dashboards.panels import JOBS, Board, Panel, Query, past_objective, quantiles
 
 FRESHNESS = Board(
     "headrace-freshness",
@@ -28,18 +28,14 @@ FRESHNESS = Board(
             Panel(
                 "Probes past the objective", "percentunit",
                 f"Share of probes that took longer than {good.FRESHNESS_S:g} s. Above the line the error budget is"
-                f" spent"
-                " faster than it comes in.",
-                [Query('1 - sum(rate(headrace_freshness_seconds_bucket{stage="servable",le="1.0"}[$__rate_interval]))'
-                       ' / sum(rate(headrace_freshness_seconds_count{stage="servable"}[$__rate_interval]))', "past")],
+                " spent faster than it comes in.",
+                [Query(past_objective("$__rate_interval"), "past")],
                 good.PAST_FRESHNESS,
             ),
             Panel(
                 "Burn rate of the error budget", "none",
                 "1: the budget of 30 days lasts 30 days. At the line it lasts two days, and somebody is woken.",
-                [Query(f"(1 - sum(rate(headrace_freshness_seconds_bucket{{stage=\"servable\",le=\"1.0\"}}[{window}]))"
-                       f" / sum(rate(headrace_freshness_seconds_count{{stage=\"servable\"}}[{window}])))"
-                       f" / {good.ERROR_BUDGET}", window) for window in ("5m", "1h", "6h")],
+                [Query(f"{past_objective(window)} / {good.ERROR_BUDGET}", window) for window in ("5m", "1h", "6h")],
                 good.BURN_FAST,
             ),
             Panel(

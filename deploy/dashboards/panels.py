@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.dashboards.objectives import Objective
+from deploy.dashboards.objectives import FRESHNESS_S, Objective
 
 JOBS = "join|train|serve|monitor|player|demo"  # Prometheus' label of our processes
 SOURCE_UID = "headrace-prometheus"
@@ -36,6 +36,15 @@ def quantiles(histogram: str, by: str = "", of: tuple[float, ...] = (0.5, 0.99),
         )
         for q in of
     ]
+
+
+def past_objective(window: str) -> str:
+    """The share of probes in a window that took longer than the objective of freshness, as PromQL."""
+    servable = 'stage="servable"'
+    return (
+        f'(1 - sum(rate(headrace_freshness_seconds_bucket{{{servable},le="{FRESHNESS_S}"}}[{window}]))'
+        f" / sum(rate(headrace_freshness_seconds_count{{{servable}}}[{window}])))"
+    )
 
 
 @dataclass(frozen=True)
