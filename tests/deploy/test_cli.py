@@ -35,7 +35,8 @@ def headrace(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedPro
 COMMANDS = [
     "doctor", "broker", "broker start", "broker stop", "broker status", "broker fetch", "topics", "topics create",
     "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
-    "dashboards plan", "dashboards push", "dashboards validate", "log", "log inspect", "log validate", "log sort", "init",
+    "dashboards plan", "dashboards push", "dashboards validate",
+    "log", "log inspect", "log validate", "log sort", "init",
     "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback",
 ]  # fmt: skip
 
