@@ -26,6 +26,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from prometheus_client import CollectorRegistry, Histogram
 
+from deploy.dashboards.objectives import FRESHNESS_S
 from deploy.freshness import PROBE_S, RECENT, Follower, Prober, tick
 from embedding_store.delta import PartHead, head_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
@@ -51,7 +52,7 @@ def _buckets() -> tuple[float, ...]:
     bounds = [0.01, 0.02, 0.03, 0.04, 0.05]
     while bounds[-1] < 60:
         bounds.append(float(f"{bounds[-1] * (1.1 if bounds[-1] < 10 else 1.25):.3g}"))
-    return tuple(bounds)
+    return tuple(sorted({*bounds, FRESHNESS_S}))  # the objective is one, so that shares of it are exact
 
 
 BUCKETS = _buckets()

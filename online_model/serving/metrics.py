@@ -10,6 +10,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from online_model.serving.problems import KINDS
+
 if TYPE_CHECKING:
     from online_model.serving.holder import Serving
 
@@ -38,6 +40,8 @@ class Metrics:
         self._refused = Counter(
             "headrace_serve_refused", "Requests refused, by the problem said", ["reason"], registry=self.registry
         )
+        for kind in KINDS:
+            self._refused.labels(kind.slug)  # 0 is told too
         self._waiting = Gauge("headrace_serve_waiting", "Requests that wait for their turn", registry=self.registry)
         self._degraded = Counter(
             "headrace_serve_degraded", "Answers cut short by the deadline", ["route"], registry=self.registry

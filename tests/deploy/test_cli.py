@@ -35,7 +35,8 @@ def headrace(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedPro
 COMMANDS = [
     "doctor", "broker", "broker start", "broker stop", "broker status", "broker fetch", "topics", "topics create",
     "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
-    "dashboards push", "log", "log inspect", "log validate", "log sort", "init",
+    "dashboards plan", "dashboards push", "dashboards validate",
+    "log", "log inspect", "log validate", "log sort", "init",
     "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback",
 ]  # fmt: skip
 
@@ -79,6 +80,7 @@ def test_every_command_has_help_with_an_example_and_quickly(tmp_path: Path) -> N
         ("topics create --bootstrap 127.0.0.1:1", 1, "headrace: no Kafka answers at 127.0.0.1:1"),
         ("dashboards push --url abc --token x", 2, "headrace: 'abc' is not the address of a server"),
         ("dashboards push --url http://127.0.0.1:1 --token x", 1, "headrace: no Grafana answers"),
+        ("dashboards validate --prometheus http://127.0.0.1:1", 1, "headrace: no Prometheus answers"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_an_exit_code(tmp_path: Path, arguments: str, code: int, said: str) -> None:

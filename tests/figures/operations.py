@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.figures import security
+from tests.figures import dashboards, security
 from tests.figures.common import Bench, Line, Row, at_most, headrace
 
 RATE, SECONDS = 1000, 60
@@ -21,4 +21,7 @@ def freshness(bench: Bench) -> list[Row]:
     return rows
 
 
-LINES: dict[str, Line] = {"freshness": freshness, "security": security.security}
+LINES: dict[str, Line] = {
+    "freshness": freshness, "dashboards": dashboards.dashboards, "alerts": dashboards.alerts,
+    "security": security.security,
+}  # fmt: skip
