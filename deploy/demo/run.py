@@ -16,6 +16,7 @@ import shutil
 import signal
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from deploy.demo.figures import Model, balance
 from deploy.demo.live import Live, whole_seconds
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
-from deploy.page import LivePage
+from deploy.page import LivePage, Visited
 from deploy.processes import alone, free_port, write_atomically
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
@@ -38,6 +39,7 @@ from replay.sinks import KafkaSink
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
+SUGGESTED = 5  # simulated users that the page offers to be
 EVENTS_PER_REQUEST = 9.0  # of the simulator: items shown and what users do with them
 PATIENT = {"join.wait_ms": 3_000, "join.watch_wait_ms": 5_000}  # the simulator's users click within 2 s
 
@@ -82,6 +84,7 @@ class _Demo:
     def __init__(self, settings: Settings, options: DemoOptions, home: Path, workers: list[Worker]) -> None:
         self.settings, self.options, self.home, self.workers = settings, options, home, workers
         self.trained_before = self._sequence()
+        self._close_visits: Callable[[str], None] = lambda why: None
 
     def run(self) -> dict[str, Any]:
         settings = self.settings
@@ -95,9 +98,10 @@ class _Demo:
             if settings.topics.prefix != "" and not self.options.keep:
                 stack.callback(delete_topics, settings.bootstrap, settings.topics)
             sink = stack.enter_context(KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items))
-            page = LivePage(self.options.port) if self.options.page else None
+            page = LivePage(self.options.port, visited=self._visited()) if self.options.page else None
             if page:
                 stack.callback(page.stop)
+                self._close_visits = page.close_visits
             summary = stack.enter_context(Summary(page.start() if page else None))
             for worker in self.workers:
                 worker.go()
@@ -117,6 +121,7 @@ class _Demo:
             else:
                 seconds = await self._log(live, sink, stop)
             played = time.monotonic()
+            self._close_visits("the run is over: start another to be a user")
             ends = await asyncio.to_thread(end_offsets, self.settings.bootstrap, self.settings.topics.events)
             live.note = "draining: what was sent is on its way to the replica"
             await live.drained(ends)
@@ -171,6 +176,16 @@ class _Demo:
         model = await live.reached(self._sequence())
         await asyncio.to_thread(serve.stop)
         return model
+
+    def _visited(self) -> Visited | None:
+        """The shop for those who look at the page; a log is of other times and takes nobody in."""
+        if self.options.log is not None:
+            return None
+        settings = self.settings
+        return Visited(
+            f"http://127.0.0.1:{settings.serve.port}", settings.bootstrap, settings.topics,
+            settings.join.join.watch_wait_ms, tuple(f"u{n}" for n in range(min(SUGGESTED, settings.simulator.users))),
+        )  # fmt: skip
 
     def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
         """What the oracle makes of the log: of all records that the last version claims, and at least of all that were

@@ -2,12 +2,14 @@
 
 `LivePage` runs its own event loop in a thread, so that the demo publishes samples from wherever it likes. Each event of
 `/samples` is a JSON array of samples; its id is the number of the newest one, so a browser that reconnects asks for
-what it missed and for nothing twice.
+what it missed and for nothing twice. Whoever looks at the page can be a user too (`visits.py`), where the system is one
+that takes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import socket
 import threading
@@ -27,6 +29,8 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from deploy.page.history import History
+from deploy.page.visit_routes import visit_routes
+from deploy.page.visits import Visited, Visits
 from embedding_store.errors import HeadraceError, UsageError
 
 HOST = "127.0.0.1"
@@ -84,8 +88,10 @@ class Feed:
 class LivePage:
     """The page of one run. `port` 0 takes any free one; `start`, `publish` and `stop` may be called from any thread."""
 
-    def __init__(self, port: int = 0, title: str = "Headrace") -> None:
-        self._port, self._title = port, title
+    def __init__(self, port: int = 0, title: str = "Headrace", visited: Visited | None = None) -> None:
+        """`visited`: the system that the page's visitors may be users of; None: they only look."""
+        self._port, self._title, self._visited = port, title, visited
+        self._visits: Visits | None = None
         self._history = History()
         self._started = threading.Event()
         self._thread: threading.Thread | None = None
@@ -117,6 +123,11 @@ class LivePage:
         if self._feed is not None:
             self._call(self._feed.wake)
 
+    def close_visits(self, why: str) -> None:
+        """Visitors only look from now on, and are told why."""
+        if self._visits is not None:
+            self._visits.closed = why
+
     def stop(self) -> None:
         """Tell the open pages that the run is over, and end. Does nothing if it is not running."""
         thread, self._thread = self._thread, None
@@ -142,18 +153,24 @@ class LivePage:
         asyncio.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._visited is not None:
+                self._visits = await stack.enter_async_context(Visits(self._visited))
+            await self._serve_until_stopped(listener)
+
+    async def _serve_until_stopped(self, listener: socket.socket) -> None:
         self._loop, self._feed = asyncio.get_running_loop(), Feed(self._history)
         config = uvicorn.Config(
-            make_app(self._feed, self._title), log_config=None, log_level="warning", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=2, server_header=False,
+            make_app(self._feed, self._title, self._visits), log_config=None, log_level="warning", access_log=False,
+            lifespan="off", timeout_graceful_shutdown=2, server_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._started.set()
         await self._server.serve(sockets=[listener])
 
 
-def make_app(feed: Feed, title: str) -> Starlette:
-    """The page's HTTP app over `feed`."""
+def make_app(feed: Feed, title: str, visits: Visits | None = None) -> Starlette:
+    """The page's HTTP app over `feed`; `visits`: the system whose user one may be."""
     index = (STATIC / "index.html").read_text("utf-8").replace("{{title}}", _escape(title))
 
     fresh = {"Cache-Control": "no-store"}
@@ -177,6 +194,7 @@ def make_app(feed: Feed, title: str) -> Starlette:
         Route("/plotly.js", plotly),
         Route("/samples", samples),
         Route("/samples.json", all_samples),
+        *visit_routes(visits),
     ]
     # Another site's name that resolves to 127.0.0.1 must not read the page through a visitor's browser.
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)

@@ -87,6 +87,8 @@ function drawPlots() {
   const colours = theme();
   for (const card of document.querySelectorAll("[data-plot]")) {
     const plot = PLOTS[card.dataset.plot](samples);
+    card.hidden = "optional" in card.dataset && plot.series.every((s) => newest(s) == null);
+    if (card.hidden) continue;
     const target = card.querySelector(".plot");
     drawLegend(card.querySelector(".legend"), plot, colours);
     target.setAttribute("aria-label", sentence(card.querySelector("h2").textContent, plot, samples.at(-1).t));
