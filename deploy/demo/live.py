@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -14,8 +14,9 @@ from deploy.demo.clicks import CLICKS_COME_S, WINDOW_S
 from deploy.demo.figures import Model, rate_of, sample
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess
-from deploy.freshness import PROBE_S, Follower, Freshness, Prober
+from deploy.freshness import PROBE_S, Freshness, Prober
 from deploy.settings import Settings
+from deploy.watching import Board, Watched
 from deploy.workers import Worker
 from embedding_store.errors import HeadraceError
 
@@ -25,22 +26,16 @@ READY_S = 90.0
 STALL_S = 60.0  # a drain that gets nowhere for so long has failed
 
 
-class Board(Protocol):
-    """Shows samples."""
-
-    def publish(self, sample: dict[str, Any]) -> None: ...
-
-
 class Live:
     """An async context: tasks that watch the run from its start to its end. The first error of any ends it."""
 
     def __init__(self, settings: Settings, workers: Sequence[Worker], boards: Sequence[Board]) -> None:
         self.settings, self.workers, self.boards = settings, workers, boards
         self.url = f"http://127.0.0.1:{settings.serve.port}"
-        self.model, self.freshness = Model(), Freshness()
+        self.freshness = Freshness()
         topics = settings.topics
         self._prober = Prober(self.freshness, settings.bootstrap, topics.events, topics.partitions)
-        self._replica = Follower(self.url)
+        self._replica = Watched(self.url, self._seen)
         self._connected = contextlib.AsyncExitStack()
         self.traffic: ClosedLoop | LogPlay | None = None
         self.twin: TwinProcess | None = None
@@ -49,13 +44,13 @@ class Live:
         self.probing = False  # while events flow: freshness is a figure under load
         self.first_trained_s: float | None = None  # since this process was started
         self._began = time.monotonic()
-        self._moved = asyncio.Event()  # set, and made anew, with each new version seen
         self._before = (self._began, 0.0, 0.0)
 
     async def __aenter__(self) -> Live:
         for part in (self._prober, self._replica):
             await self._connected.enter_async_context(part)
-        self._tasks = [asyncio.create_task(task()) for task in (self._follow, self._probe, self._watch, self._show)]
+        tasks = self._replica.follow, self._probe, self._watch, self._show
+        self._tasks = [asyncio.create_task(task()) for task in tasks]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -63,6 +58,11 @@ class Live:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._connected.aclose()
+
+    @property
+    def model(self) -> Model:
+        """The replica's newest answer."""
+        return self._replica.model
 
     async def under_probes(self, traffic: Coroutine[Any, Any, T]) -> T:
         """`traffic`, with probes as long as it lasts."""
@@ -124,6 +124,7 @@ class Live:
             "trained_per_s": rate_of(trained, trained_before, now - at),
             "processes": [worker.report() for worker in self.workers],
             "note": self.note,
+            "recount": "at the end",
             **({"ctr": self._clicks.recent(second)} if self._clicks else {}),
             **({"ctr_frozen": self.twin.clicks.recent(second)} if self.twin else {}),
             **more,
@@ -165,10 +166,9 @@ class Live:
         async def wait() -> None:
             since, was = time.monotonic(), measure()
             while not condition():
-                moved = self._moved
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
-                        await moved.wait()
+                        await self._replica.moves()
                 if (now := measure()) != was:
                     since, was = time.monotonic(), now
                 elif time.monotonic() - since > patience_s:
@@ -177,24 +177,12 @@ class Live:
 
         await self.alongside(wait())
 
-    # --- the tasks ---
+    def _seen(self, model: Model, at: float) -> None:
+        self.freshness.served(model.positions, at)
+        if self.first_trained_s is None and model.trained_rows:
+            self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
 
-    async def _follow(self) -> None:
-        """Long polls: each version as soon as the replica has it."""
-        while True:
-            sequence = self.model.sequence
-            answer = await self._replica.newer_than(sequence)
-            if answer is None:
-                await asyncio.sleep(PROBE_S)  # it is starting
-                continue
-            at = time.monotonic()
-            self.model = Model(answer)
-            self.freshness.served(self.model.positions, at)
-            if self.first_trained_s is None and self.model.trained_rows:
-                self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
-            if self.model.sequence != sequence:
-                self._moved.set()
-                self._moved = asyncio.Event()
+    # --- the tasks ---
 
     async def _probe(self) -> None:
         """A tick into each partition, while the events flow."""

@@ -92,6 +92,7 @@ class LivePage:
         """`visited`: the system that the page's visitors may be users of; None: they only look."""
         self._port, self._title, self._visited = port, title, visited
         self._visits: Visits | None = None
+        self.url = ""  # once it is started
         self._history = History()
         self._started = threading.Event()
         self._thread: threading.Thread | None = None
@@ -115,7 +116,8 @@ class LivePage:
         self._thread.start()
         if not self._started.wait(10):
             raise HeadraceError("the live page did not start within 10 s; run with --no-page to do without it")
-        return f"http://{HOST}:{listener.getsockname()[1]}/"
+        self.url = f"http://{HOST}:{listener.getsockname()[1]}/"
+        return self.url
 
     def publish(self, sample: Mapping[str, Any]) -> None:
         """Add one sample (a JSON-like dict; numpy numbers are fine, nan becomes null) and show it in all open pages."""
