@@ -98,12 +98,14 @@ class Prober:
     """Sends probes: rounds of one into each partition of `topic`. An async context."""
 
     def __init__(
-        self, freshness: Freshness, bootstrap: str, topic: str, partitions: int,
+        self, sent: Callable[[int, int, float], object], bootstrap: str, topic: str, partitions: int,
         probe: Callable[[str, int], Event] = tick,
     ) -> None:
-        """`probe`: makes one of its name and its time (ms UTC)."""
-        self._freshness, self._bootstrap, self._topic, self._partitions = freshness, bootstrap, topic, partitions
+        """`sent`: is told of each that Kafka has, as `Freshness.sent`. `probe`: makes one of its name and its time
+        (ms UTC)."""
+        self._told, self._bootstrap, self._topic, self._partitions = sent, bootstrap, topic, partitions
         self._probe, self._rounds = probe, 0
+        self._flying: dict[asyncio.Future, float] = {}  # Kafka has not got it yet → time.monotonic()
 
     async def __aenter__(self) -> Prober:
         """Raises BrokerError."""
@@ -111,6 +113,7 @@ class Prober:
         try:
             await self._producer.start()
         except KafkaError as error:
+            await self._producer.stop()
             raise BrokerError(f"Kafka at {self._bootstrap} does not answer ({error}): is it running?") from None
         return self
 
@@ -127,11 +130,18 @@ class Prober:
                 waiting = await self._producer.send(self._topic, probe, partition=partition)
             except KafkaError as error:
                 raise BrokerError(f"Kafka does not take probes ({error}): is the broker running?") from None
+            self._flying[waiting] = at
             waiting.add_done_callback(lambda done, p=partition, at=at: self._sent(done, p, at))
 
+    @property
+    def oldest(self) -> float | None:
+        """When the first of those was sent that Kafka has not got yet, time.monotonic(); None: it has got all."""
+        return min(list(self._flying.values()), default=None)
+
     def _sent(self, done: asyncio.Future, partition: int, at: float) -> None:
+        self._flying.pop(done, None)
         if not done.cancelled() and done.exception() is None:
-            self._freshness.sent(partition, done.result().offset, at)
+            self._told(partition, done.result().offset, at)
 
 
 class Follower:

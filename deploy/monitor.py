@@ -8,7 +8,6 @@ takes: one that is away is named among the `problems`, and nothing else waits fo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
+from prometheus_client import CollectorRegistry
 
 from deploy.demo.figures import Model, rate_of, sample
-from deploy.freshness import PROBE_S, Freshness, Prober
+from deploy.freshness_metrics import Probes
 from deploy.scraping import Scraped
-from deploy.watching import Board, Watched
+from deploy.watching import Board, Watched, freshness_of
 from embedding_store.errors import BrokerError
 from streams.topics import TopicSettings, end_offsets
 
 SHOW_S = 1.0
 LOOK_S = 2.0  # between two looks at Kafka's offsets and at the workers
-AWAY_S = 2.0  # so long a replica may give no answer: it may be between two
 OVER_S = 5.0  # rates are taken over this long: versions come several at a time
 
 
@@ -46,10 +45,18 @@ class MonitorOptions:
 class Monitor:
     """An async context: tasks that look, as long as it lasts; each second a sample to all boards."""
 
-    def __init__(self, options: MonitorOptions, boards: Sequence[Board]) -> None:
-        self.options, self.boards, self.freshness = options, boards, Freshness()
+    def __init__(self, options: MonitorOptions, boards: Sequence[Board], registry: CollectorRegistry) -> None:
+        """registry: for the metrics of the probes."""
+        self.options, self.boards = options, boards
         self.last: dict[str, Any] = {}  # sample
-        self._replica = Watched(options.replica, lambda model, at: self.freshness.served(model.positions, at))
+        self._replica = Watched()
+        self._probes = Probes(
+            options.bootstrap, options.topics, options.replica, registry,
+            moment=lambda: time.time_ns() // 1_000_000 if options.live else 0,
+        )  # fmt: skip
+        self._probes.probing = options.probe
+        self.stages = self._probes.stages
+        self._probes.answered.append(self._replica.answered)
         self._scraped = [Scraped(url) for url in options.scrape]
         self._ends: dict[int, int] = {}
         self._wrong: dict[str, str] = {}  # part → what is wrong with it
@@ -57,18 +64,16 @@ class Monitor:
         self._counted: list[tuple[float, int, int]] = []  # time, events, examples: of the last OVER_S
 
     async def __aenter__(self) -> Monitor:
-        await self._replica.__aenter__()
-        tasks = [self._replica.follow, self._offsets, self._show]
-        tasks += [self._probe] if self.options.probe else []
-        tasks += [self._scrape] if self._scraped else []
-        self._tasks = [asyncio.create_task(task()) for task in tasks]
+        await self._probes.__aenter__()
+        tasks = [*self._probes.tasks(), self._offsets(), self._scrape(), self._show()]
+        self._tasks = [asyncio.create_task(task) for task in tasks]
         return self
 
     async def __aexit__(self, *error: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._replica.__aexit__(*error)
+        await self._probes.__aexit__(*error)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. What fails for good fails here."""
@@ -84,12 +89,12 @@ class Monitor:
         counts = model.counts()
         events, trained = self._rates(counts.events_in, model.trained_rows)
         problems = list(self._wrong.values())
-        if away is not None and time.time() - away > AWAY_S:
+        if away is not None:
             since = datetime.fromtimestamp(away, UTC)
             problems.append(f"the replica at {self.options.replica} does not answer since {since:%H:%M:%S} UTC")
         problems += [f"{one.url}: {one.error}" for one in self._scraped if one.error]
         made = sample(
-            model, self.freshness.figures(recent=True),
+            model, freshness_of(self.stages),
             t=round(time.monotonic() - self._began, 1), events_per_s=events, trained_per_s=trained,
             problems=problems, processes=[one.report() for one in self._scraped], offsets=self._offsets_of(model),
             trainer_version=self._trainer_version(model), note=f"watching {self.options.replica}",
@@ -132,19 +137,6 @@ class Monitor:
                 self._wrong.pop("kafka", None)
             except BrokerError as error:
                 self._wrong["kafka"] = str(error)
-            await asyncio.sleep(LOOK_S)
-
-    async def _probe(self) -> None:
-        """Probes into each partition. While Kafka is away none are sent: they would tell of Kafka alone."""
-        options = self.options
-        while True:
-            with contextlib.suppress(BrokerError):  # `_offsets` says it
-                async with Prober(
-                    self.freshness, options.bootstrap, options.topics.events, options.topics.partitions
-                ) as prober:
-                    while "kafka" not in self._wrong:
-                        await prober.send(time.time_ns() // 1_000_000 if options.live else 0)
-                        await asyncio.sleep(PROBE_S)
             await asyncio.sleep(LOOK_S)
 
     async def _scrape(self) -> None:

@@ -1,14 +1,16 @@
-"""What the demo and `headrace monitor` both look at: a replica's versions, as soon as it has them."""
+"""What the demo and `headrace monitor` both keep of a replica that is followed, and how they show it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from deploy.demo.figures import Model
-from deploy.freshness import PROBE_S, Follower
+from deploy.freshness import POLL_MS
+from deploy.freshness_metrics import SERVABLE, StageFreshness
+
+SILENT_S = 2.0  # longer than a long poll: then a replica is away
 
 
 class Board(Protocol):
@@ -18,40 +20,20 @@ class Board(Protocol):
 
 
 class Watched:
-    """A replica that is followed. An async context; `follow` is a task.
+    """A replica's newest answer, `model`, and those who wait for its next version."""
 
-    `model`: its newest answer. `seen`: told each answer, with the time.monotonic() at which it came.
-    """
-
-    def __init__(self, url: str, seen: Callable[[Model, float], None] = lambda model, at: None) -> None:
-        self.url, self.model = url, Model()
-        self._seen, self._follower = seen, Follower(url)
+    def __init__(self) -> None:
+        self.model = Model()
         self._moved = asyncio.Event()  # set, and made anew, with each new version
         self._answered = time.time()
-        self._away = False
 
-    async def __aenter__(self) -> Watched:
-        await self._follower.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._follower.__aexit__(*error)
-
-    async def follow(self) -> None:
-        """Long polls, until cancelled; where there is no answer, again a moment later."""
-        while True:
-            sequence = self.model.sequence
-            answer = await self._follower.newer_than(sequence)
-            self._away = answer is None
-            if answer is None:
-                await asyncio.sleep(PROBE_S)  # it is starting, or starting again
-                continue
-            at = time.monotonic()
-            self.model, self._answered = Model(answer), time.time()
-            self._seen(self.model, at)
-            if self.model.sequence != sequence:
-                self._moved.set()
-                self._moved = asyncio.Event()
+    def answered(self, answer: dict[str, Any], at: float) -> None:
+        """The replica has said what it serves; `at`: time.monotonic()."""
+        sequence, self.model = self.model.sequence, Model(answer)
+        self._answered = time.time() - time.monotonic() + at
+        if self.model.sequence != sequence:
+            self._moved.set()
+            self._moved = asyncio.Event()
 
     async def moves(self) -> None:
         """Return with its next version."""
@@ -60,4 +42,10 @@ class Watched:
     @property
     def away_since(self) -> float | None:
         """Since when it has not answered, seconds since 1970; None: it does."""
-        return self._answered if self._away else None
+        return self._answered if time.time() - self._answered > POLL_MS / 1e3 + SILENT_S else None
+
+
+def freshness_of(stages: StageFreshness) -> dict[str, Any]:
+    """Of a sample: p50, p95, p99 in ms and the count of probes that are served; `stages`: the median of each, ms."""
+    figures = stages.figures()
+    return figures[SERVABLE] | {"stages": {name: figure["p50"] for name, figure in figures.items()}}

@@ -148,6 +148,30 @@ def row_bytes(layout: np.dtype, encoding: Encoding) -> int:
     return np.dtype(np.int64).itemsize + own + sum(array.nbytes for array in weights.values())
 
 
+@dataclass(frozen=True)
+class PartHead:
+    """What a part says of its version, for those who want no more of it."""
+
+    epoch: int
+    sequence: int
+    last: bool  # of the version's parts
+    created_ms: int | None  # None: not the first part, which alone says it and what follows
+    positions: dict[int, int]
+
+
+def head_of_part(part: bytes) -> PartHead:
+    """What a part says of its version; the arrays are not looked at, nor whether they are sound. Raises
+    CorruptRecord."""
+    try:
+        texts = msgspec.json.decode(part[8 : 8 + int.from_bytes(part[:8], "little")])["__metadata__"]
+        meta = msgspec.json.decode(texts["headrace"], type=_Meta)
+    except _NO_PART as error:
+        raise CorruptRecord(f"these bytes are no part of a version ({error}): they are left out") from error
+    head = meta.head
+    created_ms, positions = (None, {}) if head is None else (head.created_ms, dict(head.positions))
+    return PartHead(meta.epoch, meta.sequence, meta.last, created_ms, positions)
+
+
 def place_of_part(part: bytes) -> tuple[int, int]:
     """(epoch, sequence) of the version that this is a part of. Raises CorruptRecord."""
     meta, _, _ = _open(part)

@@ -90,6 +90,18 @@ def decode_block(raw: bytes) -> Block:
     )  # fmt: skip
 
 
+def handled_in(raw: bytes) -> int:
+    """Of the block in a record's value only how far it has come: all records of `events` below this offset have had
+    their effect. Its rows are not looked at. CorruptRecord on what `encode_block` has not made."""
+    try:
+        metadata = (pa.ipc.open_stream(pa.BufferReader(raw)).schema.metadata or {}).get(_HEADER)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise CorruptRecord(_message(" ".join(str(error).split()))) from error
+    if metadata is None:
+        raise CorruptRecord(_message("it has no block header"))
+    return _header(metadata).handled
+
+
 def _header(metadata: bytes) -> _Header:
     try:
         header = msgspec.json.decode(metadata, type=_Header)

@@ -44,10 +44,14 @@ from streams import app, batches, events
 from streams.backfill import Backfill
 from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
+from streams.ends import Ends
+from streams.health import Progress, kafka_away
 from streams.join_snapshots import LaneSnapshots
+from streams.join_state import NEVER
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
-from streams.metrics import JoinMetrics, serve_metrics
+from streams.listener import serve_metrics
+from streams.metrics import JoinMetrics, LaneFigures, tell_process
 from streams.outlet import Message, Outlet
 from streams.settings import JoinWorkerSettings
 
@@ -66,6 +70,7 @@ COMMIT_SHARE = 0.03  # … of a core's time for a partition: where slices take l
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
 OUTAGE_SECONDS = 120.0  # so long Kafka may be away
+STUCK_SECONDS = 30.0  # a partition whose records wait for so long without a commit is not well
 RETRY_SECONDS = 0.5  # between two attempts to reach it
 MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafka takes 4 KB there
 
@@ -97,6 +102,8 @@ class Lane:
         self.partition = partition
         self.next_offset = 0  # all below has been committed and published
         self.counts = Counts()  # as of there
+        self.watermark, self.open_impressions = NEVER, 0  # too
+        self.progress = Progress()
         self.expected = 0  # all below has been committed, or waits here
         self._sent = 0  # all below has been published before; more than `next_offset` after a power cut
         self._last_record = self._last_event = time.monotonic()
@@ -137,7 +144,7 @@ class Lane:
             await self._skip_backlog()
         self.expected = self.next_offset
         self._joiner = Joiner(self._settings.join, self.partition, self.next_offset, self._store.state())
-        self.counts = replace(self._joiner.counts)
+        self._note(replace(self._joiner.counts))
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(app.fail_loudly)
 
@@ -161,6 +168,7 @@ class Lane:
             async with self._changed:
                 await self._changed.wait_for(self._has_room)
                 self._waiting.extend(fresh)
+                self.progress.wanted()
                 self._waiting_bytes += sum(len(record.value or b"") for record in fresh)
                 self._changed.notify_all()
         return None
@@ -360,6 +368,7 @@ class Lane:
             began = time.monotonic()
             async with self._between_slices:
                 seconds = await self._advance(records, aside)
+            self.progress.made(more=bool(self._waiting))
             not_before = began + min(max(COMMIT_SECONDS, seconds / COMMIT_SHARE), COMMIT_SECONDS_BUSY)
 
     def _next_slice(self) -> tuple[list[ConsumerRecord], bool]:
@@ -391,16 +400,24 @@ class Lane:
                 await self._publish(outbox, joined.block)
             for letter in joined.dead:
                 metrics.rejected.labels(letter.reason).inc()
+            metrics.joined(joined.kinds)
         if joined.block.counts.events_in > self.counts.events_in:
             self._last_event = time.monotonic()
         self._held = joined.block.handled < joined.block.to_offset
-        self.next_offset, self.counts = joined.block.to_offset, joined.block.counts
+        self.next_offset = joined.block.to_offset
+        self._note(joined.block.counts)
         metrics.age.observe(max(0.0, time.time() - records[-1].timestamp / 1000))
         if len(block) > BLOCK_BYTES // 2:
             self._slice = max(1, self._slice // 2)
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
         return seconds
+
+    def _note(self, counts: Counts) -> None:
+        """Where the joiner is, for those who ask between its slices."""
+        numbers = self._joiner.open.numbers
+        self.counts, self.watermark = counts, self._joiner.watermark
+        self.open_impressions = numbers.next - numbers.first
 
     async def _publish(self, outbox: list[bytes | DeadLetter], block: Block) -> None:
         """The outbox (of this block), the group's offset and what was set aside, in one transaction.
@@ -468,11 +485,13 @@ class JoinWorker:
         self.backfill = Backfill(settings.backfill) if settings.backfill else None
         if self.backfill is not None:
             self.backfill.check(settings.topics, settings.join)
-        self.metrics = JoinMetrics(lambda: {p: (lane.counts, lane.next_offset) for p, lane in list(self.lanes.items())})
+        self._ends = Ends(settings.bootstrap, settings.topics.events, settings.topics.partitions)
+        self.metrics = JoinMetrics(self._figures)
+        tell_process(self.metrics.registry, settings.data_dir)
 
     async def start(self) -> None:
         """Connect. Raises BrokerError, UsageError."""
-        serve_metrics(self.metrics.registry, self.settings.metrics_port)
+        serve_metrics(self.metrics.registry, self.settings.metrics_port, self.unwell)
         try:
             await self._kafka.start()
             await self._admin.start()
@@ -484,9 +503,25 @@ class JoinWorker:
             ) from error
         if self.settings.ticks == "live":
             self._tasks.append(asyncio.create_task(self._tick()))
-        self._tasks.append(asyncio.create_task(self._look_after()))
+        self._tasks += [asyncio.create_task(self._look_after()), asyncio.create_task(self._ends.run())]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
+
+    def unwell(self) -> str:
+        """Why this worker is not well, "" where it is. For any thread."""
+        for partition, lane in sorted(list(self.lanes.items())):
+            if (stuck_s := lane.progress.stuck_s) > STUCK_SECONDS:
+                return f"partition {partition}: records wait, and none was joined for {stuck_s:.0f} s"
+        return kafka_away(self._ends.away_s)
+
+    def _figures(self) -> dict[int, LaneFigures]:
+        return {
+            p: LaneFigures(
+                lane.counts, lane.next_offset, self._ends.behind(p, lane.next_offset),
+                None if lane.watermark == NEVER else lane.watermark, lane.open_impressions,
+            )
+            for p, lane in list(self.lanes.items())
+        }  # fmt: skip
 
     def is_stopping(self) -> bool:
         return self._stopping

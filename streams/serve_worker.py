@@ -23,6 +23,7 @@ from streams import app
 from streams.follower import Follower
 from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
+from streams.metrics import tell_process
 from streams.reloading import reload_at_hangup
 from streams.settings import ServeWorkerSettings
 from streams.shadow import Shadow
@@ -52,6 +53,7 @@ async def _serve(
     holder = Holder(Replica(settings.serve, FeatureSettings(), RankerSettings()))  # empty: never asked to score
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
+    tell_process(holder.metrics.registry, settings.data_dir)
     web = create_app(holder, settings.serve.max_age_ms)
     server = _Server(
         uvicorn.Config(

@@ -50,11 +50,12 @@ from streams import app, batches
 from streams.backfill import Backfill, Piece
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
-from streams.metrics import TrainMetrics, serve_metrics, train_values
+from streams.listener import serve_metrics
 from streams.outlet import Message, Outlet
 from streams.published import newest_version
 from streams.settings import LARGEST_BATCHES, TrainWorkerSettings
 from streams.train_copies import TrainCopies
+from streams.train_figures import TrainFigures
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
@@ -145,7 +146,9 @@ class TrainWorker:
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
-        self._metrics = TrainMetrics(self._values)
+        told = lambda: (self._waiting_bytes, self._published)  # noqa: E731
+        self._figures = TrainFigures(settings, self._expected, told)
+        self._metrics = self._figures.metrics
         self._backfill = Backfill(settings.backfill) if settings.backfill else None
 
     # --- start and stop -----------------------------------------------------------------------------------------
@@ -173,9 +176,11 @@ class TrainWorker:
         self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
         copies = self._copies
         self._begin(self._train(), self._publisher(), copies.snapshots(), copies.checkpoints())
+        self._begin(*self._figures.tasks(self._trainer))
         if self._backfill is None:
             self._begin(self._follow_catalogue())
-        self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
+        port = self.settings.metrics_port
+        self._end_metrics = serve_metrics(self._metrics.registry, port, self._figures.unwell)
 
     def _begin(self, *tasks: Coroutine[Any, Any, None]) -> None:
         for task in map(asyncio.create_task, tasks):
@@ -287,9 +292,6 @@ class TrainWorker:
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
 
-    def _values(self) -> dict[str, float]:
-        return train_values(self._trainer, self._waiting_bytes, self._published)
-
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Whatever touches the trainer or its store runs in the trainer's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
@@ -318,6 +320,7 @@ class TrainWorker:
             await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES or self.ending.is_set())
             self._waiting.extend(records)
             self._waiting_bytes += size
+            self._figures.progress.wanted()
             self._changed.notify_all()
 
     async def close(self, partitions: set[int]) -> None:
@@ -390,9 +393,13 @@ class TrainWorker:
         end, self._stalled = time.monotonic() + TURN_SECONDS, False
         while time.monotonic() < end and trainer.pending and not trainer.commit_due() and not self._stalled:
             with self._metrics.step.time():
-                self._stalled = not trainer.step(rows=self._rows_a_step())
+                rows = trainer.step(rows=self._rows_a_step())
+            self._stalled = not rows
+            if rows:
+                self._metrics.batch.observe(rows)
         if last or trainer.commit_due() or (self._dirty and time.monotonic() >= self._commit_due):
             versions += self._commit(everything=last)
+        self._figures.progress.made(more=bool(self._waiting) or (trainer.pending > 0 and not self._stalled))
         return versions
 
     def _require_next(self, block: Block, offset: int) -> None:
@@ -432,6 +439,8 @@ class TrainWorker:
         trainer, start, held = self._trainer, time.monotonic(), self._trainer.guard.held
         with self._metrics.commit.time():
             parts = trainer.commit(everything, dense=everything or start >= self._dense_due)
+        if parts is not None:
+            self._figures.committed()
         if parts and not trainer.owes_dense:
             self._dense_due = start + self.settings.dense_interval_s
         if held and not trainer.guard.held:
@@ -451,6 +460,7 @@ class TrainWorker:
         fault("publish.begun")
         with self._metrics.publish.time():
             await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+        self._metrics.published(parts)
         fault("publish.sent")
         self._published = sequence  # the next turn acknowledges it
 

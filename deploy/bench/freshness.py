@@ -141,7 +141,7 @@ class _System:
         """Load, probes and windows; then the stages."""
         settings, topics = self._settings, self._settings.topics
         async with Follower(self._url) as replica, Prober(
-            self._freshness, settings.bootstrap, topics.events, topics.partitions, refund
+            self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund
         ) as prober:  # fmt: skip
             tasks = [asyncio.create_task(self._follow(replica)), asyncio.create_task(self._probe(prober))]
             try:

@@ -44,6 +44,9 @@ def monitor(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Write into `events`: probes for freshness, the page's users.")
     ] = True,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of /metrics, freshness by stage; 0: none.")
+    ] = 0,
     seconds: Annotated[float, typer.Option(min=0, help="How long; 0: until Ctrl-C.")] = 0.0,
     json: JsonOption = False,
 ) -> None:
@@ -56,7 +59,7 @@ def monitor(
     settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap))
     options = _options(settings, replica, scrape or [], probe)
     with Output(json) as out:
-        out.result(_watch(settings, options, port, seconds))
+        out.result(_watch(settings, options, port, metrics_port, seconds))
 
 
 def _options(settings: Settings, replica: str | None, scrape: list[str], probe: bool) -> MonitorOptions:
@@ -80,30 +83,43 @@ def _metrics(url: str) -> str:
     return url if urlsplit(url).path else f"{url}/metrics"
 
 
-def _watch(settings: Settings, options: MonitorOptions, port: int, seconds: float) -> dict[str, Any]:
+def _watch(settings: Settings, options: MonitorOptions, port: int, metrics_port: int, seconds: float) -> dict[str, Any]:
     """Until it is stopped. Returns the last sample."""
     import asyncio
+    import contextlib
     import logging
     import signal
+
+    from prometheus_client import CollectorRegistry
 
     from deploy.monitor import Monitor
     from deploy.page import LivePage, Visited
     from deploy.summary import Summary
+    from deploy.watching import Board
+    from streams.listener import serve_metrics
+    from streams.metrics import tell_process
 
     for name in ("aiokafka", "kafka"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters of it is among the problems
-    visited = Visited(options.replica, options.bootstrap, options.topics, settings.join.join.watch_wait_ms)
+    registry, boards = CollectorRegistry(), list[Board]()
+    watching = Monitor(options, boards, registry)
+    visited = Visited(
+        options.replica, options.bootstrap, options.topics, settings.join.join.watch_wait_ms, when=watching.stages.when
+    )
     page = LivePage(port, visited=visited if options.probe and options.live else None)
 
-    async def run(summary: Summary) -> dict[str, Any]:
+    async def run() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         if seconds:
             loop.call_later(seconds, stop.set)
-        async with Monitor(options, [summary, page]) as watching:
+        async with watching:
             await watching.run(stop)
-        return watching.last
 
-    with page, Summary(page.url) as summary:
-        return asyncio.run(run(summary))
+    tell_process(registry, settings.data_dir)
+    with contextlib.ExitStack() as stack:
+        stack.callback(serve_metrics(registry, metrics_port))
+        boards += [stack.enter_context(page), stack.enter_context(Summary(page.url))]
+        asyncio.run(run())
+    return watching.last

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import shutil
 import signal
@@ -20,15 +21,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from deploy import broker
 from deploy.demo.figures import Model, balance
 from deploy.demo.live import Live, whole_seconds
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
+from deploy.freshness_metrics import StageFreshness
 from deploy.page import LivePage, Visited
 from deploy.processes import alone, free_port, write_atomically
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
+from deploy.watching import Board
 from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError
@@ -36,6 +41,8 @@ from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
 from replay.sinks import KafkaSink
+from streams.listener import serve_metrics
+from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
@@ -98,15 +105,35 @@ class _Demo:
             if settings.topics.prefix != "" and not self.options.keep:
                 stack.callback(delete_topics, settings.bootstrap, settings.topics)
             sink = stack.enter_context(KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items))
-            page = LivePage(self.options.port, visited=self._visited()) if self.options.page else None
-            if page:
+            registry, boards = CollectorRegistry(), list[Board]()
+            live = Live(settings, self.workers, boards, registry)
+            if self.options.page:
+                page = LivePage(self.options.port, visited=self._visited(live.probes.stages))
                 stack.callback(page.stop)
+                boards.append(page)
                 self._close_visits = page.close_visits
-            summary = stack.enter_context(Summary(page.start() if page else None))
+            summary = stack.enter_context(Summary(page.start() if self.options.page else None))
+            boards.append(summary)
             for worker in self.workers:
                 worker.go()
-            live = Live(settings, self.workers, [summary, page] if page else [summary])
+            self._serve_metrics(registry, stack)
+            summary.say(f"metrics: {self._targets} (targets for Prometheus' file_sd_configs)")
             return asyncio.run(self._live(live, sink))
+
+    @property
+    def _targets(self) -> Path:
+        return self.home.parent / "targets.json"
+
+    def _serve_metrics(self, registry: CollectorRegistry, stack: contextlib.ExitStack) -> None:
+        """Those of this process at a free port, and a file that names all ports while they answer."""
+        settings, port = self.settings, free_port()
+        tell_process(registry, self.home)
+        stack.callback(serve_metrics(registry, port))
+        ports = {"join": settings.join.metrics_port, "train": settings.train.metrics_port,
+                 "serve": settings.serve.port, "demo": port}  # fmt: skip
+        targets = [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": job}} for job, port in ports.items()]
+        write_atomically(self._targets, json.dumps(targets, indent=1) + "\n")
+        stack.callback(self._targets.unlink, missing_ok=True)
 
     async def _live(self, live: Live, sink: KafkaSink) -> dict[str, Any]:
         """Everything between the start of the workers and the figures."""
@@ -177,7 +204,7 @@ class _Demo:
         await asyncio.to_thread(serve.stop)
         return model
 
-    def _visited(self) -> Visited | None:
+    def _visited(self, stages: StageFreshness) -> Visited | None:
         """The shop for those who look at the page; a log is of other times and takes nobody in."""
         if self.options.log is not None:
             return None
@@ -185,6 +212,7 @@ class _Demo:
         return Visited(
             f"http://127.0.0.1:{settings.serve.port}", settings.bootstrap, settings.topics,
             settings.join.join.watch_wait_ms, tuple(f"u{n}" for n in range(min(SUGGESTED, settings.simulator.users))),
+            stages.when,
         )  # fmt: skip
 
     def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
@@ -234,7 +262,11 @@ class _Demo:
 
 def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str) -> Settings:
     """The run's settings: its own folder, broker and ports; a joiner that fits the source."""
-    flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
+    flags: dict[str, Any] = {
+        "data_dir": home, "bootstrap": bootstrap, "serve.port": free_port(),
+        "join.metrics_port": settings.join.metrics_port or free_port(),
+        "train.metrics_port": settings.train.metrics_port or free_port(),
+    }  # fmt: skip
     if settings.bootstrap:  # somebody's cluster: topics of our own there
         flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
     if options.log is None:

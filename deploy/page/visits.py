@@ -19,7 +19,7 @@ import contextlib
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -31,6 +31,7 @@ from msgspec import Meta, Struct
 
 from deploy.demo.figures import Model
 from deploy.freshness import Follower
+from deploy.freshness_metrics import STAGES
 from deploy.page.cards import Cards
 from embedding_store.errors import HeadraceError
 from online_model.serving.api import Query, Scenario
@@ -77,13 +78,15 @@ class ActRequest(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Visited:
-    """What is visited. `users`: ids that the page suggests."""
+    """What is visited. `users`: ids that the page suggests. `when`: of (stage, partition, offset): the time.monotonic()
+    at which a stage was past it (`StageFreshness.when`); None: not known."""
 
     replica: str  # http://HOST:PORT
     bootstrap: str
     topics: TopicSettings
     watch_wait_ms: int  # of the joiner
     users: tuple[str, ...] = ()
+    when: Callable[[str, int, int], float | None] = lambda stage, partition, offset: None
 
 
 @dataclass
@@ -240,9 +243,15 @@ class Visits:
                     shown = None
                     with contextlib.suppress(Trouble):
                         shown = await self.show(page.asked)
-                    return {"stage": "learned", "ms": ms, "version": model.version, "page": shown}
+                    stages = self._stages(partition, offset, began)
+                    return {"stage": "learned", "ms": ms, "version": model.version, "stages": stages, "page": shown}
                 sequence = model.sequence
         return _late("no version has learned of it: are the join and train workers running?")
+
+    def _stages(self, partition: int, offset: int, began: float) -> dict[str, float]:
+        """stage → ms from `began` until it was past the record at `offset`; without those not seen."""
+        seen = {stage: self.visited.when(stage, partition, offset) for stage in STAGES}
+        return {stage: round(max(0.0, at - began) * 1e3, 1) for stage, at in seen.items() if at is not None}
 
     async def _ask(self, asked: AskRequest, log: bool, explain: bool = False) -> dict[str, Any]:
         body = {"user": asked.user, "scenario": asked.scenario, "context": {"query": asked.query}, "k": asked.k,

@@ -131,6 +131,8 @@ async function act(button) {
       cells[one.stage].textContent = ms(took);
       cells[one.stage].dataset.ms = took;
       if (one.stage === "sent") continue;
+      const stages = Object.entries(one.stages ?? {}).map(([name, at]) => `${name} ${ms(at)}`).join(", ");
+      if (stages) cells.what.append(make("span", { class: "stages" }, stages));
       parts.push(one.stage === "history"
         ? `Your history is in the answer ${ms(took)} after it: ${changes(one.page, page.items)}.`
         : `The model has learned it ${ms(took)} after it (version ${one.version})${one.page ? ": " + changes(one.page, page.items) : ""}.`);
