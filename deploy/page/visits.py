@@ -218,13 +218,13 @@ class Visits:
     async def _history(self, page: _Page, began: float) -> dict[str, Any]:
         """Ask until the answer knows of the action."""
         known, end = page.answer["feature_hash"], began + PATIENCE_S
-        while time.monotonic() < end:
+        while (asked := time.monotonic()) < end:
             with contextlib.suppress(Trouble):  # the replica may be starting again
                 answer = await self._ask(page.asked, log=False)
                 if answer["feature_hash"] != known:
                     ms = _ms_since(began)
                     return {"stage": "history", "ms": ms, "page": await self.show(page.asked)}
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(max(POLL_S, time.monotonic() - asked))  # half of its time at most
         return _late("no answer has known of it")
 
     async def _learned(self, page: _Page, partition: int, offset: int, due_ms: int, began: float) -> dict[str, Any]:

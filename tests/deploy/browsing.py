@@ -90,6 +90,7 @@ def opened(url: str, width: int = 1280, scheme: str = "light") -> Iterator[Opene
     with api.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         tab = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 1000}).new_page()
+        tab.set_default_timeout(60_000)  # of a machine that has others to serve
         it = Opened(tab)
         tab.on("console", lambda message: it.problems.append(message.text))
         tab.on("pageerror", lambda error: it.problems.append(str(error)))

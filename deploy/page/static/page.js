@@ -57,6 +57,7 @@ function drawTiles(s) {
 function pairs(id, values, digits = 0) {
   const rows = Object.entries(values).filter(([, v]) => v != null);
   byId(id).replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, number(value, digits))]));
+  byId(id).parentElement.hidden = !rows.length;
 }
 
 function state(name) {

@@ -48,9 +48,9 @@ function row(item, place, before) {
   const buttons = kinds.map((kind) => make("button", { type: "button", "data-kind": kind, "data-place": place,
     "aria-label": `${LABELS[kind] ?? kind}: ${item.title}` }, LABELS[kind] ?? kind));
   const line = make("li", { "data-item": item.item, ...(mark ? { class: mark === "new" ? "new" : "moved" } : {}) },
-    make("p", { class: "item" }, make("b", {}, item.title), " ", make("span", { class: "about" }, about.filter((x) => x != null).join(" · ")),
+    make("div", { class: "line" }, make("p", { class: "item" }, make("b", {}, item.title), " ", make("span", { class: "about" }, about.filter((x) => x != null).join(" · ")),
       ...(mark ? [" ", make("span", { class: "mark", "aria-hidden": "true" }, mark), make("span", { class: "unseen" }, words)] : [])),
-    make("p", { class: "acts" }, ...buttons));
+      make("p", { class: "acts" }, ...buttons)));
   if (item.why) line.append(make("details", {}, make("summary", {}, "Why", make("span", { class: "unseen" }, ` ${item.title} is here`)), make("p", {}, `The score falls without: ${reasons(item.why)}`)));
   return line;
 }
