@@ -44,8 +44,8 @@ class Scraped:
                     return
             self.take(text, time.monotonic())
             self.error = ""
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self.error = str(error) or "no answer in time"
+        except (aiohttp.ClientError, TimeoutError):
+            self.error = "it does not answer"
         except ValueError:
             self.error = "what it answers are no metrics"
 

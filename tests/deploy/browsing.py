@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -98,3 +98,30 @@ def opened(url: str, width: int = 1280, scheme: str = "light") -> Iterator[Opene
         tab.goto(url)
         yield it
         browser.close()
+
+
+class Acted(NamedTuple):
+    """What came of a click, as the page says it: ms from the click, and whether the list changed with either."""
+
+    history_ms: float
+    learned_ms: float
+    changed: bool
+
+
+def click_as(tab: Any, user: str, place: int) -> Acted:
+    """Be that user, and click the item in that place (0: the first)."""
+    tab.get_by_label("User, known or not").fill(user)
+    tab.get_by_role("button", name="Recommend", exact=True).click()
+    tab.locator("#visit-heading", has_text=f"For {user}").wait_for()
+    before = shown(tab)
+    tab.get_by_role("button", name="Click: ").nth(place).click()
+    row = tab.locator("#visit-journeys tbody tr").first
+    for column in (1, 2):
+        row.locator("td").nth(column).and_(tab.locator("[data-ms]")).wait_for()
+    took = [float(row.locator("td").nth(column).get_attribute("data-ms")) for column in (1, 2)]
+    return Acted(*took, changed=shown(tab) != before)
+
+
+def shown(tab: Any) -> list[str]:
+    """The items of the list."""
+    return tab.evaluate("[...document.querySelectorAll('#visit-list li')].map((line) => line.dataset.item)")

@@ -4,16 +4,20 @@ trainer's part is a version that comes a moment after each click, and lifts what
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import uvicorn
 from kafka import KafkaProducer
 
 from embedding_store.delta import Version
+from online_model.positions import Position
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
 from online_model.serving.live import LiveUsers
@@ -24,7 +28,6 @@ from streams.impressions import ImpressionLog
 from streams.live_events import LiveEvents
 from streams.settings import ServeWorkerSettings
 from streams.topics import TopicSettings
-from tests.online_model.serving.served import Serving
 from tests.online_model.serving.world import DIM, FEATURES, RANKER, item_rows, world
 
 LEARNED_S = 0.3  # from a click to the version that has learned of it
@@ -34,8 +37,9 @@ FAR = 1 << 40
 class Shop(threading.Thread):
     """Runs in a thread of its own until `close`. `url`: of the replica."""
 
-    def __init__(self, broker: str, topics: TopicSettings, folder: Path) -> None:
+    def __init__(self, broker: str, topics: TopicSettings, folder: Path, port: int) -> None:
         super().__init__(daemon=True)
+        self._port = port
         self._settings = ServeWorkerSettings(bootstrap=broker, data_dir=folder, topics=topics)
         self._ready, self.url = threading.Event(), ""
         producer = KafkaProducer(bootstrap_servers=broker)
@@ -62,12 +66,16 @@ class Shop(threading.Thread):
         impressions = ImpressionLog(self._settings, self._holder.metrics.registry)
         self._holder.served.append(impressions.served)
         tasks = [asyncio.create_task(part.run()) for part in (events, impressions)]
-        serving = Serving(create_app(self._holder, max_age_ms=FAR), self._holder)
-        self.url = serving.url
+        listening = socket.create_server(("127.0.0.1", self._port))
+        app = create_app(self._holder, max_age_ms=FAR)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
+        serving = asyncio.create_task(server.serve([listening]))
+        self.url = "http://{}:{}".format(*listening.getsockname())
         self._ready.set()
         await self._over.wait()
         self._holder.close()
-        await serving.stop()
+        server.should_exit = True
+        await serving
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -76,15 +84,18 @@ class Shop(threading.Thread):
         self._loop.call_later(LEARNED_S, self._learn, click)
 
     def _learn(self, click: Click) -> None:
-        """The version that has learned of the click: its item has another embedding, all partitions are past it."""
+        """The version that has learned of the click: its item has another embedding, its position is past it. No user's
+        row comes with it, so no event is in one (`next`)."""
         sequence = self._replica.sequence
         weights = np.random.default_rng(sequence).normal(0, 1.5, (1, DIM))
-        self._holder.apply(Version(
-            epoch=1, sequence=sequence + 1, base=(1, sequence), created_ms=time.time_ns() // 1_000_000,
-            positions={0: FAR}, info={"partitions": {"0": {"watermark": click.ts + 2, "handled": FAR, "next": 0,
-                                                           "set_aside": []}}},
-            tables={"item": item_rows([click.item], weights, [int(click.item) % 4])},
-        ))  # fmt: skip
+        learned = asdict(Position(next=0, first=0, handled=FAR, watermark=click.ts + 2))
+        self._holder.apply(
+            Version(
+                epoch=1, sequence=sequence + 1, base=(1, sequence), created_ms=time.time_ns() // 1_000_000,
+                positions={0: FAR}, info={"partitions": {"0": learned}},
+                tables={"item": item_rows([click.item], weights, [int(click.item) % 4])},
+            )
+        )  # fmt: skip
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._over.set)
@@ -92,9 +103,9 @@ class Shop(threading.Thread):
 
 
 @contextmanager
-def shop(broker: str, topics: TopicSettings, folder: Path) -> Iterator[Shop]:
-    """A shop, as long as it lasts."""
-    made = Shop(broker, topics, folder)
+def shop(broker: str, topics: TopicSettings, folder: Path, port: int = 0) -> Iterator[Shop]:
+    """A shop, as long as it lasts; the replica at `port`."""
+    made = Shop(broker, topics, folder, port)
     try:
         yield made
     finally:
