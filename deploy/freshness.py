@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections import deque
@@ -105,6 +106,7 @@ class Prober:
         (ms UTC)."""
         self._told, self._bootstrap, self._topic, self._partitions = sent, bootstrap, topic, partitions
         self._probe, self._rounds = probe, 0
+        self._run = secrets.token_hex(4)  # other probers' probes are not these: the joiner takes each id once
         self._flying: dict[asyncio.Future, float] = {}  # Kafka has not got it yet → time.monotonic()
 
     async def __aenter__(self) -> Prober:
@@ -124,7 +126,7 @@ class Prober:
         """A round of probes that say it is `ts` (ms UTC). Raises BrokerError."""
         self._rounds += 1
         for partition in range(self._partitions):
-            probe = encode(self._probe(f"probe-{partition}-{self._rounds}", ts))
+            probe = encode(self._probe(f"probe-{self._run}-{partition}-{self._rounds}", ts))
             at = time.monotonic()
             try:
                 waiting = await self._producer.send(self._topic, probe, partition=partition)

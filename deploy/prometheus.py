@@ -5,11 +5,15 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 
-def histogram(text: str, name: str) -> tuple[float, dict[float, float]]:
-    """(count, {upper bound: how many are at most that}) of a histogram without labels in Prometheus' text."""
+def histogram(text: str, name: str, **labels: str) -> tuple[float, dict[float, float]]:
+    """(count, {upper bound: how many are at most that}) of the histogram with just these labels in Prometheus' text."""
     for family in text_string_to_metric_families(text):
         if family.name == name:
-            buckets = {float(s.labels["le"]): s.value for s in family.samples if s.name == f"{name}_bucket"}
+            buckets = {
+                float(s.labels["le"]): s.value
+                for s in family.samples
+                if s.name == f"{name}_bucket" and {**s.labels, "le": ""} == {**labels, "le": ""}
+            }
             return buckets.get(float("inf"), 0.0), buckets
     return 0.0, {}
 

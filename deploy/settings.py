@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -48,6 +48,7 @@ class General(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
     data_dir: Annotated[Path, Meta(description="stores, snapshots and the embedded Kafka")] = Path(".headrace")
     bootstrap: Annotated[str, Meta(description='Kafka as "host:port"; "": the embedded one')] = ""
+    logs: Annotated[Literal["text", "json"], Meta(description="of the workers, on stderr")] = "text"
 
 
 class DemoOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +85,7 @@ class Settings:
         for layer in layers:
             _refuse_unknown(layer, (), self._names)
         general = _build(General, [_only(layer, top) for layer in layers], ())
-        self.data_dir, self.bootstrap = general.data_dir, general.bootstrap
+        self.data_dir, self.bootstrap, self.logs = general.data_dir, general.bootstrap, general.logs
 
     @cached_property
     def log(self) -> LogSettings:
@@ -193,7 +194,7 @@ def load(
 
 def dump(settings: Settings) -> str:
     """TOML text of all settings, with comments: reading it back gives the same settings."""
-    general = General(data_dir=settings.data_dir.absolute(), bootstrap=settings.bootstrap)
+    general = General(data_dir=settings.data_dir.absolute(), bootstrap=settings.bootstrap, logs=settings.logs)
     lines = ["# All settings of Headrace. The environment (HEADRACE_JOIN_WAIT_MS) and flags win over this file."]
     lines += _entries(general)
     for name in Settings.SECTIONS:
@@ -228,7 +229,7 @@ def _read(path: Path) -> Layer:
 
 def _environment(environment: Mapping[str, str]) -> Layer:
     """HEADRACE_JOIN_WAIT_MS → {"join": {"WAIT_MS": …}}: which field that is, its section knows."""
-    top = {name.upper(): name for name in _fields(General)}
+    top = {name.upper(): name for name in _fields(General)} | {"LOG": "logs"}  # [log] is a historical one
     values: dict[str, Any] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in NOT_SETTINGS:

@@ -374,7 +374,7 @@ class Trainer:
         self._owed.accept(plan, now_ms)
         if parts:
             self.delta_rows += sum(map(len, plan.tables.values()))
-        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), f"{self.epoch}.{sequence}")
+        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), (self.epoch, sequence))
         return parts
 
     def restore(self) -> bool:

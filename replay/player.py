@@ -17,7 +17,7 @@ holds on average.
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,7 @@ class Played:
     records: int = 0  # records of events, and garbage
     items: int = 0
     ticks: int = 0
-    kinds: Counter[type] = field(default_factory=Counter)  # `events` by type
+    kinds: defaultdict[type, int] = field(default_factory=lambda: defaultdict(int))  # `events` by type
     rejected: Counter[str] = field(default_factory=Counter)  # rows of the log by reason
     faults: FaultCounts = field(default_factory=FaultCounts)  # done on purpose
     disordered: int = 0  # records with a time before that of an earlier one

@@ -29,6 +29,7 @@ class Ends:
 
     async def run(self) -> None:
         """Ask until cancelled. That there is no answer is not an error here: `away_s` says it."""
+        self._heard = time.monotonic()
         while True:
             consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, isolation_level=self._isolation)
             try:

@@ -171,7 +171,8 @@ class Follower:
             self._note("a version is missing: a snapshot that leads past it is waited for")
             base = "nothing" if first.base is None else "{}.{}".format(*first.base)
             held = "none" if self._empty else "{}.{}".format(*self._held)
-            log.warning("version %s goes on from %s, this replica holds %s", _name(first), base, held)
+            of = _fields(place(first))
+            log.warning("version %s goes on from %s, this replica holds %s", _name(first), base, held, extra=of)
 
     def _same_model(self, version: Version) -> bool:
         """Settings change with an epoch only; those that answers are made with need another replica even then."""
@@ -274,7 +275,7 @@ class Follower:
             self._holder.swap(replica)
             self._snapshot, self._model = path, version.info["settings"]
             self._say()
-            log.info("serving snapshot %s", path.name)
+            log.info("serving snapshot %s", path.name, extra=_fields(at))
             if anything or (self._early.after(at) is None and self._early.lost > at):
                 await self._read_from(version.created_ms - CLOCK_MARGIN_MS)
             return True
@@ -310,7 +311,7 @@ class Follower:
         if at >= self._end and not self._wrong:
             self._starting = ""
             self.caught_up.set()
-            log.info("caught up at version %s.%s", *self._held)
+            log.info("caught up at version %s.%s", *self._held, extra=_fields(self._held))
         self._say()
 
 
@@ -336,6 +337,11 @@ def _served(model: dict[str, Any]) -> tuple[Any, ...]:
     """What of a trainer's settings a replica is made of."""
     features = model.get("features")
     return features.get("dim") if isinstance(features, dict) else None, model.get("ranker"), model.get("feedback")
+
+
+def _fields(of: Place) -> dict[str, int]:
+    """Of a log line that is about a version."""
+    return {"epoch": of[0], "sequence": of[1]}
 
 
 def _name(version: Version) -> str:

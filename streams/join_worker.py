@@ -77,7 +77,7 @@ MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafk
 
 def run_join(settings: JoinWorkerSettings) -> None:
     """Join in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
-    app.run(lambda stop: _join(settings, stop))
+    app.run(lambda stop: _join(settings, stop), worker="join", logs=settings.logs)
 
 
 async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
@@ -104,6 +104,7 @@ class Lane:
         self.counts = Counts()  # as of there
         self.watermark, self.open_impressions = NEVER, 0  # too
         self.progress = Progress()
+        self._log = logging.LoggerAdapter(log, {"partition": partition})
         self.expected = 0  # all below has been committed, or waits here
         self._sent = 0  # all below has been published before; more than `next_offset` after a power cut
         self._last_record = self._last_event = time.monotonic()
@@ -217,9 +218,9 @@ class Lane:
                 copy = await asyncio.to_thread(snapshots.copy, self._store)
             self._snapshot_at = at
             await asyncio.to_thread(snapshots.send, copy, at, self._worker.is_stopping)
-            log.info("partition %s: snapshot at %s", self.partition, at)
+            self._log.info("partition %s: snapshot at %s", self.partition, at)
         except StoreError as error:
-            log.error("partition %s: no snapshot: %s", self.partition, error)
+            self._log.error("partition %s: no snapshot: %s", self.partition, error)
 
     async def purge_if_due(self) -> None:
         """Rewrites the store's files, if users were forgotten, while slices go on."""
@@ -230,9 +231,9 @@ class Lane:
         self._purging = asyncio.create_task(asyncio.to_thread(self._store.purge, lambda: self._closing))
         try:
             if await self._purging:
-                log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
+                self._log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
         except StoreError as error:
-            log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
+            self._log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
 
     def _new_outlet(self) -> Outlet:
         return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
@@ -283,7 +284,7 @@ class Lane:
         self._store.close()
         await asyncio.to_thread(states.put_in_place, fetched)
         self._store = self._store_here()
-        log.info("%s: going on from the backfill at %s", where, at)
+        self._log.info("%s: going on from the backfill at %s", where, at)
 
     async def _restore(self) -> None:
         """Where the store is behind what was published, or beside it: the newest snapshot that is further."""
@@ -322,7 +323,7 @@ class Lane:
         if group_offset is None or (stored is not None and stored >= group_offset):
             assert stored is not None
             if stored != group_offset:
-                log.info("%s: sending again what was committed up to %s", where, stored)
+                self._log.info("%s: sending again what was committed up to %s", where, stored)
                 outbox = self._store.outbox()
                 await self._publish(outbox, _block_in(outbox))
             return stored
@@ -335,7 +336,7 @@ class Lane:
                 f"worker with the data directory of its last owner, or with another topic prefix; raise retention.ms "
                 f"of {self._settings.topics.events}"
             )
-        log.warning("%s: the store has nothing from %s to %s: joining it again", where, start, group_offset)
+        self._log.warning("%s: the store has nothing from %s to %s: joining it again", where, start, group_offset)
         self._sent = group_offset
         return start
 
@@ -344,7 +345,7 @@ class Lane:
         oldest_ms = time.time_ns() // 1_000_000 - int(self._settings.newest_after_s * 1000)
         start, end = max(self.next_offset, self._sent), await self._worker.offset_at(self.partition, oldest_ms)
         if end > start:
-            log.warning("partition %s: the backlog from %s to %s is set aside", self.partition, start, end)
+            self._log.warning("partition %s: the backlog from %s to %s is set aside", self.partition, start, end)
             self._gap_end = end
 
     async def _run(self) -> None:
@@ -453,13 +454,13 @@ class Lane:
                 if time.monotonic() > give_up or self._closing:
                     raise
                 if not in_doubt:
-                    log.warning("partition %s: %s; trying again", self.partition, error)
+                    self._log.warning("partition %s: %s; trying again", self.partition, error)
             in_doubt = True
             await self._outlet.stop()
             self._outlet = self._new_outlet()
             await asyncio.sleep(RETRY_SECONDS)
         if in_doubt:
-            log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
+            self._log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
         self._group_offset, self._aside = to_offset, aside[-MAX_RANGES:]
 
     def _has_room(self) -> bool:

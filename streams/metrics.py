@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter as Counts_
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -103,7 +102,7 @@ class JoinMetrics:
         self._kinds = {kind: kinds.labels(name) for kind, name in KINDS.items()}
         self.registry.register(Values("headrace_join_", JOIN, lambda: join_values(lanes())))
 
-    def joined(self, kinds: Counts_[type]) -> None:
+    def joined(self, kinds: Mapping[type, int]) -> None:
         """So many records of these kinds have their block; those that were refused are not in it."""
         for kind, n in kinds.items():
             if kind in self._kinds:

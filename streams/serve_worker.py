@@ -40,7 +40,8 @@ def run_serve(settings: ServeWorkerSettings, reload: Callable[[], ServeWorkerSet
 
     `reload`: reads the settings again, at SIGHUP (reloading.py).
     """
-    app.run(lambda stop: _serve(settings, stop, reload), uvloop.new_event_loop)
+    serve = lambda stop: _serve(settings, stop, reload)  # noqa: E731
+    app.run(serve, uvloop.new_event_loop, worker="serve", logs=settings.logs)
 
 
 async def _serve(
@@ -54,7 +55,7 @@ async def _serve(
     if reload is not None:
         reload_at_hangup(settings, reload, holder.policy)
     tell_process(holder.metrics.registry, settings.data_dir)
-    web = create_app(holder, settings.serve.max_age_ms)
+    web = create_app(holder, settings.serve.max_age_ms, access_log=settings.access_log)
     server = _Server(
         uvicorn.Config(
             web,

@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 from online_model.serving.settings import ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
+from streams.logs import Style
 from streams.topics import TopicSettings
 
 LARGEST_BATCHES = 4  # times `batch_size`: rows that a train worker learns at once at most, where many wait
@@ -27,6 +28,7 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
 
     bootstrap: str
     data_dir: Path
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     join: JoinSettings = JoinSettings()
     ticks: Annotated[
@@ -58,6 +60,7 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     model: TrainerSettings = TrainerSettings()
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
@@ -99,9 +102,11 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     serve: ReplicaSettings = ReplicaSettings()
     port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
+    access_log: Annotated[bool, Meta(description="a log line for each request")] = False
     live_actions: Annotated[
         int, Meta(ge=0, description="actions of users kept in memory until their rows hold them; 0: none")
     ] = 100_000

@@ -85,7 +85,7 @@ def run_train(settings: TrainWorkerSettings) -> None:
         device, partitions, threads = _ways(settings)
         follow_launched(launch, settings.model, partitions, device, threads)
     else:
-        app.run(lambda stop: _train(settings, stop, launch))
+        app.run(lambda stop: _train(settings, stop, launch), worker="train", logs=settings.logs)
 
 
 async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
@@ -167,7 +167,7 @@ class TrainWorker:
         await self._outlet.start()  # nobody else publishes from now on
         await self._supersede()
         for sequence, parts in await self._in_thread(self._trainer.store.outbox):
-            log.info("sending version %s again", sequence)
+            log.info("sending version %s again", sequence, extra=_version(self._trainer.epoch, sequence))
             fault("recover.resend")
             await self._publish(sequence, parts)
         await self._catalogue.start()
@@ -246,6 +246,7 @@ class TrainWorker:
             log.warning(
                 "version %s.%s was published, the store is at %s: going on from there in epoch %s",
                 *published, self._trainer.sequence, self._trainer.epoch,
+                extra=_version(self._trainer.epoch, self._trainer.sequence),
             )  # fmt: skip
 
     def _open(self) -> Trainer:
@@ -265,7 +266,8 @@ class TrainWorker:
         if not went_back:
             trainer.give_up_rollback()
         self._copies = TrainCopies(settings, trainer, kept, self._thread, lambda: self._draining)
-        log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
+        version = _version(trainer.epoch, trainer.sequence)
+        log.info("training on %s from version %s.%s", device, *version.values(), extra=version)
         return trainer
 
     def _meet(self, device: str, partitions: int, threads: int) -> Ranked:
@@ -472,6 +474,11 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+def _version(epoch: int, sequence: int) -> dict[str, int]:
+    """Fields of a log line that is about a version."""
+    return {"epoch": epoch, "sequence": sequence}
 
 
 def _ways(settings: TrainWorkerSettings) -> tuple[str, int, int]:

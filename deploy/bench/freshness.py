@@ -27,6 +27,9 @@ clock, so that nothing is in the way while it is measured):
 `cores`: what each process used of them, by its processor time: where the sum comes near to 2, or others use the machine
 too, nothing else needs to be explained.
 
+`histogram_ms`, where it is asked for: what `headrace monitor` would show of the same time, with probes of its own, as
+p50 and p99 of the histogram that it serves to Prometheus.
+
 `rate` is what was sent; `handled_per_s` what the replica was seen to move past meanwhile. Where that is less,
 `keeps_up` is false: the system falls behind, and freshness is then a matter of for how long. Of several runs, windows
 of one load, the figures are of that with the median p99; `all` has the others.
@@ -38,6 +41,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -52,11 +56,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.bench.common import BenchError, finish, on_cores, part_command
 from deploy.bench.mix import timed_mix
 from deploy.demo.figures import Model
 from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles, refund
+from deploy.freshness_metrics import SERVABLE, Probes
 from deploy.processes import ends_with_parent, free_port, listening, terminate
 from deploy.prometheus import histogram, quantile
 from deploy.settings import Settings, dump
@@ -84,23 +90,25 @@ class Seen(NamedTuple):
 
 @dataclass
 class Window:
-    """A run: what began and ended when (time.monotonic()), the histogram of the replica's applies meanwhile, and the
-    cores that each process used."""
+    """A run: what began and ended when (time.monotonic()), the histograms of the replica's applies and of freshness
+    meanwhile, and the cores that each process used."""
 
     begin: float
     end: float = 0.0
     applies: dict[float, float] = field(default_factory=dict)
+    histogram: dict[float, float] = field(default_factory=dict)
     cores: dict[str, float] = field(default_factory=dict)
 
 
 def bench_freshness(
     bootstrap: str, rate: float, seconds: float, runs: int, warm_up: float = WARM_UP_S,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[], None] = lambda: None, histogram: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of the command. `step` is called after the warm-up and after each run."""
+    """The figures of the command. `step` is called after the warm-up and after each run. histogram: with
+    `histogram_ms`."""
     cores = sorted(os.sched_getaffinity(0))[:CORES]
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder, on_cores(cores):
-        system = _System(bootstrap, Path(folder))
+        system = _System(bootstrap, Path(folder), histogram)
         with system.running():
             return asyncio.run(system.measure(rate, seconds, runs, warm_up, step))
 
@@ -108,13 +116,14 @@ def bench_freshness(
 class _System:
     """Topics and workers, what is sent to them, and what is seen of them."""
 
-    def __init__(self, bootstrap: str, folder: Path) -> None:
+    def __init__(self, bootstrap: str, folder: Path, histogram: bool) -> None:
         self._folder, self._freshness, self._seen = folder, Freshness(), list[Seen]()
         self._settings = Settings([]).with_flags({
             "data_dir": folder, "bootstrap": bootstrap, "serve.port": free_port(),
             "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.", "model.guard.tasks": [],
         })  # fmt: skip
         self._url = f"http://127.0.0.1:{self._settings.serve.port}"
+        self._registry = CollectorRegistry() if histogram else None
         config = str(folder / "headrace.toml")
         self._workers = [
             Worker(name, [name, "--config", config], folder / f"{name}.log") for name in ("train", "serve", "join")
@@ -140,10 +149,16 @@ class _System:
     ) -> dict[str, Any]:
         """Load, probes and windows; then the stages."""
         settings, topics = self._settings, self._settings.topics
-        async with Follower(self._url) as replica, Prober(
-            self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund
-        ) as prober:  # fmt: skip
-            tasks = [asyncio.create_task(self._follow(replica)), asyncio.create_task(self._probe(prober))]
+        async with contextlib.AsyncExitStack() as stack:
+            replica = await stack.enter_async_context(Follower(self._url))
+            prober = await stack.enter_async_context(
+                Prober(self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund)
+            )
+            tasks = [asyncio.create_task(self._follow(replica))]
+            if self._registry is not None:
+                probes = Probes(settings.bootstrap, topics, self._url, self._registry, refund)
+                tasks += map(asyncio.create_task, (await stack.enter_async_context(probes)).tasks())
+            tasks.append(asyncio.create_task(self._probe(prober)))
             try:
                 await self._until_ready()
                 gc.freeze()  # what measures must not stall over what is only loaded
@@ -224,9 +239,10 @@ class _System:
 
     async def _window(self, seconds: float, producer: subprocess.Popen) -> Window:
         applied, used = await asyncio.to_thread(self._applies), self._processor_s(producer)
-        window = Window(time.monotonic())
+        window, fresh = Window(time.monotonic()), self._histogram()
         await self._watch(seconds, producer)
         window.end = time.monotonic()
+        window.histogram = {bound: n - fresh.get(bound, 0.0) for bound, n in self._histogram().items()}
         now, passed = self._processor_s(producer), window.end - window.begin
         window.cores = {name: (now[name] - used[name]) / passed for name in now}
         after = await asyncio.to_thread(self._applies)
@@ -253,6 +269,13 @@ class _System:
         with urllib.request.urlopen(f"{self._url}/metrics", timeout=10) as answer:
             return histogram(answer.read().decode(), APPLY_SECONDS)[1]
 
+    def _histogram(self) -> dict[float, float]:
+        """Of freshness, as a Prometheus would read it now."""
+        if self._registry is None:
+            return {}
+        text = generate_latest(self._registry).decode()
+        return histogram(text, "headrace_freshness_seconds", stage=SERVABLE)[1]
+
     def _figures(self, window: Window, sent: list[list[float]], journeys: _Journeys) -> dict[str, Any]:
         probes = [probe for probe in self._freshness.returned if window.begin <= probe.sent < window.end]
         now = time.monotonic()  # one that is not back took longer than until now
@@ -260,12 +283,13 @@ class _System:
         late = [Probe(p, offset, at, now) for p, queue in waiting.items() for offset, at in queue if at < window.end]
         took = quantiles([*probes, *late])
         rate = _per_s([(at, count) for at, count in sent], window)
-        probing = len(probes) / (window.end - window.begin)  # probes are events too
+        probing = (len(probes) + window.histogram.get(math.inf, 0.0)) / (window.end - window.begin)  # events too
         handled = _per_s([(seen.at, seen.handled) for seen in self._seen], window) - probing
         hold_ms, apply_ms = self._settings.join.join.disorder_ms, 1e3 * quantile(0.5, window.applies)
         stages = [journeys.stages(probe, hold_ms, apply_ms) for probe in probes]
         columns = {name: [stage[name] for stage in stages] for name in STAGES} if stages else {}
         total = sum(map(sum, columns.values()))
+        shown = {name: 1e3 * quantile(share, window.histogram) for name, share in (("p50", 0.5), ("p99", 0.99))}
         return {
             "rate": rate,
             "probes": took["count"],
@@ -277,6 +301,7 @@ class _System:
             "handled_per_s": handled,
             "keeps_up": handled >= KEEPS_UP * rate,
             "unreturned": len(late),
+            **({"histogram_ms": shown} if window.histogram else {}),
         }
 
 

@@ -156,6 +156,9 @@ def freshness(
     seconds: Annotated[float, typer.Option(min=2, help="Of a run; some 80 probes a second.")] = 30.0,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the first run.")] = 15.0,
     runs: Annotated[int, typer.Option(min=1, help="Runs; the figures are of that with the median p99.")] = 1,
+    histogram: Annotated[
+        bool, typer.Option("--histogram", help="Also what `headrace monitor` shows, by probes of its own.")
+    ] = False,
     bootstrap: BootstrapOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -167,7 +170,7 @@ def freshness(
         from deploy.bench.freshness import bench_freshness
 
         with _broker(bootstrap) as server, progress("freshness", 1 + runs) as (bar, task):
-            result = bench_freshness(server, rate, seconds, runs, warm_up, lambda: bar.advance(task))
+            result = bench_freshness(server, rate, seconds, runs, warm_up, lambda: bar.advance(task), histogram)
         out.result(result, _table("freshness", result))
         if not result["keeps_up"]:
             say(f"the system falls behind: of {result['rate']:,.0f} events/s it handles {result['handled_per_s']:,.0f}")

@@ -28,8 +28,10 @@ from deploy.commands.common import (
 from embedding_store.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from deploy.settings import Settings
-    from replay.player import PlaySettings
+    from replay.player import Player, PlaySettings
     from replay.readers import LogReader
 
 
@@ -59,6 +61,9 @@ def replay(
     no_wait: Annotated[
         bool, typer.Option("--no-wait", help="Onto Kafka: do not wait for the workers, say only what was sent.")
     ] = False,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Onto Kafka: /metrics on 127.0.0.1 while it is played; 0: none.")
+    ] = 0,
     from_time: Annotated[
         str | None, typer.Option("--from", metavar="TIME", help="Only what happened from then on (UTC, or ms).")
     ] = None,
@@ -104,7 +109,7 @@ def replay(
         from deploy.commands.dead import replay_dead
 
         for_logs = (direct, deterministic, resume, speed, max_speed, no_wait, from_time, until_time, duplicates,
-                    shuffle_ms, delay, drop, garbage, from_checkpoint, go_on, to_end)  # fmt: skip
+                    shuffle_ms, delay, drop, garbage, from_checkpoint, go_on, to_end, metrics_port)  # fmt: skip
         if any(for_logs):
             raise UsageError("replay dead knows --out, --repair, --again and where Kafka is: leave the others out")
         return replay_dead(settings_for(config, data_dir=data_dir, bootstrap=bootstrap), file, out, repair, again, json)
@@ -112,7 +117,7 @@ def replay(
     _refuse(
         (out or repair or again, "--out, --repair and --again are of `headrace replay dead`"),
         (speed is not None and max_speed, "--speed and --max-speed exclude each other"),
-        (direct and (speed is not None or max_speed or no_wait or (bootstrap and not go_on)),
+        (direct and (speed is not None or max_speed or no_wait or metrics_port or (bootstrap and not go_on)),
          "--direct goes without Kafka and as fast as it can: leave the other options out"),
         ((deterministic or resume) and not direct,
          "--deterministic and --resume are of a replay without Kafka: add --direct"),
@@ -150,7 +155,7 @@ def replay(
         if direct:
             result = _directly(settings, log, play, deterministic, resume)
         else:
-            result = _onto_kafka(settings, log, play, wait=not no_wait)
+            result = _onto_kafka(settings, log, play, wait=not no_wait, metrics_port=metrics_port)
         output.result(result, _text(result))
 
 
@@ -215,7 +220,9 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
         )  # fmt: skip
 
 
-def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bool) -> dict[str, Any]:
+def _onto_kafka(
+    settings: Settings, log: LogReader, play: PlaySettings, wait: bool, metrics_port: int
+) -> dict[str, Any]:
     from deploy.replaying import Followed
     from replay.player import Player, WallClock
     from replay.sinks import KafkaSink
@@ -228,9 +235,11 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
         with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
             directory = settings.data_dir if settings.data_dir.is_dir() else None
             player = Player(sink, play, clock, lambda so_far: show_played(bar, task, so_far), directory)
+            end_metrics = _serve_metrics(player, settings, metrics_port)
             signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())
             signal.signal(signal.SIGUSR2, lambda number, frame: player.resume())
             played = player.play(log)
+            end_metrics()
         if not played.records:
             raise UsageError("there is no event between --from and --until")
         result: dict[str, Any] = {
@@ -251,6 +260,20 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
                 result["events_rejected"] = played.rejected.total() + result["balance"]["rejected"]
             followed.close()
     return result
+
+
+def _serve_metrics(player: Player, settings: Settings, port: int) -> Callable[[], None]:
+    """What the player says of itself. Returns what ends it."""
+    from prometheus_client import CollectorRegistry
+
+    from replay.player_metrics import tell_player
+    from streams.listener import serve_metrics
+    from streams.metrics import tell_process
+
+    registry = CollectorRegistry()
+    tell_player(registry, lambda: player.played.kinds, lambda: player.behind_s)
+    tell_process(registry, settings.data_dir)
+    return serve_metrics(registry, port)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -25,6 +25,10 @@ AfterStdinOption = Annotated[
         help="Load (torch takes seconds), then wait for a line on stdin before reading settings and connecting.",
     ),
 ]
+LogsOption = Annotated[
+    str | None,
+    typer.Option("--logs", metavar="text|json", help="How log lines are written. [text]", show_default=False),
+]
 BackfillOption = Annotated[
     str | None,
     typer.Option(
@@ -59,13 +63,14 @@ def join(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     backfill: BackfillOption = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Join events to examples, in the foreground.
 
     What was shown is joined with what was done. SIGTERM drains and stops.
     """
-    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, join__backfill=backfill)
+    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, join__backfill=backfill)
 
 
 def train(
@@ -73,13 +78,14 @@ def train(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     backfill: BackfillOption = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Learn from examples, publish versions.
 
     In the foreground. SIGTERM drains and stops.
     """
-    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, train__backfill=backfill)
+    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, train__backfill=backfill)
 
 
 def serve(
@@ -87,13 +93,14 @@ def serve(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port on 127.0.0.1; 0: any free one.")] = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Answer over HTTP with the newest version.
 
     Rank and recommend, in the foreground. SIGTERM drains and stops, SIGHUP reads policy, arms and limits again.
     """
-    _run("serve", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, serve__port=port)
+    _run("serve", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, serve__port=port)
 
 
 def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> None:

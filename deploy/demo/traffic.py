@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,12 +34,12 @@ def now_ms() -> int:
 class Sent:
     """What went into the topics so far; `events` counts an impression of k items as k."""
 
-    kinds: Counter[type] = field(default_factory=Counter)
+    kinds: defaultdict[type, int] = field(default_factory=lambda: defaultdict(int))
     unanswered: Counter[str] = field(default_factory=Counter)  # requests that the replica did not answer, by reason
 
     @property
     def events(self) -> int:
-        return self.kinds.total()
+        return sum(self.kinds.values())
 
     def add(self, event: Event) -> None:
         """It is sent."""

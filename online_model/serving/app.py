@@ -6,11 +6,12 @@ Every answer but the metrics and the page of documentation is JSON; every refusa
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -48,7 +49,10 @@ from online_model.serving.problems import (
 )
 from online_model.serving.settings import Limits
 
+log = logging.getLogger("headrace")
+
 T = TypeVar("T", bound=Struct)
+REQUEST_ID = "headrace.request_id"  # in the scope of a request that has one
 READ_ON = 8  # times the limit: what is too large is thrown away up to there, so that the client can read why
 
 
@@ -68,9 +72,10 @@ register_url_convertor("headrace_id", _Id())
 
 
 def create_app(
-    holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], float] = time.time
+    holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], float] = time.time, access_log: bool = False
 ) -> App:
-    """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970."""
+    """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970.
+    access_log: each request is a line of the log."""
     app = Starlette(
         routes=[
             Route("/v1/rank", _rank, methods=["POST"]),
@@ -90,7 +95,7 @@ def create_app(
     holder.metrics.watch_waiting(lambda: turns.waiting)
     app.state.holder, app.state.max_age_ms, app.state.clock = holder, max_age_ms, clock
     app.state.turns = turns
-    return App(app, holder.metrics, turns)
+    return App(app, holder.metrics, turns, partial(_log_access, holder) if access_log else None)
 
 
 async def _rank(request: Request) -> Response:
@@ -99,6 +104,7 @@ async def _rank(request: Request) -> Response:
     metrics.candidates("rank", len(asked.candidates))
     async with _turn(request):
         answer = _holder(request).replica.rank(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.answered("rank", answer.degraded)
     _holder(request).answered(asked, answer)
     return _json(answer)
@@ -109,6 +115,7 @@ async def _recommend(request: Request) -> Response:
     metrics = _holder(request).metrics
     async with _turn(request):
         answer = _holder(request).replica.recommend(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.candidates("recommend", answer.candidates)
     metrics.answered("recommend", answer.degraded)
     _holder(request).answered(asked, answer)
@@ -242,12 +249,24 @@ def _json(content: Any) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
+def _log_access(holder: Holder, scope: Scope, route: str, status: int, seconds: float) -> None:
+    """A line for a request. Of what strangers send only the method is in it."""
+    of = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6),
+          "epoch": holder.replica.epoch, "sequence": holder.replica.sequence}  # fmt: skip
+    if REQUEST_ID in scope:
+        of["request_id"] = scope[REQUEST_ID]
+    log.info("%s %s %s in %.1f ms", scope["method"], route, status, 1e3 * seconds, extra=of)
+
+
 class App:
     """The app, counting each request by route and status. Unknown paths share one label: strangers must not make
-    metrics. `turns`: who waits."""
+    metrics. `turns`: who waits. `accessed`: is told (scope, route, status, seconds) of each."""
 
-    def __init__(self, app: Starlette, metrics: Metrics, turns: Turns) -> None:
-        self._app, self._metrics, self.turns = app, metrics, turns
+    def __init__(
+        self, app: Starlette, metrics: Metrics, turns: Turns,
+        accessed: Callable[[Scope, str, int, float], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._app, self._metrics, self.turns, self._accessed = app, metrics, turns, accessed
 
     @property
     def routes(self) -> list[Route]:
@@ -273,4 +292,7 @@ class App:
         finally:
             route = scope.get("route")
             label = route.path_format if isinstance(route, Route) else "other"
-            self._metrics.request(label, status, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._metrics.request(label, status, seconds)
+            if self._accessed is not None:
+                self._accessed(scope, label, status, seconds)

@@ -162,7 +162,8 @@ def _failed(request: Request, error: Exception) -> ProblemResponse:
     # The traceback follows in the server's log (starlette raises the error again after this answer), never to the
     # client.
     instance = f"urn:uuid:{uuid.uuid4()}"
-    log.error("%s %s failed: %s", request.method, request.url.path, instance)
+    log.error("%s %s failed: %s", request.method, request.url.path, instance,
+              extra={"instance": instance, "method": request.method})  # fmt: skip
     return blank(500, "internal error: the replica's log says more under this instance", instance)
 
 

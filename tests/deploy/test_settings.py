@@ -100,6 +100,15 @@ def test_what_is_wrong_is_one_line_that_names_the_place(
     assert "\n" not in str(refused.value)
 
 
+def test_log_lines_are_set_for_all_workers_and_headrace_log_is_not_the_section_log() -> None:
+    settings = load(None, {"HEADRACE_LOG": "json", "HEADRACE_LOG_FORMAT": "taobao"})
+    assert {settings.logs, settings.join.logs, settings.train.logs, settings.serve.logs} == {"json"}
+    assert settings.log.format == "taobao"
+    assert load(None, {}, {"logs": "text"}).join.logs == "text"
+    with pytest.raises(UsageError, match="logs = 'xml'"):
+        load(None, {}, {"logs": "xml"})
+
+
 def test_a_named_file_must_be_there() -> None:
     with pytest.raises(UsageError, match=r"nowhere\.toml: No such file or directory; check"):
         load(Path("nowhere.toml"))

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import MessageSizeTooLargeError
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.end_to_end.demos import TAOBAO, Demo, demo, headrace
 
@@ -72,13 +73,40 @@ def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None
         dead = settings["topics"]["prefix"] + "events.dead"
         reasons = running.until(lambda: dead_letters(settings["bootstrap"], dead, 4 * len(garbage)))
         assert set(reasons) == {"not_json", "not_utf8", "wrong_type", "out_of_range", "from_the_future"}
+        shown = running.until(lambda: fresh(scraped(running)))
         result = running.result()
     comes_out(result)
+    assert not (tmp_path / "targets.json").exists()  # nobody listens there any more
+    assert shown["join", "headrace_join_rejected_total"] == 4 * len(garbage)
+    assert shown["join", "headrace_join_kinds_total"] > 100
+    assert shown["join", "headrace_join_watermark_lag_seconds"] < 4 * 60
+    assert shown["train", "headrace_train_versions_published_total"] > 1
+    assert shown["train", "headrace_train_stage_seconds_total"] > 0
+    assert shown["demo", "headrace_player_events_total"] > 500
     assert result["events_rejected"] == result["balance"]["rejected"] == 4 * len(garbage)
     assert result["versions_published"] >= 10
     assert result["freshness_ms"]["count"] >= 100
     assert result["prequential"]["click"]["auc"] > 0.5
     assert result["balance"]["joined"] > 1_000
+
+
+def scraped(running: Demo) -> dict[tuple[str, str], float]:
+    """(job, sample) → its value, the sum over its labels, of all targets that the demo names; all of them are well."""
+    found: dict[tuple[str, str], float] = {}
+    for target in json.loads((running.data_dir / "targets.json").read_text("utf-8")):
+        job, (address,) = target["labels"]["job"], target["targets"]
+        health = httpx.get(f"http://{address}{'/healthz' if job == 'serve' else '/health'}")
+        assert (health.status_code, health.json()) == (200, {"ok": True}), job
+        for family in text_string_to_metric_families(httpx.get(f"http://{address}/metrics").text):
+            for sample in family.samples:
+                found[job, sample.name] = found.get((job, sample.name), 0.0) + sample.value
+    return found
+
+
+def fresh(shown: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """What was scraped, if probes have come all the way; else nothing."""
+    assert {job for job, name in shown if name == "headrace_info"} == {"join", "train", "serve", "demo"}
+    return shown if shown["demo", "headrace_freshness_seconds_count"] > 4 * 50 else {}
 
 
 def dead_letters(bootstrap: str, topic: str, expected: int) -> list[str] | None:

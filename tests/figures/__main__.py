@@ -37,9 +37,10 @@ from tests.figures import (
 from tests.figures.common import Bench, FigureError, Line, Row, say
 
 MODULES: dict[str, dict[str, Line]] = {
-    "ablation": ablation.LINES, "backfill": backfill.LINES, "compare": compare.LINES, "offpolicy": off_policy.LINES, "operations": operations.LINES,
-    "publish": publish.LINES, "replay": replay.LINES, "replica": replica.LINES, "retrieval": retrieval.LINES,
-    "serve": serve.LINES, "store": store.LINES, "streams": streams.LINES, "train": train.LINES,
+    "ablation": ablation.LINES, "backfill": backfill.LINES, "compare": compare.LINES, "offpolicy": off_policy.LINES,
+    "operations": operations.LINES, "publish": publish.LINES, "replay": replay.LINES, "replica": replica.LINES,
+    "retrieval": retrieval.LINES, "serve": serve.LINES, "store": store.LINES, "streams": streams.LINES,
+    "train": train.LINES,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Self
 
 import pytest
 
-from replay.faults import Garbage
+from replay.faults import FaultSettings, Garbage
 from replay.player import Played, Player, PlaySettings, WallClock, in_window, play
 from replay.readers import Record, open_log
 from replay.readers.taobao import Taobao
@@ -119,6 +119,26 @@ def test_a_pace_keeps_the_gaps_and_ticks_through_them() -> None:
     assert sent[:2] == [("event", 0), ("event", 500)]
     assert sent[2:11] == [("tick", ts) for ts in range(1000, 10_000, 1000)]
     assert sent[-3:] == [("event", 10_000), ("event", 10_000), ("tick", 10_000 + 35 * 60_000)]
+
+
+def test_what_is_sent_is_counted_by_kind_and_how_late_it_is_is_told() -> None:
+    clock, sink, late = FakeClock(), ListSink(), list[float]()
+    shown = Impression(event_id="i", ts=0, user=1, request_id="r", items=[1, 2, 3])
+    faults = FaultSettings(garbage=1.0)
+    player = Player(sink, PlaySettings(speed=1.0, faults=faults), clock, None)
+    send = sink.send
+
+    def slow(record: Event | Item) -> None:
+        late.append(player.behind_s)
+        clock.seconds += 0.6  # each takes so long
+        send(record)
+
+    sink.send = slow  # type: ignore[method-assign]
+    played = player.play([shown, *(click(ts) for ts in range(500, 2_000, 500)), click(60_000)])
+    assert played.kinds == {Impression: 3, Click: 4, Garbage: 5}
+    assert sum(played.kinds.values()) == played.events
+    assert late == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.0])
+    assert player.behind_s == 0  # it is over
 
 
 def test_disorder_is_played_as_it_comes_and_counted() -> None:

@@ -426,3 +426,27 @@ def test_where_many_ask_at_once_versions_come_in_between():
     asyncio.run(run())
     assert done.count("scored") == 30
     assert "scored scored" not in " ".join(done)
+
+
+def test_an_access_log_has_a_line_for_each_request_and_nothing_of_what_strangers_send(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answers: list[dict[str, Any]] = []
+
+    async def run(access_log: bool) -> None:
+        holder = Holder(replica(world()))
+        app = create_app(holder, clock=lambda: (NOW + 1000) / 1000, access_log=access_log)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
+            answers.append((await http.post("/v1/rank", json={"user": 1, "candidates": [1]})).json())
+            await http.get("/secret?token=hush")
+
+    with caplog.at_level("INFO", logger="headrace"):
+        asyncio.run(run(access_log=False))
+        assert not caplog.records
+        asyncio.run(run(access_log=True))
+    ranked, unknown = caplog.records
+    assert ranked.getMessage().startswith("POST /v1/rank 200 in ")
+    said = [getattr(ranked, name) for name in ("request_id", "route", "status", "epoch", "sequence")]
+    assert said == [answers[1]["request_id"], "/v1/rank", 200, 1, 1]
+    assert (unknown.status, unknown.route) == (404, "other")  # type: ignore[attr-defined]
+    assert "hush" not in unknown.getMessage()
