@@ -35,7 +35,7 @@ from deploy.freshness_metrics import STAGES
 from deploy.page.cards import Cards
 from embedding_store.errors import HeadraceError
 from online_model.serving.api import Query, Scenario
-from streams.events import Click, Event, Purchase, Watch, encode
+from streams.events import Action, Click, Purchase, Watch, encode
 from streams.topics import TopicSettings
 
 Kind: TypeAlias = Literal["click", "watch", "purchase"]
@@ -43,6 +43,7 @@ User: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 
 ASK_S = 5.0  # for an answer of the replica
 KAFKA_MS = 5_000  # for the broker to take an action
+BUSY = (429, 503)  # answers of a replica that has no time
 POLL_S = 0.02  # between two looks at the list
 AGAIN_S = 0.1  # the replica gives no answer: it may be starting
 PATIENCE_S = 30.0  # then it is said that nothing has come of an action
@@ -169,14 +170,14 @@ class Visits:
 
     # --- what an action does ---
 
-    def _events(self, asked: ActRequest, page: _Page) -> list[Event]:
+    def _events(self, asked: ActRequest, page: _Page) -> list[Action]:
         """The events of an action: who watches or buys has clicked. Their times are after the page's."""
         ts = max(time.time_ns() // 1_000_000, page.answer["moment_ms"] + 1)
-        common = {
+        common: dict[str, Any] = {
             "user": page.asked.user, "scenario": page.asked.scenario, "item": page.items[asked.place],
             "request_id": asked.request_id,
         }  # fmt: skip
-        events: list[Event] = []
+        events: list[Action] = []
         if asked.kind == "click" or asked.place not in page.clicked:
             events.append(Click(event_id=uuid.uuid4().hex, ts=ts, **common))
         page.clicked.add(asked.place)
@@ -189,7 +190,7 @@ class Visits:
             events.append(Purchase(event_id=uuid.uuid4().hex, ts=ts + 1, price=price, **common))
         return events
 
-    async def _send(self, events: list[Event]) -> tuple[Event, int, int]:
+    async def _send(self, events: list[Action]) -> tuple[Action, int, int]:
         """(last event, its partition, its offset), once the broker has all. Raises Trouble."""
         topic = self.visited.topics.events
         try:
@@ -254,17 +255,22 @@ class Visits:
         return {stage: round(max(0.0, at - began) * 1e3, 1) for stage, at in seen.items() if at is not None}
 
     async def _ask(self, asked: AskRequest, log: bool, explain: bool = False) -> dict[str, Any]:
+        """The replica's recommendations. Where it has no time it is asked again, ASK_S long. Raises Trouble."""
         body = {"user": asked.user, "scenario": asked.scenario, "context": {"query": asked.query}, "k": asked.k,
                 "log": log, "explain": explain}  # fmt: skip
-        try:
-            async with self._session.post(f"{self.visited.replica}/v1/recommend", data=orjson.dumps(body)) as response:
-                answer = orjson.loads(await response.read())
-                status = response.status
-        except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
-            raise Trouble(f"the replica at {self.visited.replica} does not answer ({_said(error)})") from None
-        if status != 200:
-            raise Trouble(f"the replica says: {answer.get('detail') or status}")
-        return answer
+        url, end = f"{self.visited.replica}/v1/recommend", time.monotonic() + ASK_S
+        while True:
+            try:
+                async with self._session.post(url, data=orjson.dumps(body)) as response:
+                    answer = orjson.loads(await response.read())
+                    status = response.status
+            except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+                raise Trouble(f"the replica at {self.visited.replica} does not answer ({_said(error)})") from None
+            if status == 200:
+                return answer
+            if status not in BUSY or time.monotonic() > end:
+                raise Trouble(f"the replica says: {answer.get('detail') or status}")
+            await asyncio.sleep(AGAIN_S)
 
     def _need_open(self) -> None:
         if self.closed:
