@@ -11,7 +11,7 @@ import pytest
 from tests.deploy.browsing import click_as, opened, with_chromium
 from tests.end_to_end.demos import Demo, demo
 
-pytestmark = [pytest.mark.broker, pytest.mark.nightly, pytest.mark.timeout(300), with_chromium]
+pytestmark = [pytest.mark.broker, pytest.mark.nightly, pytest.mark.timeout(600), with_chromium]
 
 POINTS = "document.querySelector('[data-plot=stages] .plot').data?.map((d) => d.y.filter((v) => v != null).length)"
 
@@ -33,8 +33,8 @@ def test_clicks_change_the_list_and_freshness_moves(tmp_path: Path) -> None:
         tab.set_viewport_size({"width": 360, "height": 800})
         assert it.unreadable() == []
         running.process.send_signal(signal.SIGINT)
-        tab.locator("#state", has_text="run ended").wait_for(timeout=150_000)
-        result = running.result()
+        result = running.result(400)  # the twin that never learns has to catch up
+        tab.locator("#state", has_text="run ended").wait_for()
     assert it.problems == []
     assert any(click.changed for click in clicks)
     assert (result["lost"], result["duplicated"]) == (0, 0)  # a visitor's events are events like any
