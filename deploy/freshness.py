@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from streams.events import Event, Refund, Tick, encode
+from streams.impressions import let_go
 
 PROBE_S = 0.05  # between two rounds of probes
 POLL_MS = 1_000  # a long poll
@@ -120,7 +121,7 @@ class Prober:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._producer.stop()
+        await let_go(self._producer)  # Kafka may be away: what it has not taken is not waited for
 
     async def send(self, ts: int) -> None:
         """A round of probes that say it is `ts` (ms UTC). Raises BrokerError."""

@@ -96,7 +96,7 @@ class ImpressionLog:
             await self._drain(producer)
             raise
         finally:
-            await _let_go(producer)
+            await let_go(producer)
 
     async def _connected(self) -> AIOKafkaProducer:
         while True:
@@ -112,7 +112,7 @@ class ImpressionLog:
                 log.warning("impressions wait: no connection to Kafka at %s (%s)", self._bootstrap, error)
             finally:
                 if not connected:
-                    await _let_go(producer)
+                    await let_go(producer)
             if connected:
                 return producer
             await asyncio.sleep(AGAIN_SECONDS)
@@ -150,7 +150,7 @@ class ImpressionLog:
         log.debug("an impression was dropped: %s", error)
 
 
-async def _let_go(producer: AIOKafkaProducer) -> None:
+async def let_go(producer: AIOKafkaProducer) -> None:
     """Stops it, whatever state it is in."""
     try:
         async with asyncio.timeout(STOP_SECONDS):

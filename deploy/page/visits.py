@@ -36,6 +36,7 @@ from deploy.page.cards import Cards
 from embedding_store.errors import HeadraceError
 from online_model.serving.api import Query, Scenario
 from streams.events import Action, Click, Purchase, Watch, encode
+from streams.impressions import let_go
 from streams.topics import TopicSettings
 
 Kind: TypeAlias = Literal["click", "watch", "purchase"]
@@ -124,7 +125,7 @@ class Visits:
         await asyncio.gather(self._reading, return_exceptions=True)
         await self._session.close()
         if self._producer is not None:
-            await self._producer.stop()
+            await let_go(self._producer)
 
     async def show(self, asked: AskRequest) -> dict[str, Any]:
         """Recommendations with titles and reasons, logged as shown. Raises Trouble."""

@@ -11,7 +11,7 @@ from tests.deploy.browsing import CHROMIUM, Opened, click_as, opened
 from tests.end_to_end.demos import demo
 from tests.figures.common import Bench, FigureError, Row, at_most, equal, say
 
-USERS = 40
+USERS = 20
 RATE = 200  # events per second of the simulated users beside them
 SOON_MS = 1_000
 

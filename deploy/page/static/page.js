@@ -125,6 +125,7 @@ function drawPlots() {
 }
 
 let waiting = false;
+let rested = 0; // when plots may be drawn again: they take a tenth of the time at most, the rest is the reader's
 function draw() {
   if (waiting || document.hidden || !samples.length) return;
   waiting = true;
@@ -137,7 +138,10 @@ function draw() {
     drawProblems(s.problems ?? []);
     drawTiles(s);
     drawTables(s);
+    const began = performance.now();
+    if (began < rested && !ended) return;
     drawPlots();
+    rested = performance.now() + 9 * (performance.now() - began);
   });
 }
 
@@ -145,11 +149,12 @@ function listen() {
   const feed = new EventSource("/samples");
   feed.addEventListener("all", (event) => { samples = JSON.parse(event.data); draw(); });
   feed.addEventListener("message", (event) => { samples.push(...JSON.parse(event.data)); draw(); });
-  feed.addEventListener("end", () => { ended = true; feed.close(); status("ended", "run ended"); });
+  feed.addEventListener("end", () => { ended = true; feed.close(); status("ended", "run ended"); draw(); });
   feed.addEventListener("error", () => { if (!ended) status("lost", "connection lost, trying again"); });
 }
 
 drawTiles({ trainer_version: "" });
-dark.addEventListener("change", draw);
-document.addEventListener("visibilitychange", draw);
+const drawAll = () => { rested = 0; draw(); };
+dark.addEventListener("change", drawAll);
+document.addEventListener("visibilitychange", drawAll);
 listen();
