@@ -27,6 +27,7 @@ from deploy.commands import (
     estimate,
     init,
     log,
+    monitor,
     record,
     replay,
     simulate,
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (doctor, demo, workers, init, record, replay, backfill, simulate, compare, estimate, torture):
+for part in (doctor, demo, monitor, workers, init, record, replay, backfill, simulate, compare, estimate, torture):
     part.register(app)
 app.add_typer(log.app, name="log")
 app.add_typer(bench.app, name="bench")

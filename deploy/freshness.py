@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from streams.events import Event, Refund, Tick, encode
+from streams.impressions import let_go
 from streams.kafka_clients import Bootstrap, client_arguments
 
 PROBE_S = 0.05  # between two rounds of probes
@@ -116,11 +117,12 @@ class Prober:
         try:
             await self._producer.start()
         except KafkaError as error:
+            await self._producer.stop()
             raise BrokerError(f"Kafka at {self._bootstrap} does not answer ({error}): is it running?") from None
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._producer.stop()
+        await let_go(self._producer)  # Kafka may be away: what it has not taken is not waited for
 
     async def send(self, ts: int) -> None:
         """A round of probes that say it is `ts` (ms UTC). Raises BrokerError."""

@@ -40,6 +40,7 @@ STAGES = ("joined", "trained", "committed", "servable")
 SERVABLE = STAGES[-1]
 MOST_WAITING = 20_000  # probes in flight; no more are sent meanwhile
 AGAIN_S = 1.0  # between two attempts to reach Kafka
+STEPS = 500  # of each stage and partition that are kept: a minute or more
 ABOUT: About = {
     "probes_total": ("Probes that Kafka took", ()),
     "waiting": ("Probes that are not servable yet", ()),
@@ -85,6 +86,11 @@ class StageFreshness:
             for partition, position in positions.items():
                 self._stages[stage].passed(partition, position, at)
 
+    def when(self, stage: str, partition: int, offset: int) -> float | None:
+        """When a stage was seen to be past a record of `events`; None: it is not, or that is long ago."""
+        with self._lock:
+            return self._stages[stage].when(partition, offset)
+
     @property
     def waiting(self) -> int:
         """Probes that are not servable yet."""
@@ -113,6 +119,7 @@ class _Stage:
         self._histogram = histogram
         self._queues: dict[int, deque[tuple[int, float]]] = {}  # partition → (offset, sent at), in the log's order
         self._reached: dict[int, tuple[int, float]] = {}  # partition → (position, when)
+        self._steps: dict[int, deque[tuple[int, float]]] = {}  # partition → the last of these, in order
 
     def sent(self, partition: int, offset: int, at: float) -> None:
         position, when = self._reached.get(partition, (-1, 0.0))
@@ -126,10 +133,17 @@ class _Stage:
         if position <= self._reached.get(partition, (-1, 0.0))[0]:
             return
         self._reached[partition] = position, at
+        self._steps.setdefault(partition, deque(maxlen=STEPS)).append((position, at))
         queue = self._queues.get(partition, deque())
         while queue and queue[0][0] < position:
             self._took(at - queue.popleft()[1])
             self.waiting -= 1
+
+    def when(self, partition: int, offset: int) -> float | None:
+        steps = self._steps.get(partition, ())
+        if steps and steps[0][0] > offset and len(steps) == STEPS:
+            return None  # it was before the first that is kept
+        return next((at for position, at in steps if position > offset), None)
 
     def oldest(self) -> float | None:
         return min((queue[0][1] for queue in self._queues.values() if queue), default=None)
@@ -155,17 +169,14 @@ class Probes:
         self._bootstrap, self._topics, self._moment = bootstrap, topics, moment
         self._prober = Prober(self._tell, bootstrap, topics.events, topics.partitions, probe)
         self._replica = Follower(url)
-        self._connected = contextlib.AsyncExitStack()
         self.stages = StageFreshness(registry, lambda: self._prober.oldest)
 
     async def __aenter__(self) -> Probes:
-        """Raises BrokerError."""
-        for part in (self._prober, self._replica):
-            await self._connected.enter_async_context(part)
+        await self._replica.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._connected.aclose()
+        await self._replica.__aexit__()
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
         """To be run until they are cancelled. A Kafka or a replica that is away is waited for."""
@@ -176,6 +187,14 @@ class Probes:
             told(partition, offset, at)
 
     async def _send(self) -> None:
+        """Connects, as soon as there is a Kafka, and sends."""
+        while True:
+            with contextlib.suppress(BrokerError):  # `oldest_seconds` says it
+                async with self._prober:
+                    await self._rounds()
+            await asyncio.sleep(AGAIN_S)
+
+    async def _rounds(self) -> None:
         """A round every PROBE_S, while there are not too many on their way."""
         due = time.monotonic()
         while True:

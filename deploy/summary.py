@@ -1,4 +1,4 @@
-"""The demo's live summary in the terminal, from the same samples as the page."""
+"""The live summary of the demo and of `headrace monitor` in the terminal, from the same samples as the page."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def line(sample: Mapping[str, Any]) -> str:
     if sample.get("ctr") is not None:
         parts.append(f"CTR {_percent(sample['ctr'])} (frozen {_percent(sample.get('ctr_frozen'))})")
     down = [f"{p['name']} {p['state']}" for p in sample.get("processes") or [] if p.get("state") != "up"]
-    return " · ".join(parts + down)
+    return " · ".join([*parts, *down, *(sample.get("problems") or [])])
 
 
 def _table(sample: Mapping[str, Any]) -> Group:
@@ -99,7 +99,8 @@ def _table(sample: Mapping[str, Any]) -> Group:
         for p in sample.get("processes") or []
     )  # fmt: skip
     head = Text(f"{_number(sample.get('t'))} s  ", "bold").append(str(sample.get("note") or ""), "not bold dim")
-    return Group(head, grid, Text(said, "dim"), workers)
+    wrong = [Text(problem, "bold red") for problem in sample.get("problems") or []]
+    return Group(head, *wrong, grid, Text(said, "dim"), workers)
 
 
 def _fresh(sample: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ class ImpressionLog:
             await self._drain(producer)
             raise
         finally:
-            await _let_go(producer)
+            await let_go(producer)
 
     async def _connected(self) -> AIOKafkaProducer:
         while True:
@@ -113,7 +113,7 @@ class ImpressionLog:
                 log.warning("impressions wait: no connection to Kafka at %s (%s)", self._connection, error)
             finally:
                 if not connected:
-                    await _let_go(producer)
+                    await let_go(producer)
             if connected:
                 return producer
             await asyncio.sleep(AGAIN_SECONDS)
@@ -151,7 +151,7 @@ class ImpressionLog:
         log.debug("an impression was dropped: %s", error)
 
 
-async def _let_go(producer: AIOKafkaProducer) -> None:
+async def let_go(producer: AIOKafkaProducer) -> None:
     """Stops it, whatever state it is in."""
     try:
         async with asyncio.timeout(STOP_SECONDS):

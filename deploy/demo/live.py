@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry
@@ -18,6 +18,7 @@ from deploy.demo.twin import TwinProcess
 from deploy.freshness import PROBE_S, Freshness
 from deploy.freshness_metrics import Probes
 from deploy.settings import Settings
+from deploy.watching import Board, Watched, freshness_of
 from deploy.workers import Worker
 from embedding_store.errors import HeadraceError
 from replay.player_metrics import tell_player
@@ -26,12 +27,6 @@ T = TypeVar("T")
 
 READY_S = 90.0
 STALL_S = 60.0  # a drain that gets nowhere for so long has failed
-
-
-class Board(Protocol):
-    """Shows samples."""
-
-    def publish(self, sample: dict[str, Any]) -> None: ...
 
 
 class Live:
@@ -43,8 +38,9 @@ class Live:
         """registry: for the metrics of probes and of what is sent."""
         self.settings, self.workers, self.boards = settings, workers, boards
         self.url = f"http://127.0.0.1:{settings.serve.port}"
-        self.model, self.freshness = Model(), Freshness()
+        self.freshness = Freshness()
         topics = settings.topics
+        self._replica = Watched()
         self.probes = Probes(settings.connection, topics, self.url, registry, moment=self._moment)
         self.probes.probing = False  # but while events flow: freshness is a figure under load
         self.probes.sent.append(self.freshness.sent)
@@ -57,7 +53,6 @@ class Live:
         self.watching = True  # over the workers
         self.first_trained_s: float | None = None  # since this process was started
         self._began = time.monotonic()
-        self._moved = asyncio.Event()  # set, and made anew, with each new version seen
         self._before = (self._began, 0.0, 0.0)
 
     async def __aenter__(self) -> Live:
@@ -70,6 +65,11 @@ class Live:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.probes.__aexit__()
+
+    @property
+    def model(self) -> Model:
+        """The replica's newest answer."""
+        return self._replica.model
 
     async def under_probes(self, traffic: Coroutine[Any, Any, T]) -> T:
         """`traffic`, with probes as long as it lasts."""
@@ -131,13 +131,14 @@ class Live:
             "trained_per_s": rate_of(trained, trained_before, now - at),
             "processes": [worker.report() for worker in self.workers],
             "note": self.note,
+            "recount": "at the end",
             **({"ctr": self._clicks.recent(second)} if self._clicks else {}),
             **({"ctr_frozen": self.twin.clicks.recent(second)} if self.twin else {}),
             **more,
         }
         self._before = (now, sent, trained)
         for board in self.boards:
-            board.publish(sample(self.model, self.freshness.figures(recent=True), **values))
+            board.publish(sample(self.model, freshness_of(self.probes.stages), **values))
 
     @property
     def seconds(self) -> int:
@@ -172,10 +173,9 @@ class Live:
         async def wait() -> None:
             since, was = time.monotonic(), measure()
             while not condition():
-                moved = self._moved
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1.0):
-                        await moved.wait()
+                        await self._replica.moves()
                 if (now := measure()) != was:
                     since, was = time.monotonic(), now
                 elif time.monotonic() - since > patience_s:
@@ -186,13 +186,10 @@ class Live:
 
     def _answered(self, answer: dict[str, Any], at: float) -> None:
         """The replica has said what it serves."""
-        sequence, self.model = self.model.sequence, Model(answer)
+        self._replica.answered(answer, at)
         self.freshness.served(self.model.positions, at)
         if self.first_trained_s is None and self.model.trained_rows:
             self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
-        if self.model.sequence != sequence:
-            self._moved.set()
-            self._moved = asyncio.Event()
 
     def _moment(self) -> int:
         """The time of a probe. In a log time is the player's to tell: a probe there has one that moves nothing."""

@@ -17,6 +17,7 @@ import shutil
 import signal
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from deploy.demo.figures import Model, balance
 from deploy.demo.live import Live, whole_seconds
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
-from deploy.page import LivePage
+from deploy.freshness_metrics import StageFreshness
+from deploy.page import LivePage, Visited
 from deploy.processes import alone, free_port, write_atomically
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
+from deploy.watching import Board
 from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError, UsageError
@@ -45,6 +48,7 @@ from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
+SUGGESTED = 5  # simulated users that the page offers to be
 EVENTS_PER_REQUEST = 9.0  # of the simulator: items shown and what users do with them
 PATIENT = {"join.wait_ms": 3_000, "join.watch_wait_ms": 5_000}  # the simulator's users click within 2 s
 
@@ -93,6 +97,7 @@ class _Demo:
     def __init__(self, settings: Settings, options: DemoOptions, home: Path, workers: list[Worker]) -> None:
         self.settings, self.options, self.home, self.workers = settings, options, home, workers
         self.trained_before = self._sequence()
+        self._close_visits: Callable[[str], None] = lambda why: None
 
     def run(self) -> dict[str, Any]:
         settings = self.settings
@@ -106,14 +111,17 @@ class _Demo:
             if settings.topics.prefix != "" and not self.options.keep:
                 stack.callback(delete_topics, settings.connection, settings.topics)
             sink = stack.enter_context(KafkaSink(settings.connection, settings.topics.events, settings.topics.items))
-            page = LivePage(self.options.port) if self.options.page else None
-            if page:
+            registry, boards = CollectorRegistry(), list[Board]()
+            live = Live(settings, self.workers, boards, registry)
+            if self.options.page:
+                page = LivePage(self.options.port, visited=self._visited(live.probes.stages))
                 stack.callback(page.stop)
-            summary = stack.enter_context(Summary(page.start() if page else None))
+                boards.append(page)
+                self._close_visits = page.close_visits
+            summary = stack.enter_context(Summary(page.start() if self.options.page else None))
+            boards.append(summary)
             for worker in self.workers:
                 worker.go()
-            registry = CollectorRegistry()
-            live = Live(settings, self.workers, [summary, page] if page else [summary], registry)
             self._serve_metrics(registry, stack)
             summary.say(f"metrics: {self._targets} (targets for Prometheus' file_sd_configs)")
             return asyncio.run(self._live(live, sink))
@@ -146,6 +154,7 @@ class _Demo:
             else:
                 seconds = await self._log(live, sink, stop)
             played = time.monotonic()
+            self._close_visits("the run is over: start another to be a user")
             ends = await asyncio.to_thread(end_offsets, self.settings.connection, self.settings.topics.events)
             live.note = "draining: what was sent is on its way to the replica"
             await live.drained(ends)
@@ -200,6 +209,17 @@ class _Demo:
         model = await live.reached(self._sequence())
         await asyncio.to_thread(serve.stop)
         return model
+
+    def _visited(self, stages: StageFreshness) -> Visited | None:
+        """The shop for those who look at the page; a log is of other times and takes nobody in."""
+        if self.options.log is not None:
+            return None
+        settings = self.settings
+        return Visited(
+            f"http://127.0.0.1:{settings.serve.port}", settings.connection, settings.topics,
+            settings.join.join.watch_wait_ms, tuple(f"u{n}" for n in range(min(SUGGESTED, settings.simulator.users))),
+            stages.when,
+        )  # fmt: skip
 
     def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
         """What the oracle makes of the log: of all records that the last version claims, and at least of all that were

@@ -2,12 +2,14 @@
 
 `LivePage` runs its own event loop in a thread, so that the demo publishes samples from wherever it likes. Each event of
 `/samples` is a JSON array of samples; its id is the number of the newest one, so a browser that reconnects asks for
-what it missed and for nothing twice.
+what it missed and for nothing twice. Whoever looks at the page can be a user too (`visits.py`), where the system is one
+that takes it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import socket
 import threading
@@ -25,6 +27,8 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from deploy.page.history import History
+from deploy.page.visit_routes import visit_routes
+from deploy.page.visits import Visited, Visits
 from embedding_store.errors import HeadraceError, UsageError
 from online_model.serving.access import ADMIN, Gate, Guard
 
@@ -38,7 +42,8 @@ POLICY = (
 )
 
 # Of all routes: access.py refuses what is not here. The page is of this machine, where no token is asked for.
-SCOPES = dict.fromkeys(("/", "/plotly.js", "/samples", "/samples.json", "/static"), ADMIN)
+SCOPES = dict.fromkeys(("/", "/plotly.js", "/samples", "/samples.json", "/static", "/visit"), ADMIN)
+VISIT_SCOPES = dict.fromkeys(("/visit/recommend", "/visit/act"), ADMIN)  # where somebody may be visited
 
 
 class Feed:
@@ -86,8 +91,11 @@ class Feed:
 class LivePage:
     """The page of one run. `port` 0 takes any free one; `start`, `publish` and `stop` may be called from any thread."""
 
-    def __init__(self, port: int = 0, title: str = "Headrace") -> None:
-        self._port, self._title = port, title
+    def __init__(self, port: int = 0, title: str = "Headrace", visited: Visited | None = None) -> None:
+        """`visited`: the system that the page's visitors may be users of; None: they only look."""
+        self._port, self._title, self._visited = port, title, visited
+        self._visits: Visits | None = None
+        self.url = ""  # once it is started
         self._history = History()
         self._started = threading.Event()
         self._thread: threading.Thread | None = None
@@ -111,13 +119,19 @@ class LivePage:
         self._thread.start()
         if not self._started.wait(10):
             raise HeadraceError("the live page did not start within 10 s; run with --no-page to do without it")
-        return f"http://{HOST}:{listener.getsockname()[1]}/"
+        self.url = f"http://{HOST}:{listener.getsockname()[1]}/"
+        return self.url
 
     def publish(self, sample: Mapping[str, Any]) -> None:
         """Add one sample (a JSON-like dict; numpy numbers are fine, nan becomes null) and show it in all open pages."""
         self._history.add(orjson.dumps(sample, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS))
         if self._feed is not None:
             self._call(self._feed.wake)
+
+    def close_visits(self, why: str) -> None:
+        """Visitors only look from now on, and are told why."""
+        if self._visits is not None:
+            self._visits.closed = why
 
     def stop(self) -> None:
         """Tell the open pages that the run is over, and end. Does nothing if it is not running."""
@@ -144,18 +158,24 @@ class LivePage:
         asyncio.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            if self._visited is not None:
+                self._visits = await stack.enter_async_context(Visits(self._visited))
+            await self._serve_until_stopped(listener)
+
+    async def _serve_until_stopped(self, listener: socket.socket) -> None:
         self._loop, self._feed = asyncio.get_running_loop(), Feed(self._history)
         config = uvicorn.Config(
-            make_app(self._feed, self._title), log_config=None, log_level="warning", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=2, server_header=False,
+            make_app(self._feed, self._title, self._visits), log_config=None, log_level="warning", access_log=False,
+            lifespan="off", timeout_graceful_shutdown=2, server_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._started.set()
         await self._server.serve(sockets=[listener])
 
 
-def make_app(feed: Feed, title: str) -> Guard:
-    """The page's HTTP app over `feed`."""
+def make_app(feed: Feed, title: str, visits: Visits | None = None) -> Guard:
+    """The page's HTTP app over `feed`; `visits`: the system whose user one may be."""
     index = (STATIC / "index.html").read_text("utf-8").replace("{{title}}", _escape(title))
 
     fresh = {"Cache-Control": "no-store"}
@@ -179,11 +199,13 @@ def make_app(feed: Feed, title: str) -> Guard:
         Route("/plotly.js", plotly),
         Route("/samples", samples),
         Route("/samples.json", all_samples),
+        *visit_routes(visits),
     ]
     app = Starlette(routes=routes)
     app.mount("/static", StaticFiles(directory=STATIC))
     # Another site must not read the page, nor do anything here, through a visitor's browser.
-    return Guard(app, SCOPES, Gate(), lambda denial: Response(denial.reason, denial.status))
+    scopes = SCOPES | (VISIT_SCOPES if visits is not None else {})
+    return Guard(app, scopes, Gate(), lambda denial: Response(denial.reason, denial.status))
 
 
 def _escape(text: str) -> str:

@@ -6,6 +6,8 @@ import math
 import random
 from typing import Any
 
+STAGES = {"joined": 0.4, "trained": 0.7, "committed": 0.8, "servable": 1.0}
+
 
 def sample(t: int, draw: random.Random | None = None) -> dict[str, Any]:
     """The sample of second `t` of a run that learns; the first seconds lack what is not known yet."""
@@ -33,6 +35,7 @@ def sample(t: int, draw: random.Random | None = None) -> dict[str, Any]:
             "p95": 1.8 * p50 if warm else None,
             "p99": 2.2 * p50 if warm else None,
             "count": 80 * t if warm else 0,
+            "stages": {name: share * p50 for name, share in STAGES.items()} if warm else {},
         },
         "prequential": {"click": task(0.55, 0.2), "watch": task(0.54, 0.14), "purchase": task(0.51, 0.1)}
         if warm

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,10 +14,10 @@ import pytest
 from deploy.page import LivePage
 from deploy.page.history import History
 from embedding_store.errors import UsageError
+from tests.deploy.browsing import opened, with_chromium
 from tests.deploy.samples import sample
 
-CHROMIUM = Path("/usr/bin/chromium")
-TRACES = 17  # lines in the six plots
+TRACES = 21  # lines in the seven plots
 
 
 @pytest.fixture
@@ -146,21 +145,14 @@ def test_a_long_run_stays_whole_but_coarser() -> None:
     assert history.after(990)[1] == [b"%d" % t for t in range(990, 1000)]
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium")
+@with_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_real_browser_draws_every_plot_without_an_error(page: LivePage, scheme: str) -> None:
-    api = pytest.importorskip("playwright.sync_api")
     url = page.start()
     for t in range(1, 91):
         page.publish(sample(t))
-    problems: list[str] = []
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        tab = browser.new_context(color_scheme=scheme, viewport={"width": 1440, "height": 1000}).new_page()
-        tab.on("console", lambda message: problems.append(message.text))
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("request", lambda request: problems.extend([] if request.url.startswith(url) else [request.url]))
-        tab.goto(url)
+    with opened(url, 1440, scheme) as it:
+        tab = it.tab
         tab.locator(".plot .scatterlayer .trace").nth(TRACES - 1).wait_for(state="attached")
         points = tab.evaluate(
             "[...document.querySelectorAll('.plot')].map(p => p.data.map(d => d.y.filter(v => v != null).length))"
@@ -173,9 +165,8 @@ def test_a_real_browser_draws_every_plot_without_an_error(page: LivePage, scheme
         tab.locator("#clock", has_text="1:31").wait_for()
         page.stop()
         tab.locator("#state", has_text="run ended").wait_for()
-        browser.close()
-    assert problems == []
-    assert (len(points), sum(map(len, points))) == (6, TRACES)
+    assert it.problems == []
+    assert (len(points), sum(map(len, points))) == (7, TRACES)
     assert all(count >= 80 for plot in points for count in plot)
     assert all("after 90 s" in sentence for sentence in sentences)
     assert all(texts and all(texts) for texts in units)

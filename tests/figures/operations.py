@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.figures import dashboards, security
 from tests.figures.common import Bench, Line, Row, at_most, headrace
+from tests.figures.page import page
 
 RATE, SECONDS = 1000, 60
 
@@ -22,6 +23,6 @@ def freshness(bench: Bench) -> list[Row]:
 
 
 LINES: dict[str, Line] = {
-    "freshness": freshness, "dashboards": dashboards.dashboards, "alerts": dashboards.alerts,
+    "freshness": freshness, "dashboards": dashboards.dashboards, "alerts": dashboards.alerts, "page": page,
     "security": security.security,
 }  # fmt: skip

@@ -29,21 +29,23 @@ function status(state, text) {
   byId("state").textContent = text;
 }
 
-// [label, figure, unit, line under it, class]
+// [label, figure, unit, line under it, class]; without those of which nothing can be known here.
 function tiles(s) {
   const ratio = s.ctr != null && s.ctr_frozen > 0 ? s.ctr / s.ctr_frozen : null;
   const behind = sequence(s.trainer_version) - sequence(s.replica_version);
   const fresh = s.freshness_ms ?? {};
   const balance = [s.lost, s.duplicated];
   const counted = balance.every((n) => n != null);
+  const trainer = s.trainer_version != null;
+  const late = s.replica_version ? `replica ${s.replica_version}${behind > 0 ? `, ${number(behind)} behind` : ""}` : "no replica is ready yet";
   return [
-    ["CTR, learned ÷ frozen", number(ratio, 2), ratio == null ? "" : "×", `${percent(s.ctr)} against ${percent(s.ctr_frozen)}`, "lead"],
-    ["Freshness, p99", number(fresh.p99), fresh.p99 == null ? "" : "ms", fresh.p50 == null ? "no probe has come back yet" : `p50 ${number(fresh.p50)} ms`, ""],
+    "ctr" in s && ["CTR, learned ÷ frozen", number(ratio, 2), ratio == null ? "" : "×", `${percent(s.ctr)} against ${percent(s.ctr_frozen)}`, "lead"],
+    "freshness_ms" in s && ["Freshness, p99", number(fresh.p99), fresh.p99 == null ? "" : "ms", fresh.p50 == null ? "no probe has come back yet" : `p50 ${number(fresh.p50)} ms`, ""],
     ["Events in", number(s.events_in), "", `${rate(s.events_per_s)} per second`, ""],
     ["Trained examples", number(s.trained_examples), "", `${rate(s.trained_per_s)} per second`, ""],
-    ["Lost · duplicated", `${number(balance[0])} · ${number(balance[1])}`, "", counted ? "recounted from the log" : "recounted at the end", counted && balance.some((n) => n > 0) ? "bad" : ""],
-    ["Version, trainer", s.trainer_version || "–", "", s.replica_version ? `replica ${s.replica_version}${behind > 0 ? `, ${number(behind)} behind` : ""}` : "no replica is ready yet", ""],
-  ];
+    (counted || s.recount) && ["Lost · duplicated", `${number(balance[0])} · ${number(balance[1])}`, "", counted ? "recounted from the log" : `recounted ${s.recount}`, counted && balance.some((n) => n > 0) ? "bad" : ""],
+    [trainer ? "Version, trainer" : "Version", (trainer ? s.trainer_version : s.replica_version) || "–", "", trainer ? late : "of the replica", ""],
+  ].filter(Boolean);
 }
 
 function drawTiles(s) {
@@ -55,15 +57,40 @@ function drawTiles(s) {
 function pairs(id, values, digits = 0) {
   const rows = Object.entries(values).filter(([, v]) => v != null);
   byId(id).replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, number(value, digits))]));
+  byId(id).parentElement.hidden = !rows.length;
+}
+
+function state(name) {
+  const up = name === "up" ? "up" : "down";
+  return make("span", { class: "status", "data-state": up }, make("span", { class: "dot", "aria-hidden": "true" }), name ?? "unknown");
+}
+
+// Columns of a table: key → [heading, how a value is shown]. A column that no row has is left out, so is an empty table.
+const PROCESSES = {
+  name: ["process", String], state: ["state", state], pid: ["pid", String], restarts: ["restarts", number],
+  cores: ["cores", (x) => number(x, 2)], memory_mb: ["MB", number], lag: ["records behind", number],
+};
+const OFFSETS = { partition: ["partition", String], end: ["end", number], behind: ["not served yet", number] };
+
+function table(id, columns, rows) {
+  const keys = Object.keys(columns).filter((key) => rows.some((row) => row[key] != null));
+  const align = (key) => (typeof rows[0]?.[key] === "string" ? {} : { class: "n" });
+  const head = keys.map((key) => make("th", { scope: "col", ...align(key) }, columns[key][0]));
+  const body = rows.map((row) => make("tr", {}, ...keys.map((key) => make("td", align(key), row[key] == null ? "–" : columns[key][1](row[key])))));
+  byId(id).replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body)));
+  byId(id).parentElement.hidden = !rows.length;
+}
+
+let problems = "";
+function drawProblems(now) {
+  if (now.join("\n") === problems) return; // a screen reader reads what is put in
+  problems = now.join("\n");
+  byId("problems").replaceChildren(...now.map((text) => make("li", {}, text)));
 }
 
 function drawTables(s) {
-  byId("processes").tBodies[0].replaceChildren(...(s.processes ?? []).map((p) => {
-    const state = p.state === "up" ? "up" : "down";
-    return make("tr", {}, make("td", {}, p.name),
-      make("td", {}, make("span", { class: "status", "data-state": state }, make("span", { class: "dot", "aria-hidden": "true" }), p.state ?? "unknown")),
-      make("td", { class: "n" }, p.pid == null ? "–" : String(p.pid)), make("td", { class: "n" }, number(p.restarts ?? 0)));
-  }));
+  table("processes", PROCESSES, s.processes ?? []);
+  table("offsets", OFFSETS, s.offsets ?? []);
   pairs("counts", { "examples joined": s.examples, "open, waiting for a click": s.open, "late": s.late, "duplicates set aside": s.duplicates, "rejected": s.rejected, "freshness probes answered": s.freshness_ms?.count });
   pairs("rows", s.rows ?? {});
   pairs("calibration", Object.fromEntries(Object.entries(s.prequential ?? {}).map(([task, m]) => [task, m.calibration])), 3);
@@ -87,6 +114,8 @@ function drawPlots() {
   const colours = theme();
   for (const card of document.querySelectorAll("[data-plot]")) {
     const plot = PLOTS[card.dataset.plot](samples);
+    card.hidden = "optional" in card.dataset && plot.series.every((s) => newest(s) == null);
+    if (card.hidden) continue;
     const target = card.querySelector(".plot");
     drawLegend(card.querySelector(".legend"), plot, colours);
     target.setAttribute("aria-label", sentence(card.querySelector("h2").textContent, plot, samples.at(-1).t));
@@ -96,18 +125,23 @@ function drawPlots() {
 }
 
 let waiting = false;
+let rested = 0; // when plots may be drawn again: they take a tenth of the time at most, the rest is the reader's
 function draw() {
   if (waiting || document.hidden || !samples.length) return;
   waiting = true;
   requestAnimationFrame(() => {
     waiting = false;
     const s = samples.at(-1);
-    if (!ended) status("live", "live");
+    if (!ended) status(s.problems?.length ? "lost" : "live", s.problems?.length ? "not all is well" : "live");
     byId("clock").textContent = clock(s.t);
     byId("note").textContent = s.note ?? "";
+    drawProblems(s.problems ?? []);
     drawTiles(s);
     drawTables(s);
+    const began = performance.now();
+    if (began < rested && !ended) return;
     drawPlots();
+    rested = performance.now() + 9 * (performance.now() - began);
   });
 }
 
@@ -115,11 +149,12 @@ function listen() {
   const feed = new EventSource("/samples");
   feed.addEventListener("all", (event) => { samples = JSON.parse(event.data); draw(); });
   feed.addEventListener("message", (event) => { samples.push(...JSON.parse(event.data)); draw(); });
-  feed.addEventListener("end", () => { ended = true; feed.close(); status("ended", "run ended"); });
+  feed.addEventListener("end", () => { ended = true; feed.close(); status("ended", "run ended"); draw(); });
   feed.addEventListener("error", () => { if (!ended) status("lost", "connection lost, trying again"); });
 }
 
-drawTiles({});
-dark.addEventListener("change", draw);
-document.addEventListener("visibilitychange", draw);
+drawTiles({ trainer_version: "" });
+const drawAll = () => { rested = 0; draw(); };
+dark.addEventListener("change", drawAll);
+document.addEventListener("visibilitychange", drawAll);
 listen();

@@ -34,6 +34,8 @@ function publishedPerSecond(samples) {
   });
 }
 
+const STAGES = [["joined", "neutral", "dashdot"], ["trained", "second", "dash"], ["committed", "third", "dot"], ["servable", "learned", "solid"]];
+
 // name → samples → {series: [{name, colour, dash, y, show, axis?}], unit, lower?: {unit}, level?: y of a reference line}
 export const PLOTS = {
   ctr: (samples) => ({
@@ -50,6 +52,10 @@ export const PLOTS = {
     series: [["p99", "second", "solid"], ["p95", "learned", "dash"], ["p50", "third", "dot"]].map(([name, colour, dash]) => ({
       name, colour, dash, y: at(samples, (s) => s.freshness_ms?.[name]), show: ms,
     })),
+  }),
+  stages: (samples) => ({
+    unit: "ms since it was sent, median", zero: true,
+    series: STAGES.map(([name, colour, dash]) => ({ name, colour, dash, y: at(samples, (s) => s.freshness_ms?.stages?.[name]), show: ms })),
   }),
   throughput: (samples) => ({
     unit: "per second", zero: true,
