@@ -48,6 +48,20 @@ capabilities: {drop: [ALL]}
 {{- end }}
 {{- end }}
 
+{{/* Of a pod that listens: inside it the loopback is nobody's, hence tokens. */}}
+{{- define "headrace.listening" -}}
+{{ include "headrace.environment" . }}
+- {name: HEADRACE_HTTP_ADMIN_HOST, value: 0.0.0.0}
+- {name: HEADRACE_HTTP_TOKENS_FILE, value: /etc/headrace/tokens/{{ .Values.auth.key }}}
+{{- end }}
+
+{{- define "headrace.tokens" -}}
+- name: tokens
+  secret:
+    secretName: {{ required "auth.existingSecret: a Secret with the tokens of clients" .Values.auth.existingSecret }}
+    defaultMode: 0440
+{{- end }}
+
 {{- define "headrace.sharedUrl" -}}
 {{- .Values.storage.sharedUrl | default "/var/lib/headrace/shared" | trimSuffix "/" -}}
 {{- end }}
