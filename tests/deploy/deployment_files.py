@@ -36,7 +36,7 @@ def compose() -> dict[str, Any]:
 
 
 def tool(name: str) -> str:
-    """The path of a program beside this Python, on the PATH, or where `go install` puts it; else the test is skipped."""
+    """The path of a program beside this Python, on the PATH, or where `go install` puts it; else a skip."""
     places = [Path(sys.executable).parent, Path.home() / "go" / "bin", *map(Path, sys.path)]
     path = os.pathsep.join([*(str(p / "bin") for p in places), *map(str, places), os.environ.get("PATH", "")])
     return shutil.which(name, path=path) or pytest.skip(f"{name} is not installed")

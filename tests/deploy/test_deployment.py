@@ -133,7 +133,8 @@ def test_compose_asks_and_scrapes_the_ports_that_it_sets() -> None:
     for name, service in ours().items():
         ports = [v for k, v in service["environment"].items() if k.endswith("_PORT")]
         listening[name] = set(map(int, ports))
-        asked = set(map(int, re.findall(r"127\.0\.0\.1:(\d+)", " ".join(service.get("healthcheck", {}).get("test", [])))))
+        test = " ".join(service.get("healthcheck", {}).get("test", []))
+        asked = set(map(int, re.findall(r"127\.0\.0\.1:(\d+)", test)))
         published = {int(port.split(":")[-1]) for port in service.get("ports", [])}
         assert asked | published <= listening[name], name
     told = yaml.safe_load((COMPOSE.parent / "prometheus" / "prometheus.yml").read_text())
