@@ -36,7 +36,7 @@ COMMANDS = [
     "doctor", "broker", "broker start", "broker stop", "broker status", "broker fetch", "topics", "topics create",
     "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
     "dashboards push", "log", "log inspect", "log validate", "log sort", "init",
-    "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback",
+    "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback", "checkpoint keep",
 ]  # fmt: skip
 
 
