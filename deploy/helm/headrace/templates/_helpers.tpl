@@ -73,6 +73,9 @@ capabilities: {drop: [ALL]}
 {{- if .Values.kafka.existingSecret }}
 - {name: kafka, mountPath: /etc/headrace/kafka, readOnly: true}
 {{- end }}
+{{- if .Values.signing.existingSecret }}
+- {name: signing, mountPath: /etc/headrace/signing, readOnly: true}
+{{- end }}
 {{- end }}
 
 {{- define "headrace.volumes" -}}
@@ -80,6 +83,9 @@ capabilities: {drop: [ALL]}
 - {name: settings, configMap: {name: {{ include "headrace.name" . }}-settings}}
 {{- if .Values.kafka.existingSecret }}
 - {name: kafka, secret: {secretName: {{ .Values.kafka.existingSecret }}, defaultMode: 0440}}
+{{- end }}
+{{- if .Values.signing.existingSecret }}
+- {name: signing, secret: {secretName: {{ .Values.signing.existingSecret }}, defaultMode: 0440}}
 {{- end }}
 {{- end }}
 
