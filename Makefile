@@ -1,7 +1,8 @@
 # make demo    watch a recommender learn from a stream, on a real Kafka     (SECONDS=60, RATE=…, LOG=taobao PATH_TO_LOG=…)
 # make test    everything that is promised, tested on the real broker
 # make nightly the tests that take minutes: replays of real logs, bugs planted for the torture to find
-# make check   lint, types, directions of imports
+# make check   lint, security lint, types, directions of imports
+# make audit   known vulnerabilities and licenses of what is installed, and a list of it (sbom.json, CycloneDX)
 # make figures every figure that is promised, measured anew    (ONLY=replay, ONLY=replay.kills; HEADRACE_DATA=…)
 # make setup   what the others need: .venv, from the pins, in seconds when it is done already
 # make helm    helm, which the tests of the chart need: built with Go, minutes; without it they are skipped
@@ -18,7 +19,7 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: helm demo test test-with-broker test-models test-others nightly check figures setup pins clean
+.PHONY: helm demo test test-with-broker test-models test-others nightly check audit figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
@@ -49,6 +50,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml streams online_model embedding_store replay deploy .ci/audit
+
+audit: setup
+	$(BIN)/python .ci/audit requirements/$(EXTRA).txt --sbom sbom.json $(ARGS)
 
 figures: setup
 	@$(BIN)/python -m tests.figures $(ONLY) $(ARGS)

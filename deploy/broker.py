@@ -5,6 +5,7 @@ Everything is under DATA_DIR/kafka:
     data/               Kafka's log directory; formatted once, so that its name appears only when it is whole
     server.properties   written anew at each start; keeps the ports for the next one
     log4j2.properties   the log goes to broker.log (10 MB, two older ones kept), nothing to stdout
+    secure/             certificates, password, settings for clients, if it was made so (broker_security.py)
     broker.log
     console.log         what Java itself says, when it cannot start or runs out of memory
     broker.json         pid, bootstrap: BrokerStatus
@@ -25,18 +26,23 @@ import shutil
 import socket
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import filelock
 import psutil
 
+from deploy.broker_security import client_file, credentials, is_secure, make_secure, properties, write_client
 from deploy.kafka_jars import KAFKA_VERSION, Progress, aot_flags, kafka_jars
 from deploy.processes import PORTS, ends_with_parent, free_port, is_free, listener, terminate, write_atomically
+from deploy.settings import Settings
 from embedding_store.errors import BrokerError
+from streams.kafka_clients import Connection
 
 START_TIMEOUT_S = 60.0
 STOP_GRACE_S = 20.0
@@ -62,10 +68,10 @@ _JAVA_FLAGS = [
 _PROPERTIES = """\
 process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
-inter.broker.listener.name=PLAINTEXT
+listeners={protocol}://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners={protocol}://127.0.0.1:{port}
+listener.security.protocol.map={protocol}:{protocol},CONTROLLER:{controller_protocol}
+inter.broker.listener.name={protocol}
 controller.listener.names=CONTROLLER
 # Static voters: the controller's port can then change between runs, which a stored voter set would not follow.
 controller.quorum.voters=1@127.0.0.1:{controller_port}
@@ -141,6 +147,7 @@ class Broker:
         progress: Progress | None = None,
         timeout_s: float = START_TIMEOUT_S,
         java_flags: Sequence[str] | None = None,
+        secure: bool = False,
     ) -> Broker:
         """Start Kafka on the data under `data_dir`/kafka and return when it answers.
 
@@ -150,6 +157,7 @@ class Broker:
         `progress(done, total)`: called per jar on the very first start, which fetches Kafka (45 MB).
         `timeout_s`: seconds that Kafka may take, not counting that fetch.
         `java_flags`: instead of those that make it start faster (`kafka_aot`).
+        `secure`: over TLS, with a password: `connection` has both. Data that were made so need not be told again.
         Raises BrokerError: a broker runs here already, no Java, no jars, port taken, no space, or Kafka gave up.
         """
         home = _home(data_dir)
@@ -159,13 +167,18 @@ class Broker:
                     f"a broker runs on {data_dir} already (pid {running.pid}): use it with --bootstrap "
                     f"{running.bootstrap}, or stop it with `headrace broker stop --data-dir {data_dir}`"
                 )
-            started, process = _start(home, port, detached, progress, timeout_s, java_flags)
+            started, process = _start(home, port, detached, progress, timeout_s, java_flags, secure)
         return cls(Path(data_dir), started, process)
 
     @property
     def bootstrap(self) -> str:
         """HOST:PORT for Kafka clients."""
         return self.status.bootstrap
+
+    @property
+    def connection(self) -> Connection:
+        """The same, with what it takes to be let in."""
+        return connection(self.data_dir, self.bootstrap)
 
     @property
     def version(self) -> str:
@@ -206,7 +219,23 @@ def status(data_dir: Path) -> BrokerStatus | None:
     return found if _is_broker(found.pid, home) else None
 
 
-def ensure(data_dir: Path, *, port: int | None = None, progress: Progress | None = None) -> BrokerStatus:
+def connection(data_dir: Path, bootstrap: str) -> Connection:
+    """How the broker of this data directory, which is at `bootstrap`, is reached."""
+    return Settings([]).with_flags({"bootstrap": bootstrap, **client_flags(data_dir)}).connection
+
+
+def client_flags(data_dir: Path) -> dict[str, Any]:
+    """What of [kafka] lets a client in to the broker of this data directory, as flags; nothing if it is open."""
+    home = _home(data_dir)
+    if not is_secure(home):
+        return {}
+    values = tomllib.loads(client_file(home).read_text("utf-8"))["kafka"]
+    return {f"kafka.{name}": value for name, value in values.items()}
+
+
+def ensure(
+    data_dir: Path, *, port: int | None = None, progress: Progress | None = None, secure: bool = False
+) -> BrokerStatus:
     """The broker that runs on this data directory; a detached one is started if there is none.
 
     For `headrace broker start`: twice in a row gives the same broker, also when the first call is still at it.
@@ -215,12 +244,14 @@ def ensure(data_dir: Path, *, port: int | None = None, progress: Progress | None
     with _locked(_home(data_dir)) as home:
         running = status(data_dir)
         if running is None:
-            running, _ = _start(home, port, True, progress, START_TIMEOUT_S)
+            running, _ = _start(home, port, True, progress, START_TIMEOUT_S, secure=secure)
         elif running.seconds_to_start is None:  # who started it was killed before it was up
             pid, began = running.pid, psutil.Process(running.pid).create_time()
             _wait_until_up(home, running.bootstrap, lambda: _is_broker(pid, home), 0, START_TIMEOUT_S)
             running = replace(running, seconds_to_start=round(time.time() - began, 2))
             _write_status(home, running)
+    if secure and not is_secure(_home(data_dir)):
+        raise BrokerError(f"the broker on {data_dir} was made without --secure: choose another --data-dir")
     if port is not None and running.bootstrap != f"127.0.0.1:{port}":
         raise BrokerError(
             f"a broker runs on {data_dir} already, at {running.bootstrap}: stop it first with "
@@ -287,6 +318,7 @@ def _start(
     progress: Progress | None,
     timeout_s: float,
     java_flags: Sequence[str] | None = None,
+    secure: bool = False,
 ) -> tuple[BrokerStatus, subprocess.Popen | psutil.Process]:
     """Under the lock: prepare the directory, start Java, wait until it answers."""
     began = time.monotonic()
@@ -296,6 +328,8 @@ def _start(
     faster = aot_flags()
     java = [str(_java()), *_JAVA_FLAGS, _mark(home), "-Dlog4j2.configurationFile=log4j2.properties", "-cp", jars]
     try:
+        if secure:
+            make_secure(home)
         _prepare(home, [*java, *faster], port)
         java += faster if java_flags is None else java_flags
         log = home / "broker.log"
@@ -303,6 +337,8 @@ def _start(
         process = _spawn(home, [*java, "kafka.Kafka", "server.properties"], detached)
         try:
             up = BrokerStatus(f"127.0.0.1:{_ports(home)[0]}", KAFKA_VERSION, process.pid, None)
+            if is_secure(home):
+                write_client(home, home.parent, up.bootstrap)
             _write_status(home, up)  # before it is up: whoever kills us now leaves no broker that nobody knows
             _wait_until_up(home, up.bootstrap, lambda: process.poll() is None, log_from, timeout_s)
             up = replace(up, seconds_to_start=round(time.monotonic() - began, 2))
@@ -343,8 +379,7 @@ def _prepare(home: Path, java: list[str], port: int | None) -> None:
     controller_port = last_controller_port
     if not controller_port or controller_port == port or not is_free(controller_port):
         controller_port = free_port(besides=port)
-    properties = _PROPERTIES.format(port=port, controller_port=controller_port, log_dir="data")
-    write_atomically(home / "server.properties", properties)
+    _write_properties(home, "server.properties", port, controller_port, "data")
 
 
 def _ports(home: Path) -> tuple[int | None, int | None]:
@@ -353,7 +388,7 @@ def _ports(home: Path) -> tuple[int | None, int | None]:
         text = (home / "server.properties").read_text("utf-8")
     except FileNotFoundError:
         return None, None
-    found = re.search(r"^listeners=PLAINTEXT://127\.0\.0\.1:(\d+),CONTROLLER://127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
+    found = re.search(r"^listeners=\w+://127\.0\.0\.1:(\d+),CONTROLLER://127\.0\.0\.1:(\d+)$", text, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
@@ -361,12 +396,13 @@ def _format(home: Path, java: list[str]) -> None:
     """Kafka's own formatting, under another name first: `data` is there whole or not at all."""
     partial = home / "data.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    properties = _PROPERTIES.format(port=PORTS[0], controller_port=PORTS[1], log_dir=partial.name)
-    write_atomically(home / "format.properties", properties)
+    _write_properties(home, "format.properties", PORTS[0], PORTS[1], partial.name)
     cluster = base64.urlsafe_b64encode(b"\0" + secrets.token_bytes(15))[:22].decode()  # the 0: never a leading "-"
-    process = _spawn(
-        home, [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", "format.properties"], False
-    )
+    arguments = ["kafka.tools.StorageTool", "format", "-t", cluster, "-c", "format.properties"]
+    arguments += credentials(home) if is_secure(home) else []
+    # In a file, which Java reads (man java, "@argfiles"): everybody sees a command line, and the password is in it.
+    write_atomically(home / "format.arguments", " ".join(f'"{word}"' for word in arguments), private=True)
+    process = _spawn(home, [*java, "@format.arguments"], False)
     try:
         failed = process.wait(START_TIMEOUT_S) != 0
     except subprocess.TimeoutExpired:
@@ -374,10 +410,20 @@ def _format(home: Path, java: list[str]) -> None:
     finally:
         process.kill()
         process.wait()
+        (home / "format.arguments").unlink()
+        (home / "format.properties").unlink()
     if failed:
         raise BrokerError(f"Kafka cannot format its data: {_last_words(home, 0)} (all of it: {home / 'console.log'})")
     partial.rename(home / "data")
-    (home / "format.properties").unlink()
+
+
+def _write_properties(home: Path, name: str, port: int, controller_port: int, log_dir: str) -> None:
+    secure = is_secure(home)
+    text = _PROPERTIES.format(
+        protocol="SASL_SSL" if secure else "PLAINTEXT", controller_protocol="SSL" if secure else "PLAINTEXT",
+        port=port, controller_port=controller_port, log_dir=log_dir,
+    )  # fmt: skip
+    write_atomically(home / name, text + (properties(home) if secure else ""), private=secure)
 
 
 def _spawn(home: Path, command: list[str], detached: bool) -> subprocess.Popen:

@@ -122,7 +122,7 @@ def _gather(
     else:
         bundle.missing["kafka.json"] = "no Kafka is named and no embedded one runs"
     for name, port in _ports(settings):
-        _metrics(bundle, name, port)
+        _metrics(bundle, name, port, settings)
     for name, path in _logs(settings.data_dir, logs):
         bundle.add(f"logs/{name}", tail(path, LOG_TAIL).decode(errors="replace"))
 
@@ -195,18 +195,21 @@ def _secret_files(settings: Settings, environment: Mapping[str, str]) -> Iterato
 def _kafka(settings: Settings) -> dict[str, Any]:
     from streams.topics import overview
 
-    return {"bootstrap": settings.bootstrap, "topics": overview(settings.bootstrap, settings.topics)}
+    return {"bootstrap": settings.bootstrap, "topics": overview(settings.connection, settings.topics)}
 
 
 def _ports(settings: Settings) -> Iterator[tuple[str, int]]:
-    wanted = {"join": settings.join.metrics_port, "train": settings.train.metrics_port, "serve": settings.serve.port}
+    serve = settings.serve.admin_port or settings.serve.port
+    wanted = {"join": settings.join.metrics_port, "train": settings.train.metrics_port, "serve": serve}
     return ((name, port) for name, port in wanted.items() if port)
 
 
-def _metrics(bundle: Bundle, name: str, port: int) -> None:
-    member = f"metrics/{name}.txt"
+def _metrics(bundle: Bundle, name: str, port: int, settings: Settings) -> None:
+    member, token = f"metrics/{name}.txt", settings.http.token
+    own = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=own)
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HTTP_S) as answer:
+        with urllib.request.urlopen(request, timeout=HTTP_S) as answer:  # noqa: S310 - to ourselves, a fixed scheme
             bundle.add(member, answer.read(MAX_MEMBER).decode(errors="replace"))
     except (OSError, urllib.error.URLError, ValueError) as error:
         bundle.missing[member] = f"nothing answers on 127.0.0.1:{port} ({error})"

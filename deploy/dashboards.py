@@ -38,8 +38,7 @@ PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
     ("Held back by the guard", "1: versions are not published, the trainer's log says why; rollbacks in a row.", "none",
      (("headrace_train_guard_held", "held"), ("headrace_train_guard_rollbacks", "rollbacks"))),
     ("Drift of the loss", "Changes of the log loss that were found, by task, per hour.", "none",
-     tuple((f"increase(headrace_train_drifts_{task}_total[1h])", task)
-           for task in ("click", "watch", "click_sampled"))),
+     (("increase(headrace_train_drifts_total[1h])", "{{task}}"),)),
 )  # fmt: skip
 
 

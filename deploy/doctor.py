@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,13 +13,18 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy import broker
 from deploy.check import Check
+from deploy.commands.common import connected
 from deploy.kafka_jars import KAFKA_VERSION, cache_dir
 from deploy.machine_checks import machine_checks
 from deploy.settings import Settings
 from embedding_store.errors import HeadraceError, UsageError
+
+if TYPE_CHECKING:
+    from streams.kafka_clients import Bootstrap
 
 MIN_FREE_BYTES = 1 << 30
 SKEW_S = 1.0  # that a stamp of Kafka may be ahead of us
@@ -68,9 +72,9 @@ def examine(
             checks += store_checks(settings)
     running = broker.status(settings.data_dir)
     if settings.bootstrap:
-        checks.append(_reachable(settings.bootstrap))
-    elif running is not None:
-        settings = settings.with_flags({"bootstrap": running.bootstrap})
+        checks.append(_reachable(settings.connection))
+    if settings.bootstrap or running is not None:
+        settings = connected(settings)
     if settings.bootstrap and checks[-1].ok and told.ok:
         doing("topics, clocks")
         checks += [_topics(settings), _clock(settings)]
@@ -220,27 +224,30 @@ def _broker(settings: Settings) -> Check:
     if running.seconds_to_start is None:
         return Check("embedded broker", False, f"pid {running.pid} is starting, or hangs",
                      f"wait, or `headrace broker stop --data-dir {settings.data_dir}`")  # fmt: skip
-    answers = _reachable(running.bootstrap)
+    answers = _reachable(broker.connection(settings.data_dir, running.bootstrap))
     remedy = f"`headrace broker stop --data-dir {settings.data_dir}`, then start it again"
     return Check("embedded broker", answers.ok, f"Kafka {running.version}, pid {running.pid}, {answers.detail}",
                  "" if answers.ok else remedy)  # fmt: skip
 
 
-def _reachable(bootstrap: str) -> Check:
-    """Whether something answers at the first address of a bootstrap list, and whether it speaks Kafka."""
+def _reachable(connection: Bootstrap) -> Check:
+    """Whether Kafka answers, and lets us in."""
     from kafka import KafkaAdminClient
     from kafka.errors import KafkaError
 
-    host, _, port = bootstrap.split(",")[0].strip().rpartition(":")
+    from streams.kafka_clients import client_arguments
+    from streams.topics import wait_for_broker
+
     try:
-        with socket.create_connection((host, int(port)), 5):
-            pass
-        client = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=10_000, request_timeout_ms=10_000)
+        wait_for_broker(connection)
+        client = KafkaAdminClient(
+            **client_arguments(connection), bootstrap_timeout_ms=10_000, request_timeout_ms=10_000
+        )
         topics = client.list_topics()
         client.close()
-    except (OSError, ValueError, KafkaError) as error:
-        return Check("bootstrap", False, f"{bootstrap}: {error}", "start that Kafka, or correct `bootstrap`")
-    return Check("bootstrap", True, f"{bootstrap} answers, {len(topics)} topics")
+    except (HeadraceError, KafkaError) as error:
+        return Check("bootstrap", False, f"{connection}: {error}", "start that Kafka, or correct `bootstrap`")
+    return Check("bootstrap", True, f"{connection} answers, {len(topics)} topics")
 
 
 def _topics(settings: Settings) -> Check:
@@ -249,7 +256,7 @@ def _topics(settings: Settings) -> Check:
 
     try:
         check_topics(
-            settings.bootstrap,
+            settings.connection,
             settings.topics,
             purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
@@ -265,7 +272,7 @@ def _clock(settings: Settings) -> Check:
     from streams.topics import overview
 
     try:
-        stamps = [topic["newest_ms"] for topic in overview(settings.bootstrap, settings.topics).values()]
+        stamps = [topic["newest_ms"] for topic in overview(settings.connection, settings.topics).values()]
     except HeadraceError as error:
         return Check("clock", False, str(error), "see what is said of the topics")
     newest = max((stamp for stamp in stamps if stamp is not None), default=None)

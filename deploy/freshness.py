@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
 from streams.events import Event, Refund, Tick, encode
+from streams.kafka_clients import Bootstrap, client_arguments
 
 PROBE_S = 0.05  # between two rounds of probes
 POLL_MS = 1_000  # a long poll
@@ -98,16 +99,18 @@ class Prober:
     """Sends probes: rounds of one into each partition of `topic`. An async context."""
 
     def __init__(
-        self, freshness: Freshness, bootstrap: str, topic: str, partitions: int,
+        self, sent: Callable[[int, int, float], object], bootstrap: Bootstrap, topic: str, partitions: int,
         probe: Callable[[str, int], Event] = tick,
     ) -> None:
-        """`probe`: makes one of its name and its time (ms UTC)."""
-        self._freshness, self._bootstrap, self._topic, self._partitions = freshness, bootstrap, topic, partitions
+        """`sent`: is told of each that Kafka has, as `Freshness.sent`. `probe`: makes one of its name and its time
+        (ms UTC)."""
+        self._told, self._bootstrap, self._topic, self._partitions = sent, bootstrap, topic, partitions
         self._probe, self._rounds = probe, 0
+        self._flying: dict[asyncio.Future, float] = {}  # Kafka has not got it yet → time.monotonic()
 
     async def __aenter__(self) -> Prober:
         """Raises BrokerError."""
-        self._producer = AIOKafkaProducer(bootstrap_servers=self._bootstrap, acks="all", linger_ms=5)
+        self._producer = AIOKafkaProducer(**client_arguments(self._bootstrap), acks="all", linger_ms=5)
         try:
             await self._producer.start()
         except KafkaError as error:
@@ -127,11 +130,18 @@ class Prober:
                 waiting = await self._producer.send(self._topic, probe, partition=partition)
             except KafkaError as error:
                 raise BrokerError(f"Kafka does not take probes ({error}): is the broker running?") from None
+            self._flying[waiting] = at
             waiting.add_done_callback(lambda done, p=partition, at=at: self._sent(done, p, at))
 
+    @property
+    def oldest(self) -> float | None:
+        """When the first of those was sent that Kafka has not got yet, time.monotonic(); None: it has got all."""
+        return min(list(self._flying.values()), default=None)
+
     def _sent(self, done: asyncio.Future, partition: int, at: float) -> None:
+        self._flying.pop(done, None)
         if not done.cancelled() and done.exception() is None:
-            self._freshness.sent(partition, done.result().offset, at)
+            self._told(partition, done.result().offset, at)
 
 
 class Follower:

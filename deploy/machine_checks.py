@@ -83,8 +83,8 @@ def memory(cgroup: Path = CGROUP) -> Check:
 
 def ports(settings: Settings) -> Iterator[Check]:
     """Those that workers would listen on: free, or held by a worker of ours."""
-    wanted = {"serve.port": settings.serve.port, "join.metrics_port": settings.join.metrics_port,
-              "train.metrics_port": settings.train.metrics_port}  # fmt: skip
+    wanted = {"serve.port": settings.serve.port, "serve.admin_port": settings.serve.admin_port,
+              "join.metrics_port": settings.join.metrics_port, "train.metrics_port": settings.train.metrics_port}
     for name, port in wanted.items():
         process = listening(port) if port else None
         if process is None:

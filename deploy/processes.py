@@ -95,9 +95,15 @@ def listening(port: int) -> psutil.Process | None:
     return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader, or a crash, sees the old text or the new one. Raises OSError."""
+def write_atomically(path: Path, text: str, private: bool = False) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old text or the new one. Raises OSError.
+
+    private: for its owner only, from the beginning.
+    """
     partial = path.with_name(path.name + ".partial")
+    if private:
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 

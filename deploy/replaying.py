@@ -24,6 +24,7 @@ from replay.oracle import Rules, compare, expect, read_topic
 from replay.player import PlaySettings, in_window
 from replay.readers import LogReader, in_time_order
 from streams.events import Item
+from streams.kafka_clients import client_arguments
 from streams.topics import end_offsets
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Followed:
         self.settings = settings
         self._begin = self._ends()
         self._parameters = KafkaConsumer(
-            bootstrap_servers=settings.bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+            **client_arguments(settings.connection), enable_auto_commit=False, isolation_level="read_committed",
             max_partition_fetch_bytes=16 << 20,
         )  # fmt: skip
         place = TopicPartition(settings.topics.parameters, 0)
@@ -146,7 +147,7 @@ class Followed:
     def figures(self, model: Model) -> dict[str, Any]:
         """Counts of the whole topic, recounted by the oracle; the digest of the examples of this play."""
         settings, topics = self.settings, self.settings.topics
-        records = read_topic(settings.bootstrap, topics.events, model.next_offsets)
+        records = read_topic(client_arguments(settings.connection), topics.events, model.next_offsets)
         verdict = compare(expect(records, Rules.of(settings.join.join), model.set_aside), model.trained)
         counts = model.counts()
         return {
@@ -169,11 +170,12 @@ class Followed:
         from streams.blocks import decode_block
 
         digest = ExamplesDigest()
-        for partition, _, value, _ in read_topic(self.settings.bootstrap, self.settings.topics.examples):
+        examples = read_topic(client_arguments(self.settings.connection), self.settings.topics.examples)
+        for partition, _, value, _ in examples:
             block = decode_block(value or b"")
             if block.to_offset > self._begin.get(partition, 0):
                 digest.add(block.examples)
         return digest.hexdigest()
 
     def _ends(self) -> dict[int, int]:
-        return end_offsets(self.settings.bootstrap, self.settings.topics.events)
+        return end_offsets(self.settings.connection, self.settings.topics.events)

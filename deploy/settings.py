@@ -13,17 +13,21 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
 
 from embedding_store.errors import UsageError
+from embedding_store.secret import HIDDEN, Secret
 
 if TYPE_CHECKING:
+    from embedding_store.signing import SigningSettings
+    from online_model.serving.settings import HttpSettings
     from online_model.settings import TrainerSettings
     from replay.readers.settings import LogSettings
     from replay.simulator.settings import SimulatorSettings
+    from streams.kafka_clients import Connection, KafkaSettings
     from streams.settings import JoinWorkerSettings, ServeWorkerSettings, TrainWorkerSettings
     from streams.topics import TopicSettings
 
@@ -33,10 +37,13 @@ DEFAULT_FILE = "headrace.toml"
 PREFIX = "HEADRACE_"
 ABOUT = {
     "log": "a historical log: of headrace replay and log",
+    "kafka": "how Kafka is reached; where it is says bootstrap, at the top",
+    "signing": "who may make versions, snapshots and checkpoints",
     "topics": "names and partitions of the Kafka topics",
     "join": "the join worker; times in ms of event time",
     "train": "the train worker",
     "serve": "a serving replica",
+    "http": "who may ask the replica, and /metrics of all workers",
     "demo": "headrace demo",
 }
 # Of the command itself, of the embedded Kafka, of tests.
@@ -48,6 +55,7 @@ class General(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
     data_dir: Annotated[Path, Meta(description="stores, snapshots and the embedded Kafka")] = Path(".headrace")
     bootstrap: Annotated[str, Meta(description='Kafka as "host:port"; "": the embedded one')] = ""
+    logs: Annotated[Literal["text", "json"], Meta(description="of the workers, on stderr")] = "text"
 
 
 class DemoOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +83,9 @@ class Layer:
 class Settings:
     """All settings, checked section by section as they are asked for. Raises UsageError with one line."""
 
-    SECTIONS = ("log", "topics", "join", "model", "train", "serve", "simulator", "demo")
+    SECTIONS = (
+        "log", "kafka", "signing", "topics", "join", "model", "train", "serve", "http", "simulator", "demo"
+    )  # fmt: skip
 
     def __init__(self, layers: list[Layer]) -> None:
         self._layers = layers
@@ -84,13 +94,32 @@ class Settings:
         for layer in layers:
             _refuse_unknown(layer, (), self._names)
         general = _build(General, [_only(layer, top) for layer in layers], ())
-        self.data_dir, self.bootstrap = general.data_dir, general.bootstrap
+        self.data_dir, self.bootstrap, self.logs = general.data_dir, general.bootstrap, general.logs
 
     @cached_property
     def log(self) -> LogSettings:
         from replay.readers.settings import LogSettings
 
         return self._section("log", LogSettings)
+
+    @cached_property
+    def kafka(self) -> KafkaSettings:
+        from streams.kafka_clients import KafkaSettings
+
+        return self._section("kafka", KafkaSettings)
+
+    @cached_property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        from streams.kafka_clients import Connection
+
+        return Connection(self.bootstrap, self.kafka)
+
+    @cached_property
+    def signing(self) -> SigningSettings:
+        from embedding_store.signing import SigningSettings
+
+        return self._section("signing", SigningSettings)
 
     @cached_property
     def topics(self) -> TopicSettings:
@@ -137,6 +166,12 @@ class Settings:
                 text = f"serve.{name} is {getattr(serve, name)}, that of [join] is {joins[name]}: set it there only"
                 raise UsageError(text)
         return serve
+
+    @cached_property
+    def http(self) -> HttpSettings:
+        from online_model.serving.settings import HttpSettings
+
+        return self._section("http", HttpSettings)
 
     @cached_property
     def simulator(self) -> SimulatorSettings:
@@ -193,7 +228,7 @@ def load(
 
 def dump(settings: Settings) -> str:
     """TOML text of all settings, with comments: reading it back gives the same settings."""
-    general = General(data_dir=settings.data_dir.absolute(), bootstrap=settings.bootstrap)
+    general = General(data_dir=settings.data_dir.absolute(), bootstrap=settings.bootstrap, logs=settings.logs)
     lines = ["# All settings of Headrace. The environment (HEADRACE_JOIN_WAIT_MS) and flags win over this file."]
     lines += _entries(general)
     for name in Settings.SECTIONS:
@@ -228,7 +263,7 @@ def _read(path: Path) -> Layer:
 
 def _environment(environment: Mapping[str, str]) -> Layer:
     """HEADRACE_JOIN_WAIT_MS → {"join": {"WAIT_MS": …}}: which field that is, its section knows."""
-    top = {name.upper(): name for name in _fields(General)}
+    top = {name.upper(): name for name in _fields(General)} | {"LOG": "logs"}  # [log] is a historical one
     values: dict[str, Any] = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in NOT_SETTINGS:
@@ -299,6 +334,11 @@ def _is_section(type_: Any) -> bool:
     return isinstance(type_, type) and (issubclass(type_, Struct) or dataclasses.is_dataclass(type_))
 
 
+def _is_secret(type_: Any) -> bool:
+    """Whether a field holds a Secret, alone, with a Meta, or as one of several types."""
+    return type_ is Secret or any(_is_secret(part) for part in get_args(type_))
+
+
 def _is_elsewhere(name: str, type_: Any) -> bool:
     """Whether a field of a section is another section, or a general setting, and so set there. (`demo.log` is neither:
     it is a text.)"""
@@ -346,6 +386,11 @@ def _leaves(fields: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: Any) -> Any:
+    if _is_secret(type_) and not isinstance(value, _Text):  # files are copied, and all users see the flags of a process
+        raise UsageError(
+            f"{layer.source}: {'.'.join((*path, name))} is a secret: set {PREFIX}{'_'.join((*path, name)).upper()} in "
+            f"the environment, or {name}_file to a file that holds it"
+        )
     try:
         if not isinstance(value, _Text):
             return msgspec.convert(value, type_, dec_hook=_decode)
@@ -353,15 +398,18 @@ def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: An
     except msgspec.ValidationError as problem:
         error = str(problem).replace("`", "")
         error = error[:1].lower() + error[1:]
+    shown = HIDDEN if _is_secret(type_) else value
     if isinstance(value, _Text):
-        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={value}: {error}")
+        raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={shown}: {error}")
     where = "" if layer.source == "flag" else f"{layer.source}: "
-    raise UsageError(f"{where}{'.'.join((*path, name))} = {value!r}: {error}")
+    raise UsageError(f"{where}{'.'.join((*path, name))} = {shown!r}: {error}")
 
 
 def _decode(type_: type, value: Any) -> Any:
     if type_ is Path and isinstance(value, str):
         return Path(value).expanduser()
+    if type_ is Secret and isinstance(value, str):
+        return Secret(value)
     raise ValueError(f"expected {type_.__name__}, got {type(value).__name__}")
 
 
@@ -402,6 +450,9 @@ def _entries(section: Any) -> list[str]:
             continue
         value, about = getattr(section, name), _about(type_)
         comment = f"  # {about}" if about else ""
+        if isinstance(value, Secret):
+            lines.append(f"# {name} is set, and not shown{comment}")
+            continue
         lines.append(f"# {name} is not set{comment}" if value is None else f"{name} = {_toml(value)}{comment}")
     return lines
 

@@ -34,6 +34,10 @@ class Summary:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
             self._live.start()
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, soft_wrap=True)
+
     def publish(self, sample: Mapping[str, Any]) -> None:
         """Show a sample; the same dict as the page's."""
         if self._live is not None:

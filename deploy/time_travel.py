@@ -81,7 +81,7 @@ def replay_recording(
 
     home, live = settings.data_dir / "replay", None
     if journey.go_on:
-        live = partial(LiveTopics, settings.bootstrap)
+        live = partial(LiveTopics, settings.connection)
         live(recording.next_places()).close()  # whether Kafka still has them is said at once, and not after hours
     with alone(settings.data_dir / "replay.lock", "replay", "wait for it"):
         direct = DirectSettings(
@@ -94,7 +94,7 @@ def replay_recording(
             "checkpoint": journey.from_checkpoint,
             "settings": (direct.join, direct.model, direct.partitions),
         }
-        kept = KeptCheckpoints(settings.train.checkpoints_url)
+        kept = KeptCheckpoints(settings.train.checkpoints_url, settings.train.signer)
         if journey.from_checkpoint is not None and not journey.resume:
             kept.find(journey.from_checkpoint)  # before the last replay goes
         begin(home, journey.resume, msgspec.to_builtins(about))

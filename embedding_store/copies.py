@@ -1,6 +1,7 @@
 """Numbered copies of a directory on any file system that fsspec knows: each whole and verified, or not there at all.
 
     FOLDER/<number>/<the directory's files>
+    FOLDER/<number>/signature.json     where a key is set: SHA-256 of the files, signed with the manifest (signing.py)
     FOLDER/<number>/manifest.json      written last: names, sizes and checksums of the files, and what the owner says
 
 A copy without a good manifest does not count, so half an upload is never taken. What the manifest says is checked when
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import fsspec.core
 import msgspec
@@ -25,12 +27,19 @@ from fsspec.implementations.local import LocalFileSystem
 from msgspec import Struct
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
-from embedding_store.errors import CorruptRecord, DiskFull, HeadraceError, StoreError
+from embedding_store.errors import CorruptRecord, DiskFull, Forged, HeadraceError, StoreError
 from embedding_store.faults import fault
+from embedding_store.signing import SEAL, Signer
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _CHUNK = 4 << 20
+
+
+class Hashed(Protocol):
+    """Of hashlib."""
+
+    def update(self, data: bytes, /) -> None: ...
 
 
 class File(Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,11 +67,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 class Copies:
     """The copies in the folder at `url`, a path or a URL. Every method may be called from any thread, and blocks.
 
-    Raises StoreError where there is no such kind of file system, or its package is missing.
+    `signer`: copies are signed, and what is not is not fetched. Raises StoreError where there is no such kind of file
+    system, or its package is missing.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, signer: Signer | None = None) -> None:
+        self.url, self._signer = url, signer
         with mapped_errors(url):
             try:
                 self._system, self._root = fsspec.core.url_to_fs(url)
@@ -92,14 +102,24 @@ class Copies:
             if self._system.exists(place):
                 self._system.rm(place, recursive=True)  # half of one
             self._system.makedirs(place, exist_ok=True)
-            files = []
+            files, sha256 = [], {}
             for path in sorted(directory.iterdir()):
-                files.append(self._put_file(path, f"{place}/{path.name}", stopped, bool(link) and path.suffix == link))
+                hashed = None if self._signer is None else hashlib.sha256()
+                linked = bool(link) and path.suffix == link
+                files.append(self._put_file(path, f"{place}/{path.name}", stopped, linked, hashed))
+                if hashed is not None:
+                    sha256[path.name] = hashed.hexdigest()
                 fault("copy.file")
             fault("copy.files")
             manifest = Manifest(FORMAT, number, time.time_ns() // 1_000_000, about, files)
             manifest = msgspec.structs.replace(manifest, xxh3=manifest.digest())
-            self._system.pipe_file(f"{place}/{MANIFEST}", msgspec.json.encode(manifest))
+            raw = msgspec.json.encode(manifest)
+            if self._signer is not None:
+                self._write(f"{place}/{SEAL}", self._signer.seal(f"copy {number}", sha256, raw))
+            self._sync(place)  # the manifest is never there before what it vouches for
+            self._write(f"{place}/{MANIFEST}", raw)
+            self._sync(place)
+            self._sync(self._root)
             fault("copy.manifest")
             self._remove_old(number, keep)
             fault("copy.done")
@@ -113,35 +133,49 @@ class Copies:
     def fetch(self, manifest: Manifest, directory: Path) -> None:
         """Makes `directory`, which must not exist, out of a copy. It is on the disk when this returns.
 
-        Raises CorruptRecord where a file is missing or not as it was; StoreError (DiskFull) where it cannot be read or
-        written. The directory may then be there in part.
+        Raises CorruptRecord where a file is missing or not as it was (Forged: not as it was signed); StoreError
+        (DiskFull) where it cannot be read or written. The directory may then be there in part.
         """
         place = self._place(manifest.number)
         with mapped_errors(place):
+            signed = self._signed(manifest)
             directory.mkdir(parents=True)
             for file in manifest.files:
+                hashed = None if signed is None else hashlib.sha256()
+                target = inside(directory, file.name)
                 try:
                     with self._system.open(f"{place}/{file.name}", "rb") as source:
-                        found = write_synced(directory / Path(file.name).name, source)
+                        found = write_synced(target, source, hashed)
                 except FileNotFoundError as error:
                     raise CorruptRecord(f"{place} lacks {file.name}: delete it, an older one is taken") from error
                 if found != file:
                     raise CorruptRecord(f"{place}/{file.name} is damaged: delete {place}, an older one is taken")
+                if signed is not None and hashed is not None and signed[file.name] != hashed.hexdigest():
+                    raise Forged(f"{place}/{file.name} is not what was signed: delete {place}", "forged")
             sync_directory(directory)
 
     def damages(self, manifest: Manifest) -> list[str]:
         """Reads a copy through: what is wrong with it, by file; none: it is as it was. Raises StoreError."""
         place, wrong = self._place(manifest.number), []
         with mapped_errors(place):
+            try:
+                signed = self._signed(manifest)
+                for file in manifest.files:
+                    inside(Path("copy"), file.name)
+            except CorruptRecord as error:
+                return [str(error)]
             for file in manifest.files:
+                hashed = hashlib.sha256()
                 try:
                     with self._system.open(f"{place}/{file.name}", "rb") as source:
-                        found = _pump(file.name, source, None)
+                        found = _pump(file.name, source, None, hashed)
                 except FileNotFoundError:
                     wrong.append(f"{place}/{file.name} is missing")
                 else:
                     if found != file:
                         wrong.append(f"{place}/{file.name} is damaged")
+                    elif signed is not None and signed[file.name] != hashed.hexdigest():
+                        wrong.append(f"{place}/{file.name} is not what was signed")
         return wrong
 
     def damaged_manifests(self) -> list[str]:
@@ -152,14 +186,47 @@ class Copies:
             if self._manifest(number) is None and self._system.exists(f"{self._place(number)}/{MANIFEST}")
         ]
 
-    def _put_file(self, path: Path, place: str, stopped: Callable[[], bool], link: bool) -> File:
+    def _signed(self, manifest: Manifest) -> dict[str, str] | None:
+        """The SHA-256 that the copy's files must have; None: no key is set. Raises Forged."""
+        if self._signer is None:
+            return None
+        place = self._place(manifest.number)
+        try:
+            raw = self._system.cat_file(f"{place}/{SEAL}")
+        except FileNotFoundError:
+            raw = None
+        signed = self._signer.unsealed(raw, f"copy {manifest.number}", msgspec.json.encode(manifest))
+        if signed.keys() != {file.name for file in manifest.files}:
+            raise Forged(f"{place}: its manifest and its signature name other files: delete it", "forged")
+        return signed
+
+    def _put_file(
+        self, path: Path, place: str, stopped: Callable[[], bool], link: bool, hashed: Hashed | None
+    ) -> File:
         with path.open("rb") as source:
             if link and isinstance(self._system, LocalFileSystem):
                 with contextlib.suppress(OSError):  # another file system, or one without links
                     os.link(path, place)
-                    return _pump(path.name, source, None, stopped)
+                    return _pump(path.name, source, None, hashed, stopped)
             with self._system.open(place, "wb") as target:
-                return _pump(path.name, source, target, stopped)
+                file = _pump(path.name, source, target, hashed, stopped)
+                self._sync_file(target)
+                return file
+
+    def _write(self, place: str, content: bytes) -> None:
+        with self._system.open(place, "wb") as target:
+            target.write(content)
+            self._sync_file(target)
+
+    def _sync_file(self, target: BinaryIO) -> None:
+        """Where it is a file here: an object store has kept it when it is closed."""
+        if isinstance(self._system, LocalFileSystem):
+            target.flush()
+            os.fsync(target.fileno())
+
+    def _sync(self, place: str) -> None:
+        if isinstance(self._system, LocalFileSystem):
+            sync_directory(Path(place))
 
     def _place(self, number: int) -> str:
         return f"{self._root}/{number}"
@@ -199,10 +266,18 @@ class Copies:
                 whole += 1
 
 
-def write_synced(path: Path, source: BinaryIO) -> File:
-    """Writes the rest of `source` to the new file `path`, down to the disk."""
+def inside(directory: Path, name: str) -> Path:
+    """The file of that name in `directory`. Raises CorruptRecord where the name leads elsewhere."""
+    path = (directory / name).resolve()
+    if path.parent != directory.resolve() or path.name != name:
+        raise CorruptRecord(f"a manifest names the file {name!r}, which is not in its folder: delete that copy")
+    return path
+
+
+def write_synced(path: Path, source: BinaryIO, hashed: Hashed | None = None) -> File:
+    """Writes the rest of `source` to the new file `path`, down to the disk. `hashed`: gets the bytes too."""
     with path.open("wb") as target:
-        file = _pump(path.name, source, target)
+        file = _pump(path.name, source, target, hashed)
         target.flush()
         os.fsync(target.fileno())
     return file
@@ -250,7 +325,10 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".replaced")
 
 
-def _pump(name: str, source: BinaryIO, target: BinaryIO | None, stopped: Callable[[], bool] = lambda: False) -> File:
+def _pump(
+    name: str, source: BinaryIO, target: BinaryIO | None, hashed: Hashed | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> File:  # fmt: skip
     """Copies the rest of `source`, or (target None) only reads it."""
     size, digest = 0, xxh3_64()
     while chunk := source.read(_CHUNK):
@@ -259,6 +337,8 @@ def _pump(name: str, source: BinaryIO, target: BinaryIO | None, stopped: Callabl
         if target is not None:
             target.write(chunk)
         digest.update(chunk)
+        if hashed is not None:
+            hashed.update(chunk)
         size += len(chunk)
     return File(name, size, digest.hexdigest())
 

@@ -28,7 +28,8 @@ _FORMAT = 2
 _NO_CHECK = "0" * 16
 _HEADER_BYTES = 1024  # what a part takes beside its tensors and the JSON of the version
 _TENSOR_BYTES = 256  # what a tensor's entry in the header may take
-_NO_PART = (SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError)  # what foreign bytes may raise
+# What foreign bytes may raise; RecursionError: JSON that is nested without end.
+_NO_PART = (SafetensorError, msgspec.MsgspecError, LookupError, TypeError, ValueError, RecursionError)
 
 
 @dataclass
@@ -146,6 +147,30 @@ def row_bytes(layout: np.dtype, encoding: Encoding) -> int:
     weights = encode_weights(np.zeros((1, *layout[WEIGHTS].shape), np.float32), encoding)
     own = sum(layout[name].itemsize for name in layout.names or () if name not in (WEIGHTS, MOMENTUM))
     return np.dtype(np.int64).itemsize + own + sum(array.nbytes for array in weights.values())
+
+
+@dataclass(frozen=True)
+class PartHead:
+    """What a part says of its version, for those who want no more of it."""
+
+    epoch: int
+    sequence: int
+    last: bool  # of the version's parts
+    created_ms: int | None  # None: not the first part, which alone says it and what follows
+    positions: dict[int, int]
+
+
+def head_of_part(part: bytes) -> PartHead:
+    """What a part says of its version; the arrays are not looked at, nor whether they are sound. Raises
+    CorruptRecord."""
+    try:
+        texts = msgspec.json.decode(part[8 : 8 + int.from_bytes(part[:8], "little")])["__metadata__"]
+        meta = msgspec.json.decode(texts["headrace"], type=_Meta)
+    except _NO_PART as error:
+        raise CorruptRecord(f"these bytes are no part of a version ({error}): they are left out") from error
+    head = meta.head
+    created_ms, positions = (None, {}) if head is None else (head.created_ms, dict(head.positions))
+    return PartHead(meta.epoch, meta.sequence, meta.last, created_ms, positions)
 
 
 def place_of_part(part: bytes) -> tuple[int, int]:
@@ -309,9 +334,9 @@ def _build(meta: _Meta, head: _Head | None, pieces: list[_Piece]) -> Version:
     for piece in pieces:
         columns = piece.columns
         if piece.kind == "dense":
-            flat.setdefault(piece.name, []).append(columns["flat"])
+            flat.setdefault(piece.name, []).append(columns["flat"].reshape(-1))
         elif piece.kind == "gone":
-            gone.setdefault(piece.name, []).append(columns["ids"])
+            gone.setdefault(piece.name, []).append(_ids(columns))
         elif piece.kind == "table":
             tables.setdefault(piece.name, []).append(_rows(columns, head.rows))
         else:
@@ -327,10 +352,22 @@ def _rows(columns: dict[str, np.ndarray], encoding: Encoding) -> TableRows:
     weights = {n.removeprefix("weights."): c for n, c in columns.items() if n.startswith("weights.")}
     if weights:
         own = {WEIGHTS: decode_weights(weights, encoding), **own}
-    return TableRows(columns["ids"], own)
+    return TableRows(_ids(columns), own)
+
+
+def _ids(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Raises ValueError: without this a tensor of no bytes could say that it has any number of ids."""
+    ids = columns["ids"]
+    if ids.dtype != np.int64 or ids.ndim != 1:
+        raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}")
+    return ids
 
 
 def _blobs(columns: dict[str, np.ndarray]) -> dict[int, bytes]:
-    joined, ends = columns["bytes"].tobytes(), np.cumsum(columns["sizes"]).tolist()
+    ids, sizes, joined = _ids(columns), columns["sizes"], columns["bytes"].tobytes()
+    # Sizes that go back and forth would make more of the bytes than there are.
+    if sizes.dtype != np.int64 or np.any((sizes < 0) | (sizes > len(joined))) or sizes.sum() != len(joined):
+        raise ValueError("the sizes of blobs do not add up")
+    ends = np.cumsum(sizes).tolist()
     starts = [0, *ends][: len(ends)]
-    return {i: joined[a:b] for i, a, b in zip(columns["ids"].tolist(), starts, ends, strict=True)}
+    return {i: joined[a:b] for i, a, b in zip(ids.tolist(), starts, ends, strict=True)}

@@ -49,6 +49,11 @@ def decode_weights(arrays: dict[str, np.ndarray], encoding: Encoding) -> np.ndar
     expected = {"fp32": np.float32, "fp16": np.float16, "int8": np.uint8}[encoding]
     if codes.dtype != expected:
         raise ValueError(f"weights said to be {encoding} are {codes.dtype}")
+    if codes.ndim != 2:
+        raise ValueError(f"weights are of shape {list(codes.shape)}")
     if encoding == "int8":
+        # Of other shapes numpy would make rows, or columns, that were never sent.
+        if not arrays[SCALE].shape == arrays[BIAS].shape == (len(codes),):
+            raise ValueError("weights and their scales are not of the same rows")
         return codes * arrays[SCALE][:, None] + arrays[BIAS][:, None]
     return codes.astype(np.float32, copy=False)

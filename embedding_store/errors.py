@@ -12,6 +12,7 @@ HeadraceError
 ├── RankLost          the trainer's ranks are no longer together
 ├── PositionError     blocks or versions do not follow one another
 └── CorruptRecord     bytes that are not what their place says they are
+    └── Forged        not signed by who should have made them
 """
 
 from __future__ import annotations
@@ -67,6 +68,16 @@ class PositionError(HeadraceError):
 
 class CorruptRecord(HeadraceError):
     """Bytes that cannot be decoded as what their topic or file says they are."""
+
+    reason = "damaged"
+
+
+class Forged(CorruptRecord):
+    """Bytes without a signature, or with one that is not of their maker. `reason`: "unsigned" or "forged"."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from embedding_store.checkpoint import CheckpointStore
 from embedding_store.copies import Copies, Manifest
 from embedding_store.errors import CorruptRecord, StoreError
 from embedding_store.faults import fault
+from embedding_store.signing import Signer
 
 _EPOCH = 10**12  # of a copy's number: epochs come before sequences
 Describe = Callable[[CheckpointStore], dict[str, Any]]
@@ -23,11 +24,11 @@ Describe = Callable[[CheckpointStore], dict[str, Any]]
 
 class KeptCheckpoints:
     """Those in the folder at `url`, a path or a URL. All methods may be called in any thread, block, and raise
-    StoreError where the folder cannot be read or written."""
+    StoreError where the folder cannot be read or written. `signer`: signs them, and refuses to go back to others."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, signer: Signer | None = None) -> None:
         self.url = url
-        self._copies = Copies(url)
+        self._copies = Copies(url, signer)
 
     def keep(
         self, store: CheckpointStore, describe: Describe, keep: int, stopped: Callable[[], bool] = lambda: False
@@ -75,7 +76,10 @@ class KeptCheckpoints:
         return self._copies.damaged_manifests()
 
     def fetch(self, manifest: Manifest, directory: Path) -> None:
-        """Makes `directory` a store out of a kept one. Raises CorruptRecord where it is not as it was, DiskFull."""
+        """Makes `directory` a store out of a kept one.
+
+        Raises CorruptRecord where it is not as it was (Forged: not as it was signed), DiskFull.
+        """
         shutil.rmtree(directory, ignore_errors=True)
         self._copies.fetch(manifest, directory)
         with CheckpointStore(directory, None, read_only=True) as store:

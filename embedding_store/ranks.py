@@ -3,6 +3,9 @@
 All ranks know all that is small (positions, dense weights, which ids are gone); an id's row is in the memory of one of
 them, its owner. Rank 0 alone has the store, and feeds the others. What is called collective here must be called by all
 ranks, with arguments that say the same; a rank that is lost ends the others at their next collective.
+
+Objects go from rank to rank as torch's collectives send them, pickled: the one place where processes of Headrace trust
+what comes over a socket. On one machine it is of the loopback; ranks on several need a network that is theirs alone.
 """
 
 from __future__ import annotations
@@ -143,7 +146,7 @@ class Ranks:
             return [value]
         out: list[Any] = [None] * self.size
         with self.together():
-            dist.all_gather_object(out, value, group=self._group)
+            dist.all_gather_object(out, value, group=self._group)  # noqa: TID251 - between ranks only: see above
         return out
 
     def at_first(self, value: T) -> list[T]:
@@ -152,7 +155,7 @@ class Ranks:
             return [value]
         out: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with self.together():
-            dist.gather_object(value, out, group=self._group)
+            dist.gather_object(value, out, group=self._group)  # noqa: TID251 - between ranks only: see above
         return out or []
 
     def from_first(self, call: Callable[[], T]) -> T:
@@ -161,7 +164,7 @@ class Ranks:
             return call()
         box = [call() if self.rank == 0 else None]
         with self.together():
-            dist.broadcast_object_list(box, src=0, group=self._group)
+            dist.broadcast_object_list(box, src=0, group=self._group)  # noqa: TID251 - between ranks only: see above
         return box[0]  # type: ignore[return-value]
 
     @contextmanager

@@ -1,7 +1,8 @@
 """Snapshots: all of a version, for replicas to start from. A directory `<epoch>-<sequence>` of part files.
 
 A snapshot is written beside its place and renamed there, so a directory of that name is whole. Its files are the parts
-of `delta.encode`. It holds what replicas need: no momentum, no trainer's state.
+of `delta.encode`, and where a key is set their signature (signing.py). It holds what replicas need: no momentum, no
+trainer's state.
 
 Who needs one puts a `Request` beside them: a file of its own, which goes when a snapshot is there that was begun after
 it. The folder is all that the two sides share; either may be away for as long as it likes.
@@ -10,6 +11,7 @@ it. The folder is all that the two sides share; either may be away for as long a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 import shutil
@@ -23,12 +25,14 @@ from embedding_store.checkpoint import OWN, CheckpointStore
 from embedding_store.columns import MOMENTUM, TOUCHED, TableRows
 from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
-from embedding_store.errors import CorruptRecord, StoreError, disk_errors
+from embedding_store.errors import CorruptRecord, Forged, StoreError, disk_errors
 from embedding_store.faults import fault
+from embedding_store.signing import SEAL, Signer
 
 KEEP = 3
 _PART_BYTES = 16 << 20
 _CHUNK = 10_000  # rows at a time: small, so that the trainer's thread gets its turn in between
+_PARTS = "part-*"
 _NAME = re.compile(r"\d+-\d+")
 _WANTED = ".wanted-"
 _MAX_REQUEST = 4_096  # bytes that are read of a request
@@ -78,10 +82,10 @@ def requests(directory: Path) -> dict[Path, set[str]]:
 
 def snapshot_of(
     store: CheckpointStore, directory: Path, keep: int = KEEP, wanted: Callable[[Version], bool] = lambda version: True,
-    anew: Collection[str] = (),
+    anew: Collection[str] = (), signer: Signer | None = None,
 ) -> Path | None:  # fmt: skip
     """Writes the last commit of `store` as a snapshot into `directory` and returns its path. One that is there already
-    stays, unless its name is among `anew`.
+    stays, unless its name is among `anew`. It is signed if there is a `signer`.
 
     None, and nothing is written, where that commit's version (without its rows) is not `wanted`.
 
@@ -100,12 +104,12 @@ def snapshot_of(
                 raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
             if not wanted(version):
                 return None
-            return _write(directory, version, _rows(frozen), _blobs(frozen), keep, anew)
+            return _write(directory, version, _rows(frozen), _blobs(frozen), keep, anew, signer)
 
 
-def write_snapshot(directory: Path, version: Version, keep: int = KEEP) -> Path:
+def write_snapshot(directory: Path, version: Version, keep: int = KEEP, signer: Signer | None = None) -> Path:
     """Writes a version that holds everything (`base` None) into `directory`; see `snapshot_of`."""
-    return _write(directory, version, version.tables.items(), version.blobs.items(), keep)
+    return _write(directory, version, version.tables.items(), version.blobs.items(), keep, (), signer)
 
 
 def latest_snapshot(directory: Path) -> Path | None:
@@ -125,19 +129,27 @@ def place_of(path: Path) -> tuple[int, int]:
     return int(epoch), int(sequence)
 
 
-def read_snapshot(path: Path) -> Version:
+def read_snapshot(path: Path, signer: Signer | None = None) -> Version:
     """The version in a snapshot, with all of its rows in memory.
 
     Raises StoreError where it cannot be read (it may have been replaced by a newer one), CorruptRecord where it is
-    damaged.
+    damaged, Forged where it was not signed with a key of `signer` as the snapshot of its name.
     """
-    assembler, version = Assembler(), None
+    assembler, version, sha256 = Assembler(), None, {}
     with _mapped_errors(path):
-        for file in sorted(path.iterdir()):
+        signed = None if signer is None else _signed(path, signer)
+        for file in sorted(path.glob(_PARTS)):
+            part = file.read_bytes()
+            if signed is not None:  # before anything is made of it
+                sha256[file.name] = hashlib.sha256(part).hexdigest()
+                if sha256[file.name] != signed.get(file.name):
+                    raise Forged(f"the snapshot {path}: {file.name} is not what was signed: delete it", "forged")
             try:
-                version = assembler.add(file.read_bytes())
+                version = assembler.add(part)
             except CorruptRecord as error:
                 raise CorruptRecord(f"the snapshot {path} is damaged in {file.name} ({error}): delete it") from error
+    if signed is not None and sha256.keys() != signed.keys():
+        raise Forged(f"the snapshot {path} lacks parts that were signed: delete it", "forged")
     if version is None:
         raise CorruptRecord(f"the snapshot {path} lacks some of its parts: delete it, and an older one is taken")
     return version
@@ -150,6 +162,7 @@ def _write(
     blobs: Iterable[tuple[str, dict[int, bytes]]],
     keep: int,
     anew: Collection[str] = (),
+    signer: Signer | None = None,
 ) -> Path:
     final = directory / f"{version.epoch}-{version.sequence}"
     partial = directory / ".partial"
@@ -159,9 +172,15 @@ def _write(
             return final
         partial.mkdir(parents=True)
         try:
+            sha256 = {}
             for number, part in enumerate(encode_stream(version, tables, blobs, _PART_BYTES)):
-                write_synced(partial / f"part-{number:06}", io.BytesIO(part))
+                name = f"part-{number:06}"
+                write_synced(partial / name, io.BytesIO(part))
+                if signer is not None:
+                    sha256[name] = hashlib.sha256(part).hexdigest()
                 fault("snapshot.part")
+            if signer is not None:
+                write_synced(partial / SEAL, io.BytesIO(signer.seal(_claim(final), sha256)))
             sync_directory(partial)
             fault("snapshot.written")
             if final.exists():
@@ -176,6 +195,16 @@ def _write(
             shutil.rmtree(old, ignore_errors=True)
         fault("snapshot.done")
     return final
+
+
+def _claim(path: Path) -> str:
+    return f"snapshot {path.name}"
+
+
+def _signed(path: Path, signer: Signer) -> dict[str, str]:
+    """The SHA-256 that the parts must have. Raises Forged, OSError."""
+    seal = path / SEAL
+    return signer.unsealed(seal.read_bytes() if seal.exists() else None, _claim(path))
 
 
 def _rows(store: CheckpointStore) -> Iterator[tuple[str, TableRows]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -23,6 +24,16 @@ Rows: TypeAlias = np.ndarray  # int64 row numbers, 0 the default row
 
 _CHUNK = 100_000  # rows at a time where all of a table goes by
 _EVICT_SHARE = 16  # an eviction frees at least capacity / 16 rows, so that it is seldom
+
+
+@dataclass
+class Turnover:
+    """Ids and rows that came and went since the start, of this rank; may be read from any thread."""
+
+    admitted: int = 0  # ids that got their first row
+    evicted: int = 0  # rows that left the memory; the store has them
+    tier_hits: int = 0  # ids that were not in memory, and were in the store
+    tier_misses: int = 0  # ids that were asked for there in vain
 
 
 class Table:
@@ -52,6 +63,7 @@ class Table:
         self.tick, self.now_ms = 1, 0
         self.usage = policy(rules, capacity)
         self.dropped = self._lost = 0  # ids that got no row, of all ranks and of this one
+        self.turnover = Turnover()
         self.gone = np.empty(0, np.int64)  # forgotten since the last commit: what the store has of them counts no more
         self._tensors = {WEIGHTS: weights} | ({} if momentum is None else {MOMENTUM: momentum})
         self._extras = {n: np.zeros((capacity + 1, *shape), dtype) for n, (dtype, shape) in spec.columns.items()}
@@ -84,7 +96,9 @@ class Table:
                 at = absent[np.isin(ids[absent], wanted)]
                 wanted = self.admission.admitted(ids[at], None if examples is None else examples[at])
             if admit:
-                self._begin(self._give_rows(self._own(wanted)))
+                given = self._give_rows(self._own(wanted))
+                self.turnover.admitted += int(np.count_nonzero(given))
+                self._begin(given)
             self._settle()
             rows[absent] = self._find(ids[absent])
         if admit:
@@ -225,6 +239,8 @@ class Table:
         assert self._store is not None
         asked = ids[~np.isin(ids, self.gone)]
         stored = self._store.read_rows(self.spec.name, asked)
+        self.turnover.tier_hits += len(stored)
+        self.turnover.tier_misses += len(asked) - len(stored)
         if not len(stored):
             return ids
         own = stored.take(self._ranks.owns(stored.ids))
@@ -307,6 +323,7 @@ class Table:
             return
         rows = rows[lowest(self.usage.rank(rows, self.tick), count)]
         self.map.remove(self.map.ids_of(rows))
+        self.turnover.evicted += count
         self._tiered = True
         self._clear(rows)
 

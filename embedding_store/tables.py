@@ -19,7 +19,7 @@ from embedding_store.errors import UsageError
 from embedding_store.ranks import Ranks, SharedStore, exact
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec
-from embedding_store.table import Rows, Table, capacity_of
+from embedding_store.table import Rows, Table, Turnover, capacity_of
 
 Feature: TypeAlias = tuple[np.ndarray, np.ndarray | None]  # rows int64 [m]; lengths int32 [B], None: one row each
 
@@ -32,8 +32,8 @@ class EmbeddingTables:
 
     A row number is good until the next `begin_step` or `clear_touched`: until then its row is not evicted.
 
-    With several ranks every method but `size`, `column`, `read_rows` and `write_rows` is called by all of them alike,
-    and row numbers and answers are the same on all. A row lies on one rank.
+    With several ranks every method but `size`, `turnover`, `column`, `read_rows` and `write_rows` is called by all of
+    them alike, and row numbers and answers are the same on all. A row lies on one rank.
     """
 
     def __init__(
@@ -95,6 +95,10 @@ class EmbeddingTables:
     def size(self, table: str) -> int:
         """How many rows are in this rank's memory."""
         return len(self._tables[table].map)
+
+    def turnover(self, table: str) -> Turnover:
+        """What came and went on this rank since the start; it goes on counting."""
+        return self._tables[table].turnover
 
     def embed(self, features: Mapping[str, Feature]) -> dict[str, torch.Tensor]:
         """feature → (rows int64 [m], lengths) → embeddings float32 [m, dim] on the device.

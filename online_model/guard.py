@@ -113,16 +113,17 @@ def given_up(state: GuardState) -> GuardState:
     return msgspec.structs.replace(state, due=False, rollbacks=ROLLBACKS)
 
 
-def report(before: GuardState, after: GuardState, last: str, now: str) -> None:
-    """Says in the log what a commit has changed. last, now: the version before it, its own."""
+def report(before: GuardState, after: GuardState, last: str, place: tuple[int, int]) -> None:
+    """Says in the log what a commit has changed. last: the version before it; place: its own epoch and sequence."""
+    now, of = f"{place[0]}.{place[1]}", {"epoch": place[0], "sequence": place[1]}
     if after.held and not before.held:
         wrong = "; ".join(f"{task}: {text}" for task, text in sorted(after.why.items()))
         log.error("version %s and those after it are not published, replicas stay at %s (%s): look for the cause in "
-                  "the input; %s", now, last, wrong, _what_next(after))  # fmt: skip
+                  "the input; %s", now, last, wrong, _what_next(after), extra=of)  # fmt: skip
     elif after.held and after.since != before.since:
-        log.error("versions are still held back, %s too; %s", now, _what_next(after))
+        log.error("versions are still held back, %s too; %s", now, _what_next(after), extra=of)
     elif before.held and not after.held:
-        log.warning("the figures are within the bounds again: published from version %s on", now)
+        log.warning("the figures are within the bounds again: published from version %s on", now, extra=of)
 
 
 def _what_next(state: GuardState) -> str:

@@ -27,6 +27,7 @@ from online_model.feedback import Strategy, probabilities
 from online_model.losses import loss_sum, retrieval_loss
 from online_model.neighbours import Lists, lists_of, neighbour_numbers, similar
 from online_model.ranker import CLICK, PURCHASE, WAYS, Contexts, Items, Ranker
+from online_model.stages import Stages
 
 FAR = 1e-3  # of an item that none of the history's items is a neighbour of
 USUAL_BATCHES, USUAL_ROWS = 100, 64
@@ -139,6 +140,7 @@ class Learner:
         """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient, those of the
         tables shrink with it; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
         self._clip, self._bf16 = clip, bf16
+        self.stages = Stages()
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
         self._weights = list(ranker.parameters())
@@ -168,6 +170,7 @@ class Learner:
         leaves, outputs = self._embed(share)
         vectors = self._vectors(share, leaves)
         contexts, items = self._inputs(c, looked, share, leaves, vectors)
+        self.stages.done("look_up")
         mean_of_past = self.ranker.history_mean(contexts)
         logits = self._logits(contexts, items, mean_of_past)
         p = probabilities(logits.detach(), self._feedback)
@@ -178,6 +181,7 @@ class Learner:
             loss = loss + self._retrieval * self._retrieval_loss(
                 self.ranker.towers(contexts, mean_of_past), others, batch, looked, share, sampled
             )
+        self.stages.done("forward")
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
@@ -193,6 +197,7 @@ class Learner:
             self._adam.step()
             self.ranker.count_rates(self._tensor(batch.target), self._tensor(batch.rows_for))
         every = self._of_all(p.cpu().numpy(), share.part, len(c.item))
+        self.stages.done("backward")
         return Outcome(every, rows, mean, learned)
 
     @torch.no_grad()

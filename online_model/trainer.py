@@ -11,7 +11,8 @@
 
 Effectively once: what a step learned and the position behind it are committed in one write, and a block is taken only
 where it follows the position. Not promised: that two live runs cut the same batches (arrival decides); a run with
-`partitions` does. Nothing reads a clock but the injected one, for a version's `created_ms`.
+`partitions` does. Nothing reads a clock but the injected one, for a version's `created_ms`; and a stopwatch, which only
+metrics read.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ class Trainer:
         self._owes_dense = False  # as of the last commit: replicas wait for its dense weights
         self._metrics: dict[str, dict] = {}  # as of the last commit that made them anew
         self._sound = True  # False: a step failed half-way, and only the store knows the truth
+        self.delta_rows = 0  # in all versions that were committed to be published, since the start
         self.erasures = self.purged = 0  # commits with users forgotten; those before which its owner purged the store
         self.last_loss = 0.0  # of a row, the mean of the last step
         self.observer: Callable[[Scored], None] | None = None  # is told of each step; changes nothing
@@ -209,6 +211,16 @@ class Trainer:
     def next_way(self) -> int:
         """By which of WAYS the next item is better foretold, as far as was measured (`ranked_of`)."""
         return 0 if self._evaluation.ranking is None else self._evaluation.ranking.way
+
+    @property
+    def figures(self) -> dict[str, dict]:
+        """As `Evaluation.metrics`, as of the last commit with dense weights; another object each time."""
+        return self._metrics
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """The time of all steps by stage (stages.py); it goes on counting."""
+        return self._learner.stages.seconds
 
     @property
     def drifts(self) -> dict[str, int]:
@@ -360,7 +372,9 @@ class Trainer:
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip
         self._owed.accept(plan, now_ms)
-        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), f"{self.epoch}.{sequence}")
+        if parts:
+            self.delta_rows += sum(map(len, plan.tables.values()))
+        report(before, self._guard, "{}.{}".format(*self._base or (0, 0)), (self.epoch, sequence))
         return parts
 
     def restore(self) -> bool:
@@ -432,6 +446,8 @@ class Trainer:
 
     def _learn(self, rows: Examples) -> None:
         """Steps 1 to 4 for one batch."""
+        stages = self._learner.stages
+        stages.begin()
         shown = rows.part == Part.SHOWN
         implicit = np.flatnonzero(shown & (rows.source == Source.IMPLICIT))
         k, seed = self.settings.negatives, self.settings.seed
@@ -451,12 +467,14 @@ class Trainer:
         )
         if self.settings.ranked_of:
             self._rank(rows)
+        stages.done("prepare")
         outcome = self._learner.learn(batch, self._usual.limit(self.settings.exploding, len(batch.target)))
         self.last_loss = outcome.loss
         if self.observer is not None:
             self.observer(Scored(rows, implicit, drawn, outcome.p))
         if np.isfinite(outcome.p).all():
             self._evaluation.measure(rows, target, implicit, outcome.p, predicted_plays(rows, outcome.p, plays))
+        stages.done("evaluate")
         if outcome.learned:
             self._usual.add(outcome.loss)
             self._count(rows, outcome.rows[: len(rows)], plays)
@@ -466,6 +484,7 @@ class Trainer:
         self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
         self._changed = True
+        stages.done("count")
 
     def _rank(self, rows: Examples) -> None:
         """Next-item figures: some of the positives among recently active items."""

@@ -28,6 +28,7 @@ from embedding_store.errors import BrokerError, LogError, UsageError
 from replay.sinks import KafkaSink
 from streams.dead_letters import DeadLetter
 from streams.events import Rejected, Tick, decode
+from streams.kafka_clients import Bootstrap, client_arguments
 from streams.topics import TopicSettings, wait_for_broker
 
 Repair: TypeAlias = Callable[[bytes], bytes | None]
@@ -90,12 +91,12 @@ class NewLetters:
     Raises BrokerError when Kafka cannot be reached or has no such topic.
     """
 
-    def __init__(self, bootstrap: str, topics: TopicSettings, again: bool = False) -> None:
+    def __init__(self, bootstrap: Bootstrap, topics: TopicSettings, again: bool = False) -> None:
         wait_for_broker(bootstrap)
         self._bootstrap, self._again = bootstrap, again
         try:
             self._kafka = KafkaConsumer(
-                bootstrap_servers=bootstrap.split(","), group_id=f"{topics.prefix}headrace-dead",
+                **client_arguments(bootstrap), group_id=f"{topics.prefix}headrace-dead",
                 enable_auto_commit=False, isolation_level="read_committed", auto_offset_reset="earliest",
                 fetch_max_bytes=2 * FETCH_BYTES, max_partition_fetch_bytes=FETCH_BYTES,
             )  # fmt: skip
@@ -202,8 +203,9 @@ def load_repair(name: str) -> Repair:
 
 
 def send(
-    letters: Iterable[DeadLetter], bootstrap: str, topics: TopicSettings, future_ms: int, repair: Repair | None = None
-) -> Told:
+    letters: Iterable[DeadLetter], bootstrap: Bootstrap, topics: TopicSettings, future_ms: int,
+    repair: Repair | None = None,
+) -> Told:  # fmt: skip
     """Those that are events by now, after `repair`, to `events`, each where its user's events go; kept by the broker
     when this returns. Raises BrokerError, UsageError where `repair` fails."""
     told = Told()

@@ -12,6 +12,7 @@ from kafka.errors import KafkaError, OffsetOutOfRangeError
 
 from embedding_store.errors import BrokerError
 from replay.recording import Recorded
+from streams.kafka_clients import Bootstrap, client_arguments
 from streams.topics import wait_for_broker
 
 Place: TypeAlias = tuple[str, int]  # topic, partition
@@ -41,10 +42,10 @@ class LiveTopics:
     OffsetsGone where it does not have an offset that is to be read.
     """
 
-    def __init__(self, bootstrap: str, starts: Mapping[Place, int]) -> None:
+    def __init__(self, bootstrap: Bootstrap, starts: Mapping[Place, int]) -> None:
         wait_for_broker(bootstrap)
         self._bootstrap, self._answered = bootstrap, time.monotonic()
-        common = {"bootstrap_servers": bootstrap.split(","), "enable_auto_commit": False}
+        common = {**client_arguments(bootstrap), "enable_auto_commit": False}
         self._places = {place: TopicPartition(*place) for place in starts}
         try:
             self._kafka = KafkaConsumer(
@@ -140,11 +141,11 @@ class LiveTopics:
         return BrokerError(f"Kafka at {self._bootstrap} does not answer ({text}): look at `headrace broker status`")
 
 
-def offsets(bootstrap: str, topic: str, beginning: bool) -> list[int]:
+def offsets(bootstrap: Bootstrap, topic: str, beginning: bool) -> list[int]:
     """Of each partition: where the topic begins, or where it ends now. Raises BrokerError."""
     wait_for_broker(bootstrap)
     try:
-        kafka = KafkaConsumer(bootstrap_servers=bootstrap.split(","), enable_auto_commit=False)
+        kafka = KafkaConsumer(**client_arguments(bootstrap), enable_auto_commit=False)
         try:
             places = [TopicPartition(topic, p) for p in sorted(kafka.partitions_for_topic(topic) or ())]
             if not places:

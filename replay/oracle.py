@@ -502,12 +502,14 @@ def expect(
 
 
 def read_topic(
-    bootstrap: str, topic: str, until: dict[int, int] | None = None
+    bootstrap: str | Mapping[str, Any], topic: str, until: dict[int, int] | None = None
 ) -> Iterator[tuple[int, int, bytes | None, int | None]]:
     """The records of `topic` as (partition, offset, value, stamped ms), from its beginning to its present end, or to
-    the offsets `until` (exclusive) where that is sooner."""
+    the offsets `until` (exclusive) where that is sooner. `bootstrap`: HOST:PORT, or all that says where Kafka is and
+    how a client of kafka-python reaches it."""
+    where = {"bootstrap_servers": bootstrap} if isinstance(bootstrap, str) else bootstrap
     consumer = KafkaConsumer(
-        bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+        **where, enable_auto_commit=False, isolation_level="read_committed",
         auto_offset_reset="earliest", max_poll_records=10_000, fetch_max_bytes=64 << 20,
         max_partition_fetch_bytes=16 << 20,
     )  # fmt: skip

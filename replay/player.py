@@ -66,6 +66,7 @@ class Played:
     records: int = 0  # records of events, and garbage
     items: int = 0
     ticks: int = 0
+    kinds: Counter[type] = field(default_factory=Counter)  # `events` by type
     rejected: Counter[str] = field(default_factory=Counter)  # rows of the log by reason
     faults: FaultCounts = field(default_factory=FaultCounts)  # done on purpose
     disordered: int = 0  # records with a time before that of an earlier one
@@ -168,9 +169,16 @@ class Player:
         self._first: int | None = None  # event time of the first record, which is due at `_origin`
         self._reached = 0  # event time of the last one
         self._origin = 0.0
+        self._due: float | None = None  # when the record that is sent next is to be sent; None: as soon as may be
         self._behind = 0.0  # fraction of the log that lay before the first record
         self._since_ticks = 0  # records since the last round of ticks
         self._round = 0  # the last multiple of tick_ms that was told
+
+    @property
+    def behind_s(self) -> float:
+        """How late the record that is sent next is; 0 at full speed. For any thread."""
+        due = self._due
+        return 0.0 if due is None or self._over or self.played.paused else max(0.0, self.clock.now() - due)
 
     def pause(self) -> None:
         """Stands still, from the next record on, until `resume`. For any thread and signal handler, also before
@@ -203,6 +211,7 @@ class Player:
                 self._arrive(due)
                 played.records += 1
                 played.events += 1
+                played.kinds[Garbage] += 1
                 sink.send_raw(*record)
             else:
                 self._arrive(due)
@@ -233,7 +242,9 @@ class Player:
         """It is sent."""
         played, ts = self.played, event.ts
         played.records += 1
-        played.events += units(event)
+        n = units(event)
+        played.events += n
+        played.kinds[type(event)] += n
         if played.from_ms is None or played.to_ms is None:
             played.from_ms = played.to_ms = ts
         elif ts < played.to_ms:
@@ -263,7 +274,8 @@ class Player:
             if now - self._ticked >= TICK_WALL_S:
                 self._ticked = now
                 self._tell(self._reached)
-            left = self._origin + (due - first) / 1000 / speed - now
+            self._due = self._origin + (due - first) / 1000 / speed
+            left = self._due - now
             if left <= 0:
                 return
             self._report()

@@ -23,6 +23,7 @@ from embedding_store.errors import LogError
 from replay.live_topics import LiveTopics, OffsetsGone, Place, offsets
 from replay.recording import EVENTS, HOUR_MS, ITEMS, Recorded, RecordedTopic, RecordingWriter, is_recording
 from streams.events import Rejected, decode_many, units
+from streams.kafka_clients import Bootstrap
 from streams.topics import TopicSettings
 
 POLL_S = 0.5
@@ -72,7 +73,7 @@ class Recorder:
 
     def __init__(
         self,
-        bootstrap: str,
+        bootstrap: Bootstrap,
         topics: TopicSettings,
         path: str | Path,
         settings: RecorderSettings | None = None,

@@ -18,6 +18,7 @@ from aiokafka.partitioner import murmur2
 
 from embedding_store.errors import BrokerError, LogError
 from streams.events import Event, Id, Item, Tick, encode
+from streams.kafka_clients import Bootstrap, client_arguments
 from streams.topics import wait_for_broker
 
 T = TypeVar("T")
@@ -89,7 +90,7 @@ class KafkaSink(_Closing):
     takes, which computes checksums in Python).
     """
 
-    def __init__(self, bootstrap: str, events: str = "events", items: str = "items") -> None:
+    def __init__(self, bootstrap: Bootstrap, events: str = "events", items: str = "items") -> None:
         """Connects; BrokerError if no broker answers or a topic is not there."""
         wait_for_broker(bootstrap)
         self.bootstrap = bootstrap
@@ -185,7 +186,7 @@ class KafkaSink(_Closing):
     async def _start(self) -> dict[str, int]:
         """Connects; the number of partitions of both topics."""
         self._producer = AIOKafkaProducer(
-            bootstrap_servers=self.bootstrap, acks="all", enable_idempotence=True, linger_ms=0,
+            **client_arguments(self.bootstrap), acks="all", enable_idempotence=True, linger_ms=0,
             max_batch_size=BATCH_BYTES, max_request_size=16 * BATCH_BYTES,
             request_timeout_ms=10_000,
         )  # fmt: skip

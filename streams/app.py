@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from threading import Lock
@@ -21,6 +20,7 @@ import filelock
 import xxhash
 
 from embedding_store.errors import HeadraceError
+from streams.logs import Style, configure, last_line
 
 log = logging.getLogger("headrace")
 
@@ -55,7 +55,7 @@ def die(error: BaseException) -> NoReturn:
         log.error("not foreseen", exc_info=error)
         line = f"{type(error).__name__}: {error}"
     _dying.acquire()  # and never released: of several threads that find something out one speaks
-    sys.stderr.write(f"headrace: {line}\n")
+    sys.stderr.write(last_line(line) + "\n")
     sys.stderr.flush()
     os._exit(1)
 
@@ -64,23 +64,6 @@ def fail_loudly(task: asyncio.Task) -> None:
     """For `add_done_callback` of a task that nobody awaits: its error is the end of the process."""
     if not task.cancelled() and (error := task.exception()) is not None:
         die(error)
-
-
-class _Sparse(logging.Filter):
-    """Of the libraries' lines of a kind one in ten seconds: they repeat themselves while a broker is away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._again: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.name == log.name:
-            return True
-        kind, now = str(record.msg), time.monotonic()
-        if now < self._again.get(kind, 0.0):
-            return False
-        self._again[kind] = now + 10.0
-        return True
 
 
 def settle() -> None:
@@ -94,26 +77,16 @@ def settle() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
-def configure_logging() -> None:
-    """Our own lines on stderr, of the libraries only what goes wrong."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
-    handler.addFilter(_Sparse())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    log.setLevel(logging.INFO)
-    # it logs each topic that it was told not to create, and each rejoin
-    logging.getLogger("faust").setLevel(logging.ERROR)
-    logging.getLogger("aiokafka").setLevel(logging.ERROR)
-    logging.getLogger("aiokafka.producer.sender").setLevel(logging.CRITICAL)  # tracebacks of what it raises anyway
-
-
 def run(
     main: Callable[[asyncio.Event], Awaitable[None]],
     new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    *,
+    worker: str = "",
+    logs: Style = "text",
 ) -> None:
     """Run `main(stop)` on an event loop of its own until it returns; SIGTERM and SIGINT set `stop`.
 
-    Any error that `main` raises ends the process (`die`).
+    Any error that `main` raises ends the process (`die`). worker, logs: what its log lines say, and how.
     """
 
     async def supervised() -> None:
@@ -123,7 +96,7 @@ def run(
         settle()
         await main(stop)
 
-    configure_logging()
+    configure(logs, worker)
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(supervised())

@@ -49,12 +49,14 @@ import faust
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import IllegalStateError
+from faust.serializers import codecs
 from faust.transport.drivers import aiokafka as driver
 from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import TP
 
-from embedding_store.errors import StoreError
+from embedding_store.errors import StoreError, UsageError
 from streams.app import die
+from streams.kafka_clients import Bootstrap, client_arguments
 
 log = logging.getLogger("headrace")
 
@@ -83,7 +85,7 @@ class Feed(Protocol):
 class Intake:
     """Where a feed's records come from, and how they are fetched."""
 
-    bootstrap: str
+    bootstrap: Bootstrap
     topic: str
     group: str
     member: str | None = None  # a name that outlives the process: started again, it has its partitions back at once
@@ -119,7 +121,7 @@ class BatchConsumerThread(driver.AIOKafkaConsumerThread):
         self._assignor = RoundRobinPartitionAssignor
         intake = self.app.intake
         return AIOKafkaConsumer(
-            bootstrap_servers=intake.bootstrap,
+            **client_arguments(intake.bootstrap),
             client_id=intake.group,
             group_id=intake.group,
             group_instance_id=intake.member,
@@ -232,10 +234,32 @@ class BatchTransport(driver.Transport):
     Consumer = BatchConsumer
 
 
+def _unpickles(codec: Any) -> bool:
+    nodes = codec.split("|") if isinstance(codec, str) else getattr(codec, "nodes", ())
+    names = [node if isinstance(node, str) else type(node).__name__ for node in nodes]
+    return any("pickle" in name.lower() for name in names)
+
+
+def _refuse_pickle(codec: Any, what: str) -> None:
+    if _unpickles(codec):
+        raise UsageError(f"{what} is pickle, which runs whatever code a record brings: use raw or json")
+
+
+def _forget_pickle() -> None:
+    """Faust knows codecs that unpickle, and takes more from packages that are installed; here they have no name.
+    Raises UsageError where something else was given such a codec under another name."""
+    codecs.get_codec("raw")  # Faust looks for those of packages when it is first asked
+    for name in [name for name in codecs.codecs if "pickle" in name]:
+        del codecs.codecs[name]
+    for name, codec in codecs.codecs.items():
+        _refuse_pickle(codec, f"Faust's codec {name}")
+
+
 class BatchApp(faust.App):
     """A Faust app with an agent that takes whole batches of one topic for a feed; others are added before `start`."""
 
     def __init__(self, intake: Intake, feed: Feed) -> None:
+        _forget_pickle()
         self.intake, self.feed = intake, feed
         self.opened: set[int] = set()
         super().__init__(
@@ -257,6 +281,12 @@ class BatchApp(faust.App):
         )
         self.transport = BatchTransport(self.conf.broker_consumer, self)
         self.agent(self.topic(intake.topic, value_serializer="raw", key_serializer="raw"), name="batches")(self._take)
+
+    def topic(self, *topics: str, **options: Any) -> Any:
+        """As of faust.App. Raises UsageError where its records would be unpickled."""
+        for name in ("key_serializer", "value_serializer"):
+            _refuse_pickle(options.get(name), f"{name} of {', '.join(map(str, topics))}")
+        return super().topic(*topics, **options)
 
     async def _take(self, stream: Any) -> None:
         async for records in stream:

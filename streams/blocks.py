@@ -6,6 +6,7 @@ are packed with zstd: the rows of an impression share their history and much els
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ import pyarrow as pa
 from embedding_store.errors import CorruptRecord
 from online_model.examples import COLUMNS, Block, Counts, Examples
 from online_model.history import HISTORY_BYTES
+from streams.block_sizes import check_sizes
 
 FORMAT = 3  # of what is written; others are refused
 
@@ -72,6 +74,7 @@ def rows_of_batch(batch: pa.RecordBatch) -> Examples:
 def decode_block(raw: bytes) -> Block:
     """The block in a record's value, its columns read-only. CorruptRecord on what `encode_block` has not made."""
     try:
+        check_sizes(raw)
         source = pa.BufferReader(raw)
         rows = pa.ipc.open_stream(source)
         metadata = (rows.schema.metadata or {}).get(_HEADER)
@@ -82,12 +85,25 @@ def decode_block(raw: bytes) -> Block:
             raise CorruptRecord(_message("it has other columns"))
         examples = Examples(*_read(rows, list(COLUMNS)))
         users, histories = _read(pa.ipc.open_stream(source), ["user", "history"])
-    except (pa.ArrowException, ValueError, OSError, KeyError) as error:  # a bent name is no UTF-8: ValueError
+    # A bent name is no UTF-8: ValueError. A bent place lies outside: struct.error.
+    except (pa.ArrowException, ValueError, OSError, KeyError, struct.error) as error:
         raise CorruptRecord(_message(" ".join(str(error).split()))) from error
     return Block(
         header.partition, header.from_offset, header.to_offset, header.handled, header.watermark,
         header.counts, examples, users, histories, header.set_aside,
     )  # fmt: skip
+
+
+def handled_in(raw: bytes) -> int:
+    """Of the block in a record's value only how far it has come: all records of `events` below this offset have had
+    their effect. Its rows are not looked at. CorruptRecord on what `encode_block` has not made."""
+    try:
+        metadata = (pa.ipc.open_stream(pa.BufferReader(raw)).schema.metadata or {}).get(_HEADER)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise CorruptRecord(_message(" ".join(str(error).split()))) from error
+    if metadata is None:
+        raise CorruptRecord(_message("it has no block header"))
+    return _header(metadata).handled
 
 
 def _header(metadata: bytes) -> _Header:

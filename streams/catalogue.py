@@ -12,6 +12,7 @@ from embedding_store.ids import feature_id
 from online_model.catalogue import CatalogueItem
 from online_model.features import TITLE_WORDS, words_of
 from streams.events import Item, Rejected, decode_item
+from streams.kafka_clients import Bootstrap, client_arguments
 
 log = logging.getLogger("headrace")
 CHUNK = 5_000  # items
@@ -20,11 +21,11 @@ CHUNK = 5_000  # items
 class Catalogue:
     """The topic of items, read from its beginning: compacted, it has the last record of each item."""
 
-    def __init__(self, bootstrap: str, topic: str) -> None:
+    def __init__(self, bootstrap: Bootstrap, topic: str) -> None:
         self._partition = TopicPartition(topic, 0)
         self._end = 0
         self._kafka = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
+            **client_arguments(bootstrap), enable_auto_commit=False, auto_offset_reset="earliest"
         )
 
     async def start(self) -> None:

@@ -158,6 +158,7 @@ class Item(Struct, kw_only=True, frozen=True, tag_field="kind", tag="item", gc=F
 
 Action: TypeAlias = Click | Cart | Favourite | Watch | Purchase | Refund
 Event: TypeAlias = Impression | Action | Forget | Tick
+KINDS: dict[type, str] = {kind: str(kind.__struct_config__.tag) for kind in get_args(Event)}
 
 
 def decode(raw: bytes | None) -> Event:

@@ -12,7 +12,8 @@ moment in which what is missing may still come:
 
 So it does not matter what was wrong: a version lost, damaged, out of order, made up, or a trainer that went back or
 became another one. Not guaranteed: that a version that is well-formed, names the version held as its base, and has the
-same settings, comes from the trainer. Whoever can write into the topic can do that.
+same settings, comes from the trainer: whoever can write into the topic can do that, unless [signing] is set. Then
+what is not signed as what it says it is counts for nothing, and is counted (signing.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client import Counter
 
 from embedding_store.delta import Assembler, Version
-from embedding_store.errors import BrokerError, CorruptRecord, StoreError
+from embedding_store.errors import BrokerError, CorruptRecord, Forged, StoreError
 from embedding_store.snapshot import Request, place_of, read_snapshot, snapshots
 from online_model.features import FeatureSettings
 from online_model.ranker import RankerSettings
@@ -39,6 +40,8 @@ from online_model.serving.live import LiveUsers
 from online_model.serving.replica import Replica, ReplicaSettings, wall_clock_ms
 from online_model.settings import Feedback
 from streams.early import Early, Place, place
+from streams.kafka_clients import client_arguments
+from streams.published import require_signed
 from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
@@ -48,6 +51,8 @@ EARLY_BYTES = 64 << 20  # of versions that wait for what is missing before them
 GRACE_SECONDS = 0.3  # in which that may still come by itself
 LOOK_SECONDS = 0.2  # for the snapshot, while one is waited for
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 2.0, 30.0  # between two requests for one
+QUIET_SECONDS = 1.0  # between two lines on what is forged
+REASONS = ("damaged", "unsigned", "forged", "replayed")  # the last: it was there already, sent again by whoever
 POLL_SECONDS = 1.0  # for versions, where nothing is missing
 
 
@@ -76,6 +81,9 @@ class Follower:
         self._model: dict[str, Any] = {}  # settings of the trainer whose versions are held
         self._wrong, self._wrong_since, self._wrong_when = "", 0.0, 0  # why it is behind; monotonic seconds; as `when`
         self._starting = "starting: the newest snapshot is being loaded"  # until it has caught up
+        self._signer = settings.signing.signer(self._partition.topic)
+        self._said = -QUIET_SECONDS  # monotonic seconds: that something forged was refused
+        self._old = 0  # offset below which there may be versions that are held: what is read again, or in a snapshot
         self._end = 0  # offset at which the topic ended at the start
         self._request = Request(self._folder)
         self._asked_at, self._asked_when, self._asked_held = 0.0, 0, (0, -1)  # monotonic seconds; as `when`; held then
@@ -88,12 +96,18 @@ class Follower:
         self._refused = Counter(
             "headrace_replica_records_refused", "Corrupt records of `parameters`", registry=holder.metrics.registry
         )
+        self._refusals = Counter(
+            "headrace_replica_refused", "Parts of versions, and snapshots, that were not taken", ["reason"],
+            registry=holder.metrics.registry,
+        )  # fmt: skip
+        for reason in REASONS:
+            self._refusals.labels(reason)
         self._requests = Counter(
             "headrace_replica_snapshots_asked", "Times that the trainer was asked for a snapshot",
             registry=holder.metrics.registry,
         )  # fmt: skip
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap,
+            **client_arguments(settings.connection),
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="earliest",  # where what is next was deleted, the replica will see a gap
@@ -108,7 +122,7 @@ class Follower:
             await self._consumer.start()
             try:
                 self._consumer.assign([self._partition])
-                self._end = (await self._consumer.end_offsets([self._partition]))[self._partition]
+                self._end = self._old = await self._topic_end()
                 if not await self._load_newest(lead=False):
                     self._note("no version yet, and no snapshot: is the trainer running?")
                 while True:
@@ -135,7 +149,14 @@ class Follower:
 
     async def _take(self, record: ConsumerRecord) -> None:
         try:
+            require_signed(record, self._signer)
             version = self._assembler.add(record.value)
+        except Forged as error:  # not of the trainer: nothing of what it sends is missing
+            self._count(error)
+            if time.monotonic() >= self._said + QUIET_SECONDS:  # whoever sends them is not to fill the log
+                self._said = time.monotonic()
+                log.error("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
+            return
         except CorruptRecord as error:  # what it was part of may be missing now, or may have come all the same
             self._refuse(f"the record at offset {record.offset} of {record.topic}", error)
             return
@@ -143,6 +164,9 @@ class Follower:
             return
         if not self._empty and place(version) <= self._held:
             self._look_askance(version)
+            if record.offset >= self._old:
+                self._refusals.labels("replayed").inc()
+                log.warning("left out version %s at offset %s: it is there already", _name(version), record.offset)
             return
         self._early.add(version, self._when)
         await self._advance()
@@ -171,7 +195,8 @@ class Follower:
             self._note("a version is missing: a snapshot that leads past it is waited for")
             base = "nothing" if first.base is None else "{}.{}".format(*first.base)
             held = "none" if self._empty else "{}.{}".format(*self._held)
-            log.warning("version %s goes on from %s, this replica holds %s", _name(first), base, held)
+            of = _fields(place(first))
+            log.warning("version %s goes on from %s, this replica holds %s", _name(first), base, held, extra=of)
 
     def _same_model(self, version: Version) -> bool:
         """Settings change with an epoch only; those that answers are made with need another replica even then."""
@@ -196,7 +221,11 @@ class Follower:
     def _refuse(self, what: str, error: CorruptRecord) -> None:
         log.error("refused %s: %s", what, error)
         self._refused.inc()
+        self._count(error)
         self._note("a damaged version was refused: the next one, or a snapshot, is waited for")
+
+    def _count(self, error: CorruptRecord) -> None:
+        self._refusals.labels(error.reason).inc()
 
     def _note(self, wrong: str) -> None:
         """Something may be missing, as of now."""
@@ -264,17 +293,20 @@ class Follower:
             if not anything and (at <= self._held or (lead and len(self._early) and not self._early.leads_from(at))):
                 continue
             try:
-                version = await asyncio.to_thread(read_snapshot, path)
+                version = await asyncio.to_thread(read_snapshot, path, self._signer)
                 replica = await asyncio.to_thread(_replica_of, version, self._settings, self._live, self._clock)
                 await asyncio.to_thread(replica.prepare)
             except (StoreError, CorruptRecord) as error:  # damaged, or just replaced by a newer one
                 log.error("%s", error)
+                if isinstance(error, CorruptRecord):
+                    self._count(error)
                 self._damaged.add(path)
                 continue
             self._holder.swap(replica)
             self._snapshot, self._model = path, version.info["settings"]
+            self._old = await self._topic_end()
             self._say()
-            log.info("serving snapshot %s", path.name)
+            log.info("serving snapshot %s", path.name, extra=_fields(at))
             if anything or (self._early.after(at) is None and self._early.lost > at):
                 await self._read_from(version.created_ms - CLOCK_MARGIN_MS)
             return True
@@ -284,9 +316,13 @@ class Follower:
         """Go on with the first record that the broker has got since, and what is there already is left out."""
         self._assembler, self._early = Assembler(), Early(EARLY_BYTES)
         # The end as it was before anybody looked for a younger record: one that comes meanwhile is behind it.
-        end = (await self._consumer.end_offsets([self._partition]))[self._partition]
+        end = await self._topic_end()
         found = (await self._consumer.offsets_for_times({self._partition: max(0, time_ms)}))[self._partition]
         self._consumer.seek(self._partition, end if found is None else found.offset)
+
+    async def _topic_end(self) -> int:
+        """The offset that the next record gets."""
+        return (await self._consumer.end_offsets([self._partition]))[self._partition]
 
     # --- what it says -------------------------------------------------------------------------------------------
 
@@ -310,7 +346,7 @@ class Follower:
         if at >= self._end and not self._wrong:
             self._starting = ""
             self.caught_up.set()
-            log.info("caught up at version %s.%s", *self._held)
+            log.info("caught up at version %s.%s", *self._held, extra=_fields(self._held))
         self._say()
 
 
@@ -336,6 +372,11 @@ def _served(model: dict[str, Any]) -> tuple[Any, ...]:
     """What of a trainer's settings a replica is made of."""
     features = model.get("features")
     return features.get("dim") if isinstance(features, dict) else None, model.get("ranker"), model.get("feedback")
+
+
+def _fields(of: Place) -> dict[str, int]:
+    """Of a log line that is about a version."""
+    return {"epoch": of[0], "sequence": of[1]}
 
 
 def _name(version: Version) -> str:

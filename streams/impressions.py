@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from online_model.serving.api import Ranked, Ranking, RankRequest, Recommendation, RecommendRequest, Shown
 from streams.events import Impression, encode
+from streams.kafka_clients import client_arguments
 from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
@@ -62,7 +63,7 @@ class ImpressionLog:
     """Sends impressions, keyed by user as all producers of events do. `served` is for requests, `run` a task."""
 
     def __init__(self, settings: ServeWorkerSettings, registry: CollectorRegistry) -> None:
-        self._bootstrap, self._topic = settings.bootstrap, settings.topics.events
+        self._connection, self._topic = settings.connection, settings.topics.events
         self._queue: deque[Impression] = deque()
         self._more = asyncio.Event()
         self._flying: set[Future] = set()
@@ -102,14 +103,14 @@ class ImpressionLog:
         while True:
             # Not idempotent: what is sent twice has one event_id, and the joiner takes it once.
             producer = AIOKafkaProducer(
-                bootstrap_servers=self._bootstrap, acks="all", linger_ms=LINGER_MS, request_timeout_ms=TIMEOUT_MS
+                **client_arguments(self._connection), acks="all", linger_ms=LINGER_MS, request_timeout_ms=TIMEOUT_MS
             )
             connected = False
             try:
                 await producer.start()
                 connected = True
             except KafkaError as error:
-                log.warning("impressions wait: no connection to Kafka at %s (%s)", self._bootstrap, error)
+                log.warning("impressions wait: no connection to Kafka at %s (%s)", self._connection, error)
             finally:
                 if not connected:
                     await _let_go(producer)

@@ -35,7 +35,7 @@ class LaneSnapshots:
     def __init__(self, settings: JoinWorkerSettings, partition: int, path: Path) -> None:
         self._settings, self._where, self.path = settings, f"partition {partition}", path
         folder = f"{settings.snapshots.rstrip('/')}/{settings.topics.prefix}join/{partition}"
-        self._copies = Copies(folder)
+        self._copies = Copies(folder, settings.signing.signer(settings.topics.events))
         self._about = {
             "topic": settings.topics.events,
             "partition": partition,

@@ -44,10 +44,15 @@ from streams import app, batches, events
 from streams.backfill import Backfill
 from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
+from streams.ends import Ends
+from streams.health import Progress, kafka_away
 from streams.join_snapshots import LaneSnapshots
+from streams.join_state import NEVER
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
-from streams.metrics import JoinMetrics, serve_metrics
+from streams.kafka_clients import client_arguments
+from streams.listener import serve_metrics
+from streams.metrics import JoinMetrics, LaneFigures, tell_process
 from streams.outlet import Message, Outlet
 from streams.settings import JoinWorkerSettings
 
@@ -66,13 +71,14 @@ COMMIT_SHARE = 0.03  # … of a core's time for a partition: where slices take l
 TICK_SECONDS = 0.2  # without a record, while events are held
 SLOW_TICK_SECONDS = 1.0  # while only timers can fire
 OUTAGE_SECONDS = 120.0  # so long Kafka may be away
+STUCK_SECONDS = 30.0  # a partition whose records wait for so long without a commit is not well
 RETRY_SECONDS = 0.5  # between two attempts to reach it
 MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafka takes 4 KB there
 
 
 def run_join(settings: JoinWorkerSettings) -> None:
     """Join in the foreground until SIGTERM or SIGINT. Fatal errors end the process with exit 1 and one line."""
-    app.run(lambda stop: _join(settings, stop))
+    app.run(lambda stop: _join(settings, stop), worker="join", logs=settings.logs)
 
 
 async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
@@ -80,7 +86,7 @@ async def _join(settings: JoinWorkerSettings, stop: asyncio.Event) -> None:
     await worker.start()
     try:
         intake = batches.Intake(
-            bootstrap=settings.bootstrap,
+            bootstrap=settings.connection,
             topic=settings.topics.events,
             group=worker.group,
             member=app.member_name("join", settings.data_dir / "join"),
@@ -97,6 +103,9 @@ class Lane:
         self.partition = partition
         self.next_offset = 0  # all below has been committed and published
         self.counts = Counts()  # as of there
+        self.watermark, self.open_impressions = NEVER, 0  # too
+        self.progress = Progress()
+        self._log = logging.LoggerAdapter(log, {"partition": partition})
         self.expected = 0  # all below has been committed, or waits here
         self._sent = 0  # all below has been published before; more than `next_offset` after a power cut
         self._last_record = self._last_event = time.monotonic()
@@ -137,7 +146,7 @@ class Lane:
             await self._skip_backlog()
         self.expected = self.next_offset
         self._joiner = Joiner(self._settings.join, self.partition, self.next_offset, self._store.state())
-        self.counts = replace(self._joiner.counts)
+        self._note(replace(self._joiner.counts))
         self._running = asyncio.create_task(self._run())
         self._running.add_done_callback(app.fail_loudly)
 
@@ -161,6 +170,7 @@ class Lane:
             async with self._changed:
                 await self._changed.wait_for(self._has_room)
                 self._waiting.extend(fresh)
+                self.progress.wanted()
                 self._waiting_bytes += sum(len(record.value or b"") for record in fresh)
                 self._changed.notify_all()
         return None
@@ -209,9 +219,9 @@ class Lane:
                 copy = await asyncio.to_thread(snapshots.copy, self._store)
             self._snapshot_at = at
             await asyncio.to_thread(snapshots.send, copy, at, self._worker.is_stopping)
-            log.info("partition %s: snapshot at %s", self.partition, at)
+            self._log.info("partition %s: snapshot at %s", self.partition, at)
         except StoreError as error:
-            log.error("partition %s: no snapshot: %s", self.partition, error)
+            self._log.error("partition %s: no snapshot: %s", self.partition, error)
 
     async def purge_if_due(self) -> None:
         """Rewrites the store's files, if users were forgotten, while slices go on."""
@@ -222,12 +232,12 @@ class Lane:
         self._purging = asyncio.create_task(asyncio.to_thread(self._store.purge, lambda: self._closing))
         try:
             if await self._purging:
-                log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
+                self._log.info("partition %s: what was known of forgotten users has left the disk", self.partition)
         except StoreError as error:
-            log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
+            self._log.error("partition %s: forgotten users are still on the disk: %s", self.partition, error)
 
     def _new_outlet(self) -> Outlet:
-        return Outlet(self._settings.bootstrap, f"{self._worker.group}-{self.partition}")
+        return Outlet(self._settings.connection, f"{self._worker.group}-{self.partition}")
 
     async def _open_store(self) -> JoinStore:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +285,7 @@ class Lane:
         self._store.close()
         await asyncio.to_thread(states.put_in_place, fetched)
         self._store = self._store_here()
-        log.info("%s: going on from the backfill at %s", where, at)
+        self._log.info("%s: going on from the backfill at %s", where, at)
 
     async def _restore(self) -> None:
         """Where the store is behind what was published, or beside it: the newest snapshot that is further."""
@@ -314,7 +324,7 @@ class Lane:
         if group_offset is None or (stored is not None and stored >= group_offset):
             assert stored is not None
             if stored != group_offset:
-                log.info("%s: sending again what was committed up to %s", where, stored)
+                self._log.info("%s: sending again what was committed up to %s", where, stored)
                 outbox = self._store.outbox()
                 await self._publish(outbox, _block_in(outbox))
             return stored
@@ -327,7 +337,7 @@ class Lane:
                 f"worker with the data directory of its last owner, or with another topic prefix; raise retention.ms "
                 f"of {self._settings.topics.events}"
             )
-        log.warning("%s: the store has nothing from %s to %s: joining it again", where, start, group_offset)
+        self._log.warning("%s: the store has nothing from %s to %s: joining it again", where, start, group_offset)
         self._sent = group_offset
         return start
 
@@ -336,7 +346,7 @@ class Lane:
         oldest_ms = time.time_ns() // 1_000_000 - int(self._settings.newest_after_s * 1000)
         start, end = max(self.next_offset, self._sent), await self._worker.offset_at(self.partition, oldest_ms)
         if end > start:
-            log.warning("partition %s: the backlog from %s to %s is set aside", self.partition, start, end)
+            self._log.warning("partition %s: the backlog from %s to %s is set aside", self.partition, start, end)
             self._gap_end = end
 
     async def _run(self) -> None:
@@ -360,6 +370,7 @@ class Lane:
             began = time.monotonic()
             async with self._between_slices:
                 seconds = await self._advance(records, aside)
+            self.progress.made(more=bool(self._waiting))
             not_before = began + min(max(COMMIT_SECONDS, seconds / COMMIT_SHARE), COMMIT_SECONDS_BUSY)
 
     def _next_slice(self) -> tuple[list[ConsumerRecord], bool]:
@@ -391,16 +402,24 @@ class Lane:
                 await self._publish(outbox, joined.block)
             for letter in joined.dead:
                 metrics.rejected.labels(letter.reason).inc()
+            metrics.joined(joined.kinds)
         if joined.block.counts.events_in > self.counts.events_in:
             self._last_event = time.monotonic()
         self._held = joined.block.handled < joined.block.to_offset
-        self.next_offset, self.counts = joined.block.to_offset, joined.block.counts
+        self.next_offset = joined.block.to_offset
+        self._note(joined.block.counts)
         metrics.age.observe(max(0.0, time.time() - records[-1].timestamp / 1000))
         if len(block) > BLOCK_BYTES // 2:
             self._slice = max(1, self._slice // 2)
         elif len(block) < BLOCK_BYTES // 8:
             self._slice = min(MAX_SLICE, self._slice * 2)
         return seconds
+
+    def _note(self, counts: Counts) -> None:
+        """Where the joiner is, for those who ask between its slices."""
+        numbers = self._joiner.open.numbers
+        self.counts, self.watermark = counts, self._joiner.watermark
+        self.open_impressions = numbers.next - numbers.first
 
     async def _publish(self, outbox: list[bytes | DeadLetter], block: Block) -> None:
         """The outbox (of this block), the group's offset and what was set aside, in one transaction.
@@ -436,13 +455,13 @@ class Lane:
                 if time.monotonic() > give_up or self._closing:
                     raise
                 if not in_doubt:
-                    log.warning("partition %s: %s; trying again", self.partition, error)
+                    self._log.warning("partition %s: %s; trying again", self.partition, error)
             in_doubt = True
             await self._outlet.stop()
             self._outlet = self._new_outlet()
             await asyncio.sleep(RETRY_SECONDS)
         if in_doubt:
-            log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
+            self._log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
         self._group_offset, self._aside = to_offset, aside[-MAX_RANGES:]
 
     def _has_room(self) -> bool:
@@ -459,20 +478,22 @@ class JoinWorker:
         self.store_group = f"{self.group}.store"
         self.lanes: dict[int, Lane] = {}
         self._kafka = AIOKafkaConsumer(
-            bootstrap_servers=settings.bootstrap, group_id=self.store_group, enable_auto_commit=False
+            **client_arguments(settings.connection), group_id=self.store_group, enable_auto_commit=False
         )
-        self._ticks = AIOKafkaProducer(bootstrap_servers=settings.bootstrap, acks="all", linger_ms=0)
-        self._admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap)
+        self._ticks = AIOKafkaProducer(**client_arguments(settings.connection), acks="all", linger_ms=0)
+        self._admin = AIOKafkaAdminClient(**client_arguments(settings.connection))
         self._tasks: list[asyncio.Task] = []
         self._stopping = False
         self.backfill = Backfill(settings.backfill) if settings.backfill else None
         if self.backfill is not None:
             self.backfill.check(settings.topics, settings.join)
-        self.metrics = JoinMetrics(lambda: {p: (lane.counts, lane.next_offset) for p, lane in list(self.lanes.items())})
+        self._ends = Ends(settings.connection, settings.topics.events, settings.topics.partitions)
+        self.metrics = JoinMetrics(self._figures)
+        tell_process(self.metrics.registry, settings.data_dir)
 
     async def start(self) -> None:
         """Connect. Raises BrokerError, UsageError."""
-        serve_metrics(self.metrics.registry, self.settings.metrics_port)
+        serve_metrics(self.metrics.registry, self.settings.metrics_port, self.unwell, self.settings.http)
         try:
             await self._kafka.start()
             await self._admin.start()
@@ -484,9 +505,25 @@ class JoinWorker:
             ) from error
         if self.settings.ticks == "live":
             self._tasks.append(asyncio.create_task(self._tick()))
-        self._tasks.append(asyncio.create_task(self._look_after()))
+        self._tasks += [asyncio.create_task(self._look_after()), asyncio.create_task(self._ends.run())]
         for task in self._tasks:
             task.add_done_callback(app.fail_loudly)
+
+    def unwell(self) -> str:
+        """Why this worker is not well, "" where it is. For any thread."""
+        for partition, lane in sorted(list(self.lanes.items())):
+            if (stuck_s := lane.progress.stuck_s) > STUCK_SECONDS:
+                return f"partition {partition}: records wait, and none was joined for {stuck_s:.0f} s"
+        return kafka_away(self._ends.away_s)
+
+    def _figures(self) -> dict[int, LaneFigures]:
+        return {
+            p: LaneFigures(
+                lane.counts, lane.next_offset, self._ends.behind(p, lane.next_offset),
+                None if lane.watermark == NEVER else lane.watermark, lane.open_impressions,
+            )
+            for p, lane in list(self.lanes.items())
+        }  # fmt: skip
 
     def is_stopping(self) -> bool:
         return self._stopping

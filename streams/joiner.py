@@ -6,8 +6,9 @@ tests/streams/reference_joiner.py is the same in plain dictionaries.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
 from typing import Annotated, NamedTuple
@@ -99,6 +100,7 @@ class Joined:
     block: Block
     dead: list[DeadLetter]  # for `events.dead`
     changes: Changes
+    kinds: Counter[type] = field(default_factory=Counter)  # of the records; `Rejected` too
 
 
 class Joiner:
@@ -161,7 +163,7 @@ class Joiner:
             histories=as_array([self._pushed[user].latest() for user in users]),
             set_aside=set_aside,
         )
-        return Joined(block, self._dead, self._changes)
+        return Joined(block, self._dead, self._changes, self._kinds)
 
     def trim(self, examples: int) -> None:
         """Puts open examples aside until at most so many are in memory: what `process` changed last is in the store."""
@@ -172,12 +174,14 @@ class Joiner:
     def _begin(self) -> None:
         self._rows = Rows(self.settings.unclicked_of)
         self._dead: list[DeadLetter] = []
+        self._kinds: Counter[type] = Counter()
         self._pushed: dict[int, UserHistory] = {}
         self._changes = Changes(self.next_offset, replace(self.open.numbers), self.open.numbers, self._forgotten)
 
     def _take_all(self, records: list[Record], set_aside: bool) -> None:
         """Rules 1 to 5 for each record."""
         events = decode_many([record.value for record in records])
+        self._kinds.update(map(type, events))
         # What the store must be asked for, it is asked for at once.
         named = [event for event in events if not isinstance(event, (Rejected, Tick))]
         found = self._seen.find([str(event.event_id) for event in named], self.watermark)

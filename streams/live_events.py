@@ -23,6 +23,7 @@ from online_model.serving.holder import Holder
 from online_model.serving.live import FORGET, LiveUsers, Mark, Marks
 from streams.events import Click, Forget, Impression, Refund, Rejected, Tick, decode_many
 from streams.joiner import KIND, Record, item_id
+from streams.kafka_clients import client_arguments
 from streams.settings import ServeWorkerSettings
 
 log = logging.getLogger("headrace")
@@ -63,8 +64,8 @@ class LiveEvents:
         await first_version(self._holder, self._caught_up)
         topic = self._settings.topics.events
         consumer = AIOKafkaConsumer(
-            topic, bootstrap_servers=self._settings.bootstrap, enable_auto_commit=False, auto_offset_reset="earliest",
-            fetch_max_wait_ms=500, max_partition_fetch_bytes=BATCH_BYTES,
+            topic, **client_arguments(self._settings.connection), enable_auto_commit=False,
+            auto_offset_reset="earliest", fetch_max_wait_ms=500, max_partition_fetch_bytes=BATCH_BYTES,
         )  # fmt: skip
         try:
             await consumer.start()

@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
 
 from embedding_store.errors import BrokerError, FencedError
+from streams.kafka_clients import Bootstrap, client_arguments
 
 BATCH_BYTES = 900_000  # Kafka's limit on a record is one on a batch of them: 1 MiB
 MAX_MESSAGE_BYTES = 16 << 20  # a message larger than a batch goes alone, as far as its topic allows
@@ -28,10 +29,10 @@ class Message(NamedTuple):
 class Outlet:
     """A producer with a transactional id of its own. Only the newest one of an id can write; it is not for sharing."""
 
-    def __init__(self, bootstrap: str, transactional_id: str) -> None:
+    def __init__(self, bootstrap: Bootstrap, transactional_id: str) -> None:
         self.id = transactional_id
         self._producer = AIOKafkaProducer(
-            bootstrap_servers=bootstrap,
+            **client_arguments(bootstrap),
             transactional_id=transactional_id,
             linger_ms=0,
             retry_backoff_ms=20,

@@ -1,25 +1,32 @@
-"""What is in the topic `parameters`: which version was published last."""
+"""What is in the topic `parameters`: which version was published last, and whether it is of the trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
 from embedding_store.delta import place_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
+from embedding_store.signing import HEADER, Signer
+from streams.kafka_clients import Bootstrap, client_arguments
+from streams.outlet import Message
 
 SILENCE_SECONDS = 30.0  # so long the broker may not answer
+VERSION = "version"  # what a signature says that it is of; epoch, sequence and part are in the bytes
 LOOK_BACK = 20  # offsets, to find the last version
 
 
-async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
-    """(epoch, sequence) of the last version in `parameters`; None: there is none. Raises BrokerError."""
+async def newest_version(bootstrap: Bootstrap, topic: str, signer: Signer | None = None) -> tuple[int, int] | None:
+    """(epoch, sequence) of the last version in `parameters`; None: there is none. Raises BrokerError.
+
+    `signer`: of those that it signed. Others could lead the trainer's epoch anywhere.
+    """
     partition = TopicPartition(topic, 0)
     consumer = AIOKafkaConsumer(
-        bootstrap_servers=bootstrap, enable_auto_commit=False, isolation_level="read_committed",
+        **client_arguments(bootstrap), enable_auto_commit=False, isolation_level="read_committed",
         max_partition_fetch_bytes=16 << 20,
     )  # fmt: skip
     try:
@@ -39,9 +46,22 @@ async def newest_version(bootstrap: str, topic: str) -> tuple[int, int] | None:
                     raise BrokerError(f"cannot read {topic}, no answer: is the broker up? `headrace broker status`")
                 for record in records:
                     with contextlib.suppress(CorruptRecord):
+                        require_signed(record, signer)
                         newest = place_of_part(record.value)
         return newest
     except KafkaError as error:
         raise BrokerError(f"cannot read {topic} ({error}): is the broker up? `headrace broker status`") from error
     finally:
         await consumer.stop()
+
+
+def signed(part: bytes, topic: str, signer: Signer | None) -> Message:
+    """The record to send of a part of a version."""
+    headers = [] if signer is None else [(HEADER, signer.sign(VERSION, part))]
+    return Message(topic, part, partition=0, headers=headers)
+
+
+def require_signed(record: ConsumerRecord, signer: Signer | None) -> None:
+    """Raises Forged unless the record is a part of a version that the trainer signed, or no key is set."""
+    if signer is not None:
+        signer.check(dict(record.headers).get(HEADER), VERSION, record.value or b"")

@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from online_model.serving.settings import ReplicaSettings
+from embedding_store.signing import Signer, SigningSettings
+from online_model.serving.settings import HttpSettings, ReplicaSettings
 from online_model.settings import TrainerSettings
 from streams.joiner import JoinSettings
+from streams.kafka_clients import Connection, KafkaSettings
+from streams.logs import Style
 from streams.topics import TopicSettings
 
 LARGEST_BATCHES = 4  # times `batch_size`: rows that a train worker learns at once at most, where many wait
@@ -27,8 +30,12 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
 
     bootstrap: str
     data_dir: Path
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     join: JoinSettings = JoinSettings()
+    http: HttpSettings = HttpSettings()
     ticks: Annotated[
         Literal["live", "log"], Meta(description="live: idle partitions get the wall clock; log: time is in the log")
     ] = "live"
@@ -50,7 +57,12 @@ class JoinWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_field
         float, Meta(gt=0, description="so long after a user was forgotten the files are rewritten without them")
     ] = 600.0
     backfill: Begin = ""
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
+
+    @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)
 
 
 class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -58,8 +70,12 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
+    logs: Style = "text"
     topics: TopicSettings = TopicSettings()
     model: TrainerSettings = TrainerSettings()
+    http: HttpSettings = HttpSettings()
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU, if there is one")] = "auto"
     threads: Annotated[int, Meta(ge=1, le=256, description="of torch; the last bits of the results depend on it")] = 1
     ranks: Annotated[
@@ -80,7 +96,17 @@ class TrainWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     checkpoints_kept: Annotated[int, Meta(ge=1)] = 3
     backfill: Begin = ""
     sync: Sync = False
-    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics on 127.0.0.1; 0: none")] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=65_535, description="/metrics; 0: none")] = 0
+
+    @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)
+
+    @property
+    def signer(self) -> Signer | None:
+        """Of versions, snapshots and kept checkpoints. Raises UsageError where the keys cannot be read."""
+        return self.signing.signer(self.topics.parameters)
 
     @property
     def store(self) -> Path:
@@ -99,9 +125,17 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     bootstrap: str
     data_dir: Path
+    logs: Style = "text"
+    kafka: KafkaSettings = KafkaSettings()
+    signing: SigningSettings = SigningSettings()
     topics: TopicSettings = TopicSettings()
     serve: ReplicaSettings = ReplicaSettings()
-    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port on 127.0.0.1; 0: any free one")] = 8080
+    http: HttpSettings = HttpSettings()
+    port: Annotated[int, Meta(ge=0, le=65_535, description="HTTP port; 0: any free one")] = 8080
+    admin_port: Annotated[
+        int, Meta(ge=0, le=65_535, description="/metrics and /docs are here and not on `port`; 0: they are there")
+    ] = 0
+    access_log: Annotated[bool, Meta(description="a log line for each request")] = False
     live_actions: Annotated[
         int, Meta(ge=0, description="actions of users kept in memory until their rows hold them; 0: none")
     ] = 100_000
@@ -112,3 +146,8 @@ class ServeWorkerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     shadow_share: Annotated[float, Meta(ge=0, le=1, description="of the requests")] = 1.0
     disorder_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 250
     future_ms: Annotated[int, Meta(ge=0, description="as in [join]: set it there only")] = 60_000
+
+    @property
+    def connection(self) -> Connection:
+        """Where Kafka is, and how it is reached."""
+        return Connection(self.bootstrap, self.kafka)

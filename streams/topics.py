@@ -21,6 +21,7 @@ from kafka.errors import KafkaError, for_code
 
 from embedding_store.errors import BrokerError, UsageError
 from streams.events import MAX_EVENT_BYTES
+from streams.kafka_clients import Bootstrap, NotKafka, client_arguments, knock, servers
 from streams.outlet import MAX_MESSAGE_BYTES
 
 PURCHASE_WINDOW_MS = 3 * 24 * 3_600_000
@@ -95,7 +96,7 @@ class _Topic:
 
 
 def create_topics(
-    bootstrap: str,
+    bootstrap: Bootstrap,
     settings: TopicSettings,
     *,
     purchase_window_ms: int = PURCHASE_WINDOW_MS,
@@ -133,7 +134,7 @@ def create_topics(
 
 
 def check_topics(
-    bootstrap: str,
+    bootstrap: Bootstrap,
     settings: TopicSettings,
     *,
     purchase_window_ms: int = PURCHASE_WINDOW_MS,
@@ -150,7 +151,7 @@ def check_topics(
         _check(admin, bootstrap, _topics(settings, purchase_window_ms, snapshot_interval_ms, join_interval_ms))
 
 
-def delete_topics(bootstrap: str, settings: TopicSettings) -> None:
+def delete_topics(bootstrap: Bootstrap, settings: TopicSettings) -> None:
     """Delete those of the topics that exist. Raises BrokerError when Kafka cannot be reached or refuses."""
     with _admin(bootstrap) as admin:
         names = [topic["name"] for topic in _described(admin, [topic.name for topic in _topics(settings, 0, 0, 0)])]
@@ -160,7 +161,7 @@ def delete_topics(bootstrap: str, settings: TopicSettings) -> None:
                     raise _refused(bootstrap, f"topic {answer['name']}", answer["error_code"], answer["error_message"])
 
 
-def end_offsets(bootstrap: str, topic: str) -> dict[int, int]:
+def end_offsets(bootstrap: Bootstrap, topic: str) -> dict[int, int]:
     """partition → the offset that the next record gets. Markers of transactions count: offsets may have gaps.
 
     Raises BrokerError when Kafka cannot be reached or has no such topic.
@@ -174,7 +175,7 @@ def end_offsets(bootstrap: str, topic: str) -> dict[int, int]:
         return {partition.partition: found[partition].offset for partition in sorted(partitions)}
 
 
-def overview(bootstrap: str, settings: TopicSettings) -> dict[str, dict[str, Any]]:
+def overview(bootstrap: Bootstrap, settings: TopicSettings) -> dict[str, dict[str, Any]]:
     """JSON-ready, of those of the topics that exist: partitions, configs that are set, ends, the newest stamp.
 
     `newest_ms`, UTC, is None where there is no record. Raises BrokerError when Kafka cannot be reached.
@@ -200,23 +201,28 @@ def overview(bootstrap: str, settings: TopicSettings) -> dict[str, dict[str, Any
         return found
 
 
-def wait_for_broker(bootstrap: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-    """Return as soon as one of the brokers in `bootstrap` ("HOST:PORT" or several, with commas) takes connections.
+def wait_for_broker(bootstrap: Bootstrap, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    """Return as soon as one of the brokers in `bootstrap` ("HOST:PORT" or several, with commas) answers us.
 
-    Raises BrokerError after `timeout_s` seconds, UsageError if `bootstrap` is no such list.
+    Raises BrokerError after `timeout_s` seconds, and at once where the certificate, the user or the password is
+    refused; UsageError if `bootstrap` is no such list, or [kafka] names files that are not what they should be.
     """
-    # Before kafka-python is asked: its client tries on for its whole timeout, logs each attempt, and leaves a thread.
-    addresses = [_address(server, bootstrap) for server in bootstrap.split(",")]
-    deadline = time.monotonic() + timeout_s
+    # Before a client is asked: they try on for their whole timeout, log each attempt, and some leave a thread.
+    addresses = [_address(server, bootstrap) for server in servers(bootstrap)]
+    deadline, why = time.monotonic() + timeout_s, ""
     while True:
-        for address in addresses:
+        for host, port in addresses:
+            left = max(0.1, deadline - time.monotonic())
             try:
-                socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())).close()
+                socket.create_connection((host, port), timeout=left).close()
+                knock(bootstrap, host, port, max(1.0, left))
                 return
+            except NotKafka as error:
+                why = str(error)
             except OSError:
                 pass
         if time.monotonic() + 0.1 > deadline:
-            raise _no_answer(bootstrap)
+            raise BrokerError(why) if why else _no_answer(bootstrap)
         time.sleep(0.1)
 
 
@@ -248,7 +254,7 @@ def _kept_for(retention_ms: int, max_bytes: int = MAX_RECORD_BYTES) -> dict[str,
     }
 
 
-def _check(admin: KafkaAdminClient, bootstrap: str, wanted: list[_Topic]) -> None:
+def _check(admin: KafkaAdminClient, bootstrap: Bootstrap, wanted: list[_Topic]) -> None:
     described = {topic["name"]: topic for topic in _described(admin, [topic.name for topic in wanted])}
     for topic in wanted:
         if topic.name not in described:
@@ -289,12 +295,12 @@ def _described(admin: KafkaAdminClient, names: list[str]) -> list[dict]:
 
 
 @contextmanager
-def _admin(bootstrap: str) -> Iterator[KafkaAdminClient]:
+def _admin(bootstrap: Bootstrap) -> Iterator[KafkaAdminClient]:
     """A client for the body; whatever Kafka or the connection does wrong in it is a BrokerError of one line."""
     wait_for_broker(bootstrap)
     try:
         admin = KafkaAdminClient(
-            bootstrap_servers=bootstrap.split(","),
+            **client_arguments(bootstrap),
             bootstrap_timeout_ms=int(CONNECT_TIMEOUT_S * 1000),
             request_timeout_ms=_REQUEST_TIMEOUT_MS,
         )
@@ -309,17 +315,17 @@ def _admin(bootstrap: str) -> Iterator[KafkaAdminClient]:
         admin.close()
 
 
-def _address(server: str, bootstrap: str) -> tuple[str, int]:
+def _address(server: str, bootstrap: Bootstrap) -> tuple[str, int]:
     host, _, port = server.strip().rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise UsageError(f"bootstrap {bootstrap!r}: give HOST:PORT, several with commas between them")
+        raise UsageError(f"bootstrap {str(bootstrap)!r}: give HOST:PORT, several with commas between them")
     return host.strip("[]"), int(port)
 
 
-def _no_answer(bootstrap: str) -> BrokerError:
+def _no_answer(bootstrap: Bootstrap) -> BrokerError:
     return BrokerError(f"no Kafka answers at {bootstrap}: start one with `headrace broker start` or give --bootstrap")
 
 
-def _refused(bootstrap: str, what: str, code: int, message: str | None) -> BrokerError:
+def _refused(bootstrap: Bootstrap, what: str, code: int, message: str | None) -> BrokerError:
     reason = message or for_code(code).__name__
     return BrokerError(f"Kafka at {bootstrap} refuses {what}: {reason.splitlines()[0]}")

@@ -95,13 +95,14 @@ class TrainCopies:
             with self._lock:
                 path = snapshot_of(
                     self._trainer.store, self._folder, self._settings.snapshots_kept,
-                    lambda version: not is_held(version.info), anew,
+                    lambda version: not is_held(version.info), anew, self._settings.signer,
                 )  # fmt: skip
         except StoreError as error:
             log.error("no snapshot: %s", error)
             return False
         if path is not None:
-            log.info("snapshot %s", path.name)
+            epoch, sequence = place_of(path)
+            log.info("snapshot %s", path.name, extra={"epoch": epoch, "sequence": sequence})
         return path is not None
 
     def _snapshot_of_the_last_good(self) -> None:
@@ -158,7 +159,7 @@ class TrainCopies:
         place = await asyncio.to_thread(kept.keep, store, describe, count, self._is_ending)
         await self._remember_gone(await asyncio.to_thread(kept.oldest))
         if place is not None:
-            log.info("kept checkpoint %s.%s", *place)
+            log.info("kept checkpoint %s.%s", *place, extra={"epoch": place[0], "sequence": place[1]})
 
     async def _remember_gone(self, since: tuple[int, int] | None) -> None:
         """In the trainer's thread, as all that touches its store."""

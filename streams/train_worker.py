@@ -50,11 +50,12 @@ from streams import app, batches
 from streams.backfill import Backfill, Piece
 from streams.blocks import decode_block
 from streams.catalogue import CHUNK, Catalogue
-from streams.metrics import TrainMetrics, serve_metrics, train_values
-from streams.outlet import Message, Outlet
-from streams.published import newest_version
+from streams.listener import serve_metrics
+from streams.outlet import Outlet
+from streams.published import newest_version, signed
 from streams.settings import LARGEST_BATCHES, TrainWorkerSettings
 from streams.train_copies import TrainCopies
+from streams.train_figures import TrainFigures
 
 log = logging.getLogger("headrace")
 T = TypeVar("T")
@@ -84,13 +85,13 @@ def run_train(settings: TrainWorkerSettings) -> None:
         device, partitions, threads = _ways(settings)
         follow_launched(launch, settings.model, partitions, device, threads)
     else:
-        app.run(lambda stop: _train(settings, stop, launch))
+        app.run(lambda stop: _train(settings, stop, launch), worker="train", logs=settings.logs)
 
 
 async def _train(settings: TrainWorkerSettings, stop: asyncio.Event, launch: Launch | None) -> None:
     topics = settings.topics
     intake = batches.Intake(
-        bootstrap=settings.bootstrap,
+        bootstrap=settings.connection,
         topic=topics.examples,
         group=f"{topics.prefix}headrace-train",
         member=app.member_name("train", settings.store),
@@ -126,10 +127,11 @@ class TrainWorker:
         """launch: of the first rank, where something else starts the others. ranks: as of a worker before it in this
         process."""
         self.settings, self._launch, self._ranked = settings, launch, ranks
+        self._signer = settings.signer
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
-        self._outlet = Outlet(settings.bootstrap, f"{settings.topics.prefix}headrace-train")
-        self._catalogue = Catalogue(settings.bootstrap, settings.topics.items)
+        self._outlet = Outlet(settings.connection, f"{settings.topics.prefix}headrace-train")
+        self._catalogue = Catalogue(settings.connection, settings.topics.items)
         self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
         self._changed = asyncio.Condition()  # of what follows
         self._waiting: deque[ConsumerRecord | Piece] = deque()
@@ -145,7 +147,9 @@ class TrainWorker:
         self._versions: asyncio.Queue[tuple[int, list[bytes]] | None] = asyncio.Queue(VERSIONS_AHEAD)
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
-        self._metrics = TrainMetrics(self._values)
+        told = lambda: (self._waiting_bytes, self._published)  # noqa: E731
+        self._figures = TrainFigures(settings, self._expected, told)
+        self._metrics = self._figures.metrics
         self._backfill = Backfill(settings.backfill) if settings.backfill else None
 
     # --- start and stop -----------------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ class TrainWorker:
         await self._outlet.start()  # nobody else publishes from now on
         await self._supersede()
         for sequence, parts in await self._in_thread(self._trainer.store.outbox):
-            log.info("sending version %s again", sequence)
+            log.info("sending version %s again", sequence, extra=_version(self._trainer.epoch, sequence))
             fault("recover.resend")
             await self._publish(sequence, parts)
         await self._catalogue.start()
@@ -173,9 +177,11 @@ class TrainWorker:
         self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
         copies = self._copies
         self._begin(self._train(), self._publisher(), copies.snapshots(), copies.checkpoints())
+        self._begin(*self._figures.tasks(self._trainer))
         if self._backfill is None:
             self._begin(self._follow_catalogue())
-        self._end_metrics = serve_metrics(self._metrics.registry, self.settings.metrics_port)
+        port = self.settings.metrics_port
+        self._end_metrics = serve_metrics(self._metrics.registry, port, self._figures.unwell, self.settings.http)
 
     def _begin(self, *tasks: Coroutine[Any, Any, None]) -> None:
         for task in map(asyncio.create_task, tasks):
@@ -236,11 +242,14 @@ class TrainWorker:
 
     async def _supersede(self) -> None:
         """Where replicas may have seen versions that the store has forgotten: a new epoch."""
-        published = await newest_version(self.settings.bootstrap, self.settings.topics.parameters)
+        published = await newest_version(
+            self.settings.connection, self.settings.topics.parameters, self._signer
+        )
         if published is not None and await self._in_thread(self._trainer.supersede, *published):
             log.warning(
                 "version %s.%s was published, the store is at %s: going on from there in epoch %s",
                 *published, self._trainer.sequence, self._trainer.epoch,
+                extra=_version(self._trainer.epoch, self._trainer.sequence),
             )  # fmt: skip
 
     def _open(self) -> Trainer:
@@ -248,7 +257,7 @@ class TrainWorker:
         device, partitions, threads = _ways(settings)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(settings.deterministic)
-        kept = KeptCheckpoints(settings.checkpoints_url)
+        kept = KeptCheckpoints(settings.checkpoints_url, self._signer)
         _refuse_to_begin_anew(settings.store, kept)
         went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, kept)
         if self._ranked is None:
@@ -260,7 +269,8 @@ class TrainWorker:
         if not went_back:
             trainer.give_up_rollback()
         self._copies = TrainCopies(settings, trainer, kept, self._thread, lambda: self._draining)
-        log.info("training on %s from version %s.%s", device, trainer.epoch, trainer.sequence)
+        version = _version(trainer.epoch, trainer.sequence)
+        log.info("training on %s from version %s.%s", device, *version.values(), extra=version)
         return trainer
 
     def _meet(self, device: str, partitions: int, threads: int) -> Ranked:
@@ -286,9 +296,6 @@ class TrainWorker:
             let_go(ranks)
         self._trainer.store.acknowledge(self._published)
         self._trainer.store.close()
-
-    def _values(self) -> dict[str, float]:
-        return train_values(self._trainer, self._waiting_bytes, self._published)
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         """Whatever touches the trainer or its store runs in the trainer's thread."""
@@ -318,6 +325,7 @@ class TrainWorker:
             await self._changed.wait_for(lambda: self._waiting_bytes < MAX_WAITING_BYTES or self.ending.is_set())
             self._waiting.extend(records)
             self._waiting_bytes += size
+            self._figures.progress.wanted()
             self._changed.notify_all()
 
     async def close(self, partitions: set[int]) -> None:
@@ -390,9 +398,13 @@ class TrainWorker:
         end, self._stalled = time.monotonic() + TURN_SECONDS, False
         while time.monotonic() < end and trainer.pending and not trainer.commit_due() and not self._stalled:
             with self._metrics.step.time():
-                self._stalled = not trainer.step(rows=self._rows_a_step())
+                rows = trainer.step(rows=self._rows_a_step())
+            self._stalled = not rows
+            if rows:
+                self._metrics.batch.observe(rows)
         if last or trainer.commit_due() or (self._dirty and time.monotonic() >= self._commit_due):
             versions += self._commit(everything=last)
+        self._figures.progress.made(more=bool(self._waiting) or (trainer.pending > 0 and not self._stalled))
         return versions
 
     def _require_next(self, block: Block, offset: int) -> None:
@@ -432,6 +444,8 @@ class TrainWorker:
         trainer, start, held = self._trainer, time.monotonic(), self._trainer.guard.held
         with self._metrics.commit.time():
             parts = trainer.commit(everything, dense=everything or start >= self._dense_due)
+        if parts is not None:
+            self._figures.committed()
         if parts and not trainer.owes_dense:
             self._dense_due = start + self.settings.dense_interval_s
         if held and not trainer.guard.held:
@@ -450,7 +464,8 @@ class TrainWorker:
         topic = self.settings.topics.parameters
         fault("publish.begun")
         with self._metrics.publish.time():
-            await self._outlet.send([Message(topic, part, partition=0) for part in parts])
+            await self._outlet.send([signed(part, topic, self._signer) for part in parts])
+        self._metrics.published(parts)
         fault("publish.sent")
         self._published = sequence  # the next turn acknowledges it
 
@@ -462,6 +477,11 @@ class TrainWorker:
                     await self._changed.wait_for(lambda: len(self._items) < CHUNK)
                     self._items += items
                     self._changed.notify_all()
+
+
+def _version(epoch: int, sequence: int) -> dict[str, int]:
+    """Fields of a log line that is about a version."""
+    return {"epoch": epoch, "sequence": sequence}
 
 
 def _ways(settings: TrainWorkerSettings) -> tuple[str, int, int]:

@@ -19,6 +19,7 @@ from online_model.serving.api import Context, RankRequest, RecommendRequest, Sce
 from online_model.serving.errors import NotReady
 from online_model.serving.holder import Holder
 from streams.events import Impression, decode_many
+from streams.kafka_clients import Bootstrap, client_arguments
 from streams.live_events import first_version
 from streams.settings import ServeWorkerSettings
 
@@ -73,7 +74,7 @@ class WarmUp:
         found: list[Impression] = []
         try:
             async with asyncio.timeout(READ_SECONDS):
-                found = await last_impressions(self._settings.bootstrap, self._settings.topics.events)
+                found = await last_impressions(self._settings.connection, self._settings.topics.events)
         except (KafkaError, TimeoutError) as error:
             log.warning("warming up without requests of late: %s is not read (%r)", self._settings.topics.events, error)
         return [asked for shown in found[: (wanted + 1) // 2] for asked in requests_of(shown)][:wanted]
@@ -95,10 +96,10 @@ def made_up(wanted: int) -> Sequence[RankRequest | RecommendRequest]:
     return [RecommendRequest(f"warm-up {n}", scenarios[n % len(scenarios)], log=False) for n in range(wanted)]
 
 
-async def last_impressions(bootstrap: str, topic: str) -> list[Impression]:
+async def last_impressions(bootstrap: Bootstrap, topic: str) -> list[Impression]:
     """Those among the last TAIL records of each partition, the newest first. Raises KafkaError."""
     consumer = AIOKafkaConsumer(
-        topic, bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
+        topic, **client_arguments(bootstrap), enable_auto_commit=False, auto_offset_reset="earliest"
     )
     values: list[bytes | None] = []
     try:

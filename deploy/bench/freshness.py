@@ -141,7 +141,7 @@ class _System:
         """Load, probes and windows; then the stages."""
         settings, topics = self._settings, self._settings.topics
         async with Follower(self._url) as replica, Prober(
-            self._freshness, settings.bootstrap, topics.events, topics.partitions, refund
+            self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund
         ) as prober:  # fmt: skip
             tasks = [asyncio.create_task(self._follow(replica)), asyncio.create_task(self._probe(prober))]
             try:
@@ -250,7 +250,7 @@ class _System:
             await asyncio.sleep(PROBE_S)
 
     def _applies(self) -> dict[float, float]:
-        with urllib.request.urlopen(f"{self._url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self._url}/metrics", timeout=10) as answer:  # noqa: S310  # nosec B310 - our own
             return histogram(answer.read().decode(), APPLY_SECONDS)[1]
 
     def _figures(self, window: Window, sent: list[list[float]], journeys: _Journeys) -> dict[str, Any]:

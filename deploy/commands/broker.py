@@ -30,15 +30,22 @@ def start(
         int | None,
         typer.Option(min=1, max=65535, help="TCP port on 127.0.0.1. [the last run's, or any]"),
     ] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="Over TLS, with a password: made once, and settings for clients with them.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Start Kafka in the background, or say where the one that runs is."""
+    """Start Kafka in the background, or say where the one that runs is.
+
+    With --secure the settings that let a client in are in DIR/kafka/secure/client.toml; commands with the same
+    --data-dir know them.
+    """
     from deploy import broker
 
     settings = settings_for(config, data_dir=data_dir)
     with Output(json) as out:
         with progress("starting Kafka") as (bar, task):
-            running = broker.ensure(settings.data_dir, port=port, progress=jars_progress(bar, task))
+            running = broker.ensure(settings.data_dir, port=port, progress=jars_progress(bar, task), secure=secure)
         out.result(asdict(running), f"Kafka {running.version} runs at {running.bootstrap} (pid {running.pid})")
 
 

@@ -1,4 +1,4 @@
-"""headrace checkpoint list | verify | keep | export | rollback: look after the train worker's store and what is kept of it."""
+"""headrace checkpoint list | verify | keep | export | rollback: the train worker's store and what is kept of it."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _opened(config: Path | None, data_dir: Path | None) -> tuple[TrainWorkerSett
     settings = settings_for(config, data_dir=data_dir).train
     from embedding_store.kept import KeptCheckpoints
 
-    return settings, KeptCheckpoints(settings.checkpoints_url)
+    return settings, KeptCheckpoints(settings.checkpoints_url, settings.signer)
 
 
 def _nothing(settings: TrainWorkerSettings, kept: KeptCheckpoints) -> StoreError:

@@ -48,7 +48,10 @@ def settings_for(config: Path | None, **flags: Any) -> Settings:
 
 
 def connected(settings: Settings) -> Settings:
-    """The settings with `bootstrap` filled in. Raises BrokerError if none is named and no embedded broker runs."""
+    """The settings with `bootstrap` filled in, and [kafka] where the embedded broker is a secure one.
+
+    Raises BrokerError if none is named and no embedded broker runs.
+    """
     from deploy import broker
 
     if settings.bootstrap:
@@ -56,7 +59,8 @@ def connected(settings: Settings) -> Settings:
     running = broker.status(settings.data_dir)
     if running is None:
         raise no_broker(settings)
-    return settings.with_flags({"bootstrap": running.bootstrap})
+    secure = {} if settings.mentions("kafka") else broker.client_flags(settings.data_dir)
+    return settings.with_flags({"bootstrap": running.bootstrap, **secure})
 
 
 def millis(option: str, text: str | None) -> int | None:

@@ -25,13 +25,13 @@ def replay_dead(
     settings = connected(settings)
     with Output(json) as output:
         if letters is not None:
-            told = dead.send(letters, settings.bootstrap, settings.topics, settings.join.join.future_ms, mend)
+            told = dead.send(letters, settings.connection, settings.topics, settings.join.join.future_ms, mend)
         else:
-            with dead.NewLetters(settings.bootstrap, settings.topics, again) as new:
+            with dead.NewLetters(settings.connection, settings.topics, again) as new:
                 if out is not None:
                     told = dead.write_file(new, out)
                 else:
-                    told = dead.send(new, settings.bootstrap, settings.topics, settings.join.join.future_ms, mend)
+                    told = dead.send(new, settings.connection, settings.topics, settings.join.join.future_ms, mend)
                 new.done()
         result: dict[str, Any] = {
             "read": told.read, "written": told.written, "sent": told.sent, "refused": dict(told.refused),

@@ -14,6 +14,7 @@ from deploy.commands.common import (
     DataDirOption,
     JsonOption,
     Output,
+    connected,
     progress,
     say,
     settings_for,
@@ -88,9 +89,8 @@ def _bundle(file: Path, settings: Settings, checks: list[Check], logs: list[Path
     from deploy import broker
     from deploy.bundle import write_bundle
 
-    running = None if settings.bootstrap else broker.status(settings.data_dir)
-    if running is not None:
-        settings = settings.with_flags({"bootstrap": running.bootstrap})
+    if not settings.bootstrap and broker.status(settings.data_dir):
+        settings = connected(settings)
     return write_bundle(file, settings, checks, os.environ, logs)
 
 

@@ -51,7 +51,7 @@ def record(
 
     with Output(json) as output, recording_alone(settings.data_dir, out), progress("recording") as (bar, task):
         recorder = Recorder(
-            settings.bootstrap, settings.topics, out,
+            settings.connection, settings.topics, out,
             RecorderSettings(rows_per_file=rows_per_file, file_seconds=file_seconds), from_beginning,
             said=lambda line: say(f"headrace: {line}"),
         )  # fmt: skip

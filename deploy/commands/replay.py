@@ -225,7 +225,7 @@ def _onto_kafka(settings: Settings, log: LogReader, play: PlaySettings, wait: bo
     settings, began_cpu_s = connected(settings), time.process_time()
     followed, clock = Followed(settings) if wait else None, WallClock()
     with progress(f"playing {log.name}") as (bar, task):
-        with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
+        with KafkaSink(settings.connection, settings.topics.events, settings.topics.items) as sink:
             directory = settings.data_dir if settings.data_dir.is_dir() else None
             player = Player(sink, play, clock, lambda so_far: show_played(bar, task, so_far), directory)
             signal.signal(signal.SIGUSR1, lambda number, frame: player.pause())

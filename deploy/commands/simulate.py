@@ -100,7 +100,7 @@ def _run(
     sink: KafkaSink | JsonlSink
     if out is None:
         settings = connected(settings)
-        sink = KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items)
+        sink = KafkaSink(settings.connection, settings.topics.events, settings.topics.items)
         start_ms, pace = int(time.time() * 1000), PlaySettings(speed=1.0, closing_ms=0)
     else:
         sink, start_ms, pace = JsonlSink(out), START_MS, PlaySettings()

@@ -44,7 +44,7 @@ def create(
             interval_ms = int(settings.train.snapshot_interval_s * 1000)
         names = settings.topics
         create_topics(
-            settings.bootstrap,
+            settings.connection,
             names,
             purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=interval_ms,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from deploy.commands.common import BootstrapOption, ConfigOption, DataDirOption, connected, settings_for
@@ -24,6 +25,10 @@ AfterStdinOption = Annotated[
         hidden=True,
         help="Load (torch takes seconds), then wait for a line on stdin before reading settings and connecting.",
     ),
+]
+LogsOption = Annotated[
+    str | None,
+    typer.Option("--logs", metavar="text|json", help="How log lines are written. [text]", show_default=False),
 ]
 BackfillOption = Annotated[
     str | None,
@@ -59,13 +64,14 @@ def join(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     backfill: BackfillOption = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Join events to examples, in the foreground.
 
     What was shown is joined with what was done. SIGTERM drains and stops.
     """
-    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, join__backfill=backfill)
+    _run("join", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, join__backfill=backfill)
 
 
 def train(
@@ -73,13 +79,14 @@ def train(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     backfill: BackfillOption = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Learn from examples, publish versions.
 
     In the foreground. SIGTERM drains and stops.
     """
-    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, train__backfill=backfill)
+    _run("train", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, train__backfill=backfill)
 
 
 def serve(
@@ -87,13 +94,14 @@ def serve(
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port on 127.0.0.1; 0: any free one.")] = None,
+    logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
     """Answer over HTTP with the newest version.
 
     Rank and recommend, in the foreground. SIGTERM drains and stops, SIGHUP reads policy, arms and limits again.
     """
-    _run("serve", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, serve__port=port)
+    _run("serve", after_stdin, config, data_dir=data_dir, bootstrap=bootstrap, logs=logs, serve__port=port)
 
 
 def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> None:
@@ -113,9 +121,9 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
         from streams.backfill import Backfill
 
         Backfill(train.backfill).check(settings.topics, join.join)
-    wait_for_broker(settings.bootstrap)
+    wait_for_broker(settings.connection)
     check_topics(
-        settings.bootstrap,
+        settings.connection,
         settings.topics,
         purchase_window_ms=join.join.purchase_window_ms,
         snapshot_interval_ms=int(train.snapshot_interval_s * 1000),
@@ -125,7 +133,8 @@ def _run(kind: str, after_stdin: bool, config: Path | None, **flags: Any) -> Non
 
         def again() -> ServeWorkerSettings:
             new = settings_for(config, **flags)
-            return (new if new.bootstrap else new.with_flags({"bootstrap": settings.bootstrap})).serve
+            serve = (new if new.bootstrap else new.with_flags({"bootstrap": settings.bootstrap})).serve
+            return serve if new.mentions("kafka") else msgspec.structs.replace(serve, kafka=settings.kafka)
 
         _load(kind).run_serve(settings.serve, again)
     else:

@@ -9,15 +9,18 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import psutil
+from prometheus_client import CollectorRegistry
 
 from deploy.demo.clicks import CLICKS_COME_S, WINDOW_S
 from deploy.demo.figures import Model, rate_of, sample
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess
-from deploy.freshness import PROBE_S, Follower, Freshness, Prober
+from deploy.freshness import PROBE_S, Freshness
+from deploy.freshness_metrics import Probes
 from deploy.settings import Settings
 from deploy.workers import Worker
 from embedding_store.errors import HeadraceError
+from replay.player_metrics import tell_player
 
 T = TypeVar("T")
 
@@ -34,43 +37,47 @@ class Board(Protocol):
 class Live:
     """An async context: tasks that watch the run from its start to its end. The first error of any ends it."""
 
-    def __init__(self, settings: Settings, workers: Sequence[Worker], boards: Sequence[Board]) -> None:
+    def __init__(
+        self, settings: Settings, workers: Sequence[Worker], boards: Sequence[Board], registry: CollectorRegistry
+    ) -> None:
+        """registry: for the metrics of probes and of what is sent."""
         self.settings, self.workers, self.boards = settings, workers, boards
         self.url = f"http://127.0.0.1:{settings.serve.port}"
         self.model, self.freshness = Model(), Freshness()
         topics = settings.topics
-        self._prober = Prober(self.freshness, settings.bootstrap, topics.events, topics.partitions)
-        self._replica = Follower(self.url)
-        self._connected = contextlib.AsyncExitStack()
+        self.probes = Probes(settings.connection, topics, self.url, registry, moment=self._moment)
+        self.probes.probing = False  # but while events flow: freshness is a figure under load
+        self.probes.sent.append(self.freshness.sent)
+        self.probes.answered.append(self._answered)
+        tell_player(registry, lambda: self.traffic.sent.kinds if self.traffic else {},
+                    lambda: self.traffic.behind_s if self.traffic else 0.0)  # fmt: skip
         self.traffic: ClosedLoop | LogPlay | None = None
         self.twin: TwinProcess | None = None
         self.note = "starting"
         self.watching = True  # over the workers
-        self.probing = False  # while events flow: freshness is a figure under load
         self.first_trained_s: float | None = None  # since this process was started
         self._began = time.monotonic()
         self._moved = asyncio.Event()  # set, and made anew, with each new version seen
         self._before = (self._began, 0.0, 0.0)
 
     async def __aenter__(self) -> Live:
-        for part in (self._prober, self._replica):
-            await self._connected.enter_async_context(part)
-        self._tasks = [asyncio.create_task(task()) for task in (self._follow, self._probe, self._watch, self._show)]
+        await self.probes.__aenter__()
+        self._tasks = [asyncio.create_task(task) for task in (*self.probes.tasks(), self._watch(), self._show())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connected.aclose()
+        await self.probes.__aexit__()
 
     async def under_probes(self, traffic: Coroutine[Any, Any, T]) -> T:
         """`traffic`, with probes as long as it lasts."""
-        self.probing = True
+        self.probes.probing = True
         try:
             return await self.alongside(traffic)
         finally:
-            self.probing = False
+            self.probes.probing = False
 
     async def alongside(self, work: Coroutine[Any, Any, T]) -> T:
         """`work`, unless one of the tasks here fails first: then its error."""
@@ -177,32 +184,21 @@ class Live:
 
         await self.alongside(wait())
 
+    def _answered(self, answer: dict[str, Any], at: float) -> None:
+        """The replica has said what it serves."""
+        sequence, self.model = self.model.sequence, Model(answer)
+        self.freshness.served(self.model.positions, at)
+        if self.first_trained_s is None and self.model.trained_rows:
+            self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
+        if self.model.sequence != sequence:
+            self._moved.set()
+            self._moved = asyncio.Event()
+
+    def _moment(self) -> int:
+        """The time of a probe. In a log time is the player's to tell: a probe there has one that moves nothing."""
+        return now_ms() if isinstance(self.traffic, ClosedLoop) else 0
+
     # --- the tasks ---
-
-    async def _follow(self) -> None:
-        """Long polls: each version as soon as the replica has it."""
-        while True:
-            sequence = self.model.sequence
-            answer = await self._replica.newer_than(sequence)
-            if answer is None:
-                await asyncio.sleep(PROBE_S)  # it is starting
-                continue
-            at = time.monotonic()
-            self.model = Model(answer)
-            self.freshness.served(self.model.positions, at)
-            if self.first_trained_s is None and self.model.trained_rows:
-                self.first_trained_s = round(time.time() - psutil.Process().create_time(), 2)
-            if self.model.sequence != sequence:
-                self._moved.set()
-                self._moved = asyncio.Event()
-
-    async def _probe(self) -> None:
-        """A tick into each partition, while the events flow."""
-        while True:
-            await asyncio.sleep(PROBE_S)
-            if self.probing:
-                # In a log time is the player's to tell: a probe there has a time that moves nothing.
-                await self._prober.send(now_ms() if isinstance(self.traffic, ClosedLoop) else 0)
 
     async def _watch(self) -> None:
         """Workers that were killed are started again."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import logging
 import shutil
 import signal
@@ -18,6 +19,8 @@ import time
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from prometheus_client import CollectorRegistry
 
 from deploy import broker
 from deploy.demo.figures import Model, balance
@@ -30,11 +33,14 @@ from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
 from deploy.workers import Worker
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.errors import HeadraceError
+from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from replay.readers import open_log
 from replay.sinks import KafkaSink
+from streams.kafka_clients import client_arguments
+from streams.listener import serve_metrics
+from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
 
 FOREVER_S = 10 * 365 * 86_400.0
@@ -50,8 +56,10 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
         open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
+    if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
+        raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
     if settings.bootstrap:
-        wait_for_broker(settings.bootstrap)
+        wait_for_broker(settings.connection)
     home = settings.data_dir / "demo"
     with alone(home.parent / "demo.lock", "demo", "stop it (Ctrl-C)"), contextlib.ExitStack() as stack:
         if not options.keep and home.exists():
@@ -86,23 +94,41 @@ class _Demo:
     def run(self) -> dict[str, Any]:
         settings = self.settings
         create_topics(
-            settings.bootstrap, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
+            settings.connection, settings.topics, purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
             join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
         )  # fmt: skip
         write_atomically(self.home / "headrace.toml", dump(settings))
         with contextlib.ExitStack() as stack:
             if settings.topics.prefix != "" and not self.options.keep:
-                stack.callback(delete_topics, settings.bootstrap, settings.topics)
-            sink = stack.enter_context(KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items))
+                stack.callback(delete_topics, settings.connection, settings.topics)
+            sink = stack.enter_context(KafkaSink(settings.connection, settings.topics.events, settings.topics.items))
             page = LivePage(self.options.port) if self.options.page else None
             if page:
                 stack.callback(page.stop)
             summary = stack.enter_context(Summary(page.start() if page else None))
             for worker in self.workers:
                 worker.go()
-            live = Live(settings, self.workers, [summary, page] if page else [summary])
+            registry = CollectorRegistry()
+            live = Live(settings, self.workers, [summary, page] if page else [summary], registry)
+            self._serve_metrics(registry, stack)
+            summary.say(f"metrics: {self._targets} (targets for Prometheus' file_sd_configs)")
             return asyncio.run(self._live(live, sink))
+
+    @property
+    def _targets(self) -> Path:
+        return self.home.parent / "targets.json"
+
+    def _serve_metrics(self, registry: CollectorRegistry, stack: contextlib.ExitStack) -> None:
+        """Those of this process at a free port, and a file that names all ports while they answer."""
+        settings, port = self.settings, free_port()
+        tell_process(registry, self.home)
+        stack.callback(serve_metrics(registry, port))
+        ports = {"join": settings.join.metrics_port, "train": settings.train.metrics_port,
+                 "serve": settings.serve.port, "demo": port}  # fmt: skip
+        targets = [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": job}} for job, port in ports.items()]
+        write_atomically(self._targets, json.dumps(targets, indent=1) + "\n")
+        stack.callback(self._targets.unlink, missing_ok=True)
 
     async def _live(self, live: Live, sink: KafkaSink) -> dict[str, Any]:
         """Everything between the start of the workers and the figures."""
@@ -117,7 +143,7 @@ class _Demo:
             else:
                 seconds = await self._log(live, sink, stop)
             played = time.monotonic()
-            ends = await asyncio.to_thread(end_offsets, self.settings.bootstrap, self.settings.topics.events)
+            ends = await asyncio.to_thread(end_offsets, self.settings.connection, self.settings.topics.events)
             live.note = "draining: what was sent is on its way to the replica"
             await live.drained(ends)
             if self.options.log is not None:
@@ -176,7 +202,7 @@ class _Demo:
         """What the oracle makes of the log: of all records that the last version claims, and at least of all that were
         sent by us (further ticks may lie behind)."""
         until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
-        records = read_topic(self.settings.bootstrap, self.settings.topics.events, until)
+        records = read_topic(client_arguments(self.settings.connection), self.settings.topics.events, until)
         return compare(expect(records, Rules.of(self.settings.join.join), model.set_aside), model.trained)
 
     def _sequence(self) -> int:
@@ -219,7 +245,11 @@ class _Demo:
 
 def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str) -> Settings:
     """The run's settings: its own folder, broker and ports; a joiner that fits the source."""
-    flags: dict[str, Any] = {"data_dir": home, "bootstrap": bootstrap, "serve.port": free_port()}
+    flags: dict[str, Any] = {
+        "data_dir": home, "bootstrap": bootstrap, "serve.port": free_port(),
+        "join.metrics_port": settings.join.metrics_port or free_port(),
+        "train.metrics_port": settings.train.metrics_port or free_port(),
+    }  # fmt: skip
     if settings.bootstrap:  # somebody's cluster: topics of our own there
         flags["topics.prefix"] = f"headrace-demo-{home.resolve().name}-{now_ms()}."
     if options.log is None:

@@ -34,8 +34,16 @@ def now_ms() -> int:
 class Sent:
     """What went into the topics so far; `events` counts an impression of k items as k."""
 
-    events: int = 0
+    kinds: Counter[type] = field(default_factory=Counter)
     unanswered: Counter[str] = field(default_factory=Counter)  # requests that the replica did not answer, by reason
+
+    @property
+    def events(self) -> int:
+        return self.kinds.total()
+
+    def add(self, event: Event) -> None:
+        """It is sent."""
+        self.kinds[type(event)] += units(event)
 
     def refuse(self, why: object) -> None:
         """A user went away without an answer."""
@@ -51,6 +59,7 @@ class ClosedLoop:
         self._url, self._logged = f"{url}/v1/recommend", logged
         self._seconds: dict[str, int] = {}  # request → the second of the run it was shown in
         self._flying: set[asyncio.Task] = set()
+        self._stepped: float | None = None  # when the last step began, time.monotonic(); None: it does not run
 
     def open(self, at_ms: int) -> None:
         """The shop opens at `at_ms`: its catalogue goes out."""
@@ -62,11 +71,12 @@ class ClosedLoop:
         """Live in step with the wall clock until `stop` is set; then wait for the answers under way."""
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S)) as session:
             while not stop.is_set():
+                self._stepped = time.monotonic()
                 step = self.world.advance(now_ms())
                 for event in step.events:
                     if isinstance(event, Click):
                         self.clicks.add(self._seconds[str(event.request_id)], clicked=1)
-                    self.sent.events += units(event)
+                    self.sent.add(event)
                 self._send([*step.items, *step.events])
                 for request in step.requests:
                     if len(self._flying) < IN_FLIGHT:
@@ -76,8 +86,15 @@ class ClosedLoop:
                     else:
                         self.sent.refuse("too many at a time")
                 await asyncio.sleep(STEP_S)
+            self._stepped = None
             await asyncio.gather(*self._flying)
         await asyncio.to_thread(self.sink.flush)
+
+    @property
+    def behind_s(self) -> float:
+        """How late the next step is. For any thread."""
+        stepped = self._stepped
+        return 0.0 if stepped is None else max(0.0, time.monotonic() - stepped - STEP_S)
 
     async def _visit(self, session: aiohttp.ClientSession, request: Request) -> None:
         """One page: ask, show; what they do with it comes in later steps."""
@@ -100,7 +117,7 @@ class ClosedLoop:
         second = (request.ts - self.world.start_ms) // 1000
         self._seconds[request.request_id] = second
         self.clicks.add(second, shown=len(items))
-        self.sent.events += units(impression)
+        self.sent.add(impression)
         if not self._logged:
             self._send([impression])
 
@@ -123,7 +140,12 @@ class LogPlay:
 
     @property
     def sent(self) -> Sent:
-        return Sent(self.player.played.events)
+        return Sent(self.player.played.kinds)
+
+    @property
+    def behind_s(self) -> float:
+        """As `Player.behind_s`."""
+        return self.player.behind_s
 
     async def run(self, stop: asyncio.Event) -> Played:
         """Play it to its end, or until `stop`; a tick past the last event closes what is open.

@@ -63,7 +63,7 @@ class Cluster:
     def start(self) -> None:
         """Topics, settings file, workers; returns when all have been started."""
         self.settings.data_dir.mkdir(parents=True, exist_ok=True)
-        create_topics(self.settings.bootstrap, self.settings.topics)
+        create_topics(self.settings.connection, self.settings.topics)
         write_atomically(self.config, dump(self.settings))
         for number in range(JOINERS):
             self._start(f"join-{number}", "join")

@@ -34,6 +34,7 @@ from embedding_store.errors import BrokerError
 from replay.oracle import read_topic
 from replay.sinks import KafkaSink
 from streams.blocks import decode_block
+from streams.kafka_clients import client_arguments
 from streams.topics import end_offsets
 
 PARTITIONS = 2
@@ -128,7 +129,7 @@ class Torture:
         began = time.monotonic()
         try:
             cluster.start()
-            with KafkaSink(settings.bootstrap, settings.topics.events, settings.topics.items) as sink:
+            with KafkaSink(settings.connection, settings.topics.events, settings.topics.items) as sink:
                 for item in story.catalogue():
                     sink.send(item)
                 sink.flush()
@@ -179,7 +180,7 @@ class Torture:
         Where the trainer counts otherwise, and stays so for STILL_S, the verdict shall say it.
         """
         settings = cluster.settings
-        ends = end_offsets(settings.bootstrap, settings.topics.events)
+        ends = end_offsets(settings.connection, settings.topics.events)
         deadline = time.monotonic() + SETTLE_S
         rows, training, sequences = None, None, None
         had, since = 0.0, time.monotonic()
@@ -225,7 +226,7 @@ class Torture:
 def _joined(settings: Settings, ends: dict[int, int]) -> int | None:
     """How many rows the blocks in `examples` have, once they are those of all of `events`."""
     reached, rows = dict.fromkeys(ends, 0), 0
-    for partition, _, value, _ in read_topic(settings.bootstrap, settings.topics.examples):
+    for partition, _, value, _ in read_topic(client_arguments(settings.connection), settings.topics.examples):
         block = decode_block(value or b"")
         reached[partition], rows = max(reached[partition], block.to_offset), rows + len(block.examples)
     return rows if reached == ends else None

@@ -11,6 +11,7 @@ from embedding_store.columns import TableRows, concat
 from online_model.trainer import Trainer, open_trainer
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
 from streams.blocks import decode_block
+from streams.kafka_clients import client_arguments
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ def outcome(settings: Settings) -> Outcome:
         aside = {p: at.set_aside for p, at in trainer.positions.items()}
     finally:
         trainer.store.close()
-    records = read_topic(settings.bootstrap, settings.topics.events)
+    records = read_topic(client_arguments(settings.connection), settings.topics.events)
     return Outcome(digest, compare(expect(records, Rules.of(settings.join.join), aside), trained), rows)
 
 
 def _learn_the_rest(trainer: Trainer, settings: Settings) -> None:
-    for partition, offset, value, _ in read_topic(settings.bootstrap, settings.topics.examples):
+    for partition, offset, value, _ in read_topic(client_arguments(settings.connection), settings.topics.examples):
         position = trainer.positions.get(partition)
         if position is None or offset >= position.source_offset:
             block = decode_block(value or b"")

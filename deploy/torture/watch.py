@@ -24,6 +24,7 @@ from online_model.serving.api import RankRequest, Scenario
 from online_model.serving.errors import VersionGap
 from online_model.serving.replica import Replica
 from replay.oracle import read_topic
+from streams.kafka_clients import client_arguments
 
 Place: TypeAlias = tuple[int, int]  # epoch, sequence
 
@@ -158,7 +159,7 @@ class Watch:
 def _versions(settings: Settings) -> Iterator[Version | None]:
     """Those in `parameters`; None for one that cannot be read."""
     assembler = Assembler()
-    for _, _, value, _ in read_topic(settings.bootstrap, settings.topics.parameters):
+    for _, _, value, _ in read_topic(client_arguments(settings.connection), settings.topics.parameters):
         try:
             version = assembler.add(value or b"")
         except CorruptRecord:

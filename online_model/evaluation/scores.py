@@ -39,6 +39,7 @@ class Figures:
     positives: int
     predicted: float  # positives: the sum of the predictions
     unmatched: int = 0  # of the positives, those whose score could not be found any more
+    loss: float | None = None  # the mean log loss of a score
 
     def as_dict(self) -> dict[str, float | int | None]:
         return asdict(self)
@@ -252,6 +253,7 @@ def _figures(classes: np.ndarray, coarse: np.ndarray, predicted: np.ndarray, los
     negatives, positives = (int(n) for n in coarse.sum(1))
     count = negatives + positives
     auc = ne = None
+    loss = float(losses.sum()) / count if count else None
     if negatives and positives:
         below = np.cumsum(classes[0]) - classes[0]
         auc = float((classes[1] * (below + classes[0] / 2)).sum() / (negatives * positives))
@@ -260,7 +262,8 @@ def _figures(classes: np.ndarray, coarse: np.ndarray, predicted: np.ndarray, los
         ne = float(losses.sum() / count / entropy)
     total = float(predicted.sum())
     calibration = total / positives if positives else None
-    return Figures(auc, ne, calibration, _calibration_error(coarse, predicted), count, positives, total)
+    return Figures(auc, ne, calibration, _calibration_error(coarse, predicted), count, positives, total,
+                   loss=loss)  # fmt: skip
 
 
 def _calibration_error(coarse: np.ndarray, predicted: np.ndarray) -> float | None:

@@ -6,11 +6,12 @@ Every answer but the metrics and the page of documentation is JSON; every refusa
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractAsyncContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from online_model.serving.access import ADMIN, ALLOWED, HEADERS, PUBLIC, SCORE, Denial, Gate, Guard
 from online_model.serving.admission import Turns
 from online_model.serving.api import (
     MAX_BODY_BYTES,
@@ -44,11 +46,15 @@ from online_model.serving.problems import (
     NOT_JSON,
     GoneAway,
     Refused,
+    denial,
     handlers,
 )
 from online_model.serving.settings import Limits
 
+log = logging.getLogger("headrace")
+
 T = TypeVar("T", bound=Struct)
+REQUEST_ID = "headrace.request_id"  # in the scope of a request that has one
 READ_ON = 8  # times the limit: what is too large is thrown away up to there, so that the client can read why
 
 
@@ -68,29 +74,46 @@ register_url_convertor("headrace_id", _Id())
 
 
 def create_app(
-    holder: Holder, max_age_ms: int = 60_000, clock: Callable[[], float] = time.time
+    holder: Holder,
+    max_age_ms: int = 60_000,
+    clock: Callable[[], float] = time.time,
+    gate: Gate | None = None,
+    admin: bool = True,
+    access_log: bool = False,
 ) -> App:
-    """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970."""
-    app = Starlette(
-        routes=[
-            Route("/v1/rank", _rank, methods=["POST"]),
-            Route("/v1/recommend", _recommend, methods=["POST"]),
-            Route("/v1/items/{id:headrace_id}/similar", _similar),
-            Route("/v1/model", _model),
-            Route("/healthz", _healthz),
-            Route("/readyz", _readyz),
-            Route("/metrics", _metrics),
-            Route("/openapi.json", _openapi),
-            Route("/docs", _docs),
-        ],
-        exception_handlers=handlers(holder.metrics.refused),
-    )
-    app.router.redirect_slashes = False
+    """The ASGI app over `holder`. `/readyz` fails past `max_age_ms` without a version; `clock`: seconds since 1970;
+    `gate`: who may ask, None: everybody on this machine; `admin`: with the routes of ADMIN (`create_admin_app`);
+    `access_log`: each request is a line of the log."""
     turns = Turns(lambda: holder.policy.limits)
     holder.metrics.watch_waiting(lambda: turns.waiting)
-    app.state.holder, app.state.max_age_ms, app.state.clock = holder, max_age_ms, clock
-    app.state.turns = turns
-    return App(app, holder.metrics, turns)
+    scopes = (PUBLIC, SCORE, ADMIN) if admin else (PUBLIC, SCORE)
+    return _app(holder, scopes, gate or Gate(), turns, max_age_ms=max_age_ms, clock=clock, access_log=access_log)
+
+
+def create_admin_app(holder: Holder, gate: Gate, turns: Turns) -> App:
+    """What is neither scoring nor health, for a listener of its own. `turns`: of the app that scores."""
+    return _app(holder, (ADMIN,), gate, turns)
+
+
+def _app(
+    holder: Holder, scopes: Collection[str], gate: Gate, turns: Turns, access_log: bool = False, **state: Any
+) -> App:
+    made = Starlette(
+        routes=[route for route, scope in ROUTES if scope in scopes],
+        exception_handlers=handlers(holder.metrics.refused),
+    )
+    made.router.redirect_slashes = False
+    made.state.holder, made.state.turns = holder, turns
+    for name, value in state.items():
+        setattr(made.state, name, value)
+
+    def refuse(denied: Denial) -> Response:
+        holder.metrics.refused(denied.reason)
+        return denial(denied)
+
+    table = {route.path: scope for route, scope in ROUTES if scope in scopes}
+    accessed = partial(_log_access, holder) if access_log else None
+    return App(Guard(made, table, gate, refuse), holder.metrics, turns, accessed)
 
 
 async def _rank(request: Request) -> Response:
@@ -99,6 +122,7 @@ async def _rank(request: Request) -> Response:
     metrics.candidates("rank", len(asked.candidates))
     async with _turn(request):
         answer = _holder(request).replica.rank(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.answered("rank", answer.degraded)
     _holder(request).answered(asked, answer)
     return _json(answer)
@@ -109,6 +133,7 @@ async def _recommend(request: Request) -> Response:
     metrics = _holder(request).metrics
     async with _turn(request):
         answer = _holder(request).replica.recommend(asked, deadline=deadline)
+    request.scope[REQUEST_ID] = answer.request_id
     metrics.candidates("recommend", answer.candidates)
     metrics.answered("recommend", answer.degraded)
     _holder(request).answered(asked, answer)
@@ -138,7 +163,7 @@ async def _healthz(request: Request) -> Response:
 async def _readyz(request: Request) -> Response:
     reason = _not_ready_because(_holder(request), request.app.state.max_age_ms, request.app.state.clock())
     if reason:
-        raise NotReady(reason)
+        raise NotReady(reason if request.scope[ALLOWED] else "not now: with a token the answer says why")
     return _json({"ok": True})
 
 
@@ -166,6 +191,20 @@ async def _docs(request: Request) -> Response:
     return HTMLResponse(_described(_limits(request))[1])
 
 
+# Every route and the scope that it asks for: access.py refuses what is not here.
+ROUTES = (
+    (Route("/v1/rank", _rank, methods=["POST"]), SCORE),
+    (Route("/v1/recommend", _recommend, methods=["POST"]), SCORE),
+    (Route("/v1/items/{id:headrace_id}/similar", _similar), SCORE),
+    (Route("/v1/model", _model), SCORE),
+    (Route("/healthz", _healthz), PUBLIC),
+    (Route("/readyz", _readyz), PUBLIC),
+    (Route("/metrics", _metrics), ADMIN),
+    (Route("/openapi.json", _openapi), ADMIN),
+    (Route("/docs", _docs), ADMIN),
+)
+
+
 async def _body(request: Request, type_: type[T]) -> T:
     """The request's body as `type_`. Raises Refused (400, 408, 413, 422), GoneAway."""
     limits = _limits(request)
@@ -178,6 +217,8 @@ async def _body(request: Request, type_: type[T]) -> T:
         raise Refused(BODY_TIMEOUT, late, {"Connection": "close"}) from None
     except msgspec.ValidationError as error:
         raise Refused(INVALID, str(error)) from None
+    except RecursionError:
+        raise Refused(NOT_JSON, "the body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Refused(NOT_JSON, f"the body is not JSON: {error}") from None
     except ClientDisconnect:
@@ -242,12 +283,24 @@ def _json(content: Any) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
 
 
+def _log_access(holder: Holder, scope: Scope, route: str, status: int, seconds: float) -> None:
+    """A line for a request. Of what strangers send only the method is in it."""
+    of = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 6),
+          "epoch": holder.replica.epoch, "sequence": holder.replica.sequence}  # fmt: skip
+    if REQUEST_ID in scope:
+        of["request_id"] = scope[REQUEST_ID]
+    log.info("%s %s %s in %.1f ms", scope["method"], route, status, 1e3 * seconds, extra=of)
+
+
 class App:
     """The app, counting each request by route and status. Unknown paths share one label: strangers must not make
-    metrics. `turns`: who waits."""
+    metrics. `turns`: who waits. `accessed`: is told (scope, route, status, seconds) of each."""
 
-    def __init__(self, app: Starlette, metrics: Metrics, turns: Turns) -> None:
-        self._app, self._metrics, self.turns = app, metrics, turns
+    def __init__(
+        self, app: Guard, metrics: Metrics, turns: Turns,
+        accessed: Callable[[Scope, str, int, float], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._app, self._metrics, self.turns, self._accessed = app, metrics, turns, accessed
 
     @property
     def routes(self) -> list[Route]:
@@ -255,14 +308,14 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return  # neither WebSockets nor a lifespan
         start, status = time.perf_counter(), 500
 
         async def noted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message["headers"], *HEADERS]
             await send(message)
 
         try:
@@ -273,4 +326,7 @@ class App:
         finally:
             route = scope.get("route")
             label = route.path_format if isinstance(route, Route) else "other"
-            self._metrics.request(label, status, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self._metrics.request(label, status, seconds)
+            if self._accessed is not None:
+                self._accessed(scope, label, status, seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ import httpx
 import msgspec
 
 from embedding_store.errors import HeadraceError
+from embedding_store.secret import Secret
 from online_model.serving.api import (
     ModelInfo,
     ModelQuery,
@@ -135,11 +137,29 @@ _LIMITS = httpx.Limits(keepalive_expiry=KEPT_S)
 _READY = _Call(_Ok, "GET", "/readyz", retried=False)  # a 503 is an answer here
 
 
-class Client:
-    """Blocking. `timeout_s`: for one answer; `retries`: so often a request is sent again. One thread at a time."""
+def authorization(token: Secret | None) -> dict[str, str]:
+    """The header that carries a token, if there is one."""
+    return {"Authorization": f"Bearer {token.reveal()}"} if token else {}
 
-    def __init__(self, url: str, timeout_s: float = 5.0, retries: int = 3) -> None:
-        self._http, self._timeout_s, self._retries = httpx.Client(base_url=url, limits=_LIMITS), timeout_s, retries
+
+def _options(url: str, token: Secret | None, tls: ssl.SSLContext | None) -> dict[str, Any]:
+    """Of httpx's clients."""
+    return {"base_url": url, "limits": _LIMITS, "headers": authorization(token), "verify": tls or True}
+
+
+class Client:
+    """Blocking. `timeout_s`: for one answer; `retries`: so often a request is sent again; `token`: if one is needed;
+    `tls`: whom to trust, where it is not the system's authorities. One thread at a time."""
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 5.0,
+        retries: int = 3,
+        token: Secret | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._http, self._timeout_s, self._retries = httpx.Client(**_options(url, token, tls)), timeout_s, retries
 
     def rank(self, request: RankRequest) -> Ranking:
         """The candidates, the best first. Raises Refusal."""
@@ -187,8 +207,15 @@ class Client:
 class AsyncClient:
     """The same for asyncio; many requests may be under way at once."""
 
-    def __init__(self, url: str, timeout_s: float = 5.0, retries: int = 3) -> None:
-        self._http, self._timeout_s, self._retries = httpx.AsyncClient(base_url=url, limits=_LIMITS), timeout_s, retries
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float = 5.0,
+        retries: int = 3,
+        token: Secret | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._http, self._timeout_s, self._retries = httpx.AsyncClient(**_options(url, token, tls)), timeout_s, retries
 
     async def rank(self, request: RankRequest) -> Ranking:
         """See Client; the others too."""

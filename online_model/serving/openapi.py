@@ -65,7 +65,8 @@ class Ok(msgspec.Struct, frozen=True):
     ok: bool
 
 
-_ASKING = (problems.TOO_MANY_WAITING, problems.WAITED_TOO_LONG, problems.NOT_READY)
+_WHO = (problems.TOKEN_NEEDED, problems.NOT_ALLOWED)
+_ASKING = (*_WHO, problems.TOO_MANY_WAITING, problems.WAITED_TOO_LONG, problems.NOT_READY)
 _SENDING = (problems.NOT_JSON, problems.BODY_TIMEOUT, problems.BODY_TOO_LARGE, problems.INVALID)
 
 OPERATIONS = (
@@ -108,16 +109,16 @@ OPERATIONS = (
             "1.4711", 1, 4711, 1_700_000_000_000, 1_700_000_000_020, {"0": 123_456}, {"user": 10, "item": 40},
             {"rows": 12_345},
         )),
-        query=ModelQuery, query_examples={"newer_than": -1, "wait_ms": 20}, refusals=(problems.INVALID,),
+        query=ModelQuery, query_examples={"newer_than": -1, "wait_ms": 20}, refusals=(problems.INVALID, *_WHO),
     ),
     Operation("/healthz", "get", "healthz", "Whether the process answers", Ok, {"ok": True}),
     Operation(
         "/readyz", "get", "readyz", "Whether it should be asked: it has a model that is not stale", Ok, {"ok": True},
         refusals=(problems.NOT_READY,),
     ),
-    Operation("/metrics", "get", "metrics", "Counters and gauges for Prometheus", "text/plain"),
-    Operation("/openapi.json", "get", "openapi", "This document", JSON),
-    Operation("/docs", "get", "docs", "This document, to be read", "text/html"),
+    Operation("/metrics", "get", "metrics", "Counters and gauges for Prometheus", "text/plain", refusals=_WHO),
+    Operation("/openapi.json", "get", "openapi", "This document", JSON, refusals=_WHO),
+    Operation("/docs", "get", "docs", "This document, to be read", "text/html", refusals=_WHO),
 )  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def document(limits: Limits) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }  # fmt: skip
     return orjson.loads(orjson.dumps(made))  # nothing shared with the parts it is made of
 
@@ -157,6 +158,8 @@ def _operation(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
         examples = {name: {"value": value} for name, value in operation.bodies.items()}
         content = {JSON: {"schema": _reference(operation.body), "examples": examples}}
         made["requestBody"] = {"required": True, "content": content}
+    if problems.TOKEN_NEEDED in operation.refusals:
+        made["security"] = [{"token": []}, {}]  # without one where none is set
     made["responses"] = _responses(operation)
     return made
 

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
+from online_model.serving.access import Denial
 from online_model.serving.errors import NotReady, UnknownItem
 
 log = logging.getLogger("headrace")
@@ -58,6 +59,14 @@ class Kind:
 
 
 NOT_JSON = Kind("not-json", 400, "The body is not JSON", "The body could not be read as JSON in UTF-8.")
+TOKEN_NEEDED = Kind(
+    "token-needed", 401, "A token is needed",
+    "`Authorization: Bearer TOKEN` is not there, or the token is not a valid one, or no longer.",
+)  # fmt: skip
+NOT_ALLOWED = Kind(
+    "not-allowed", 403, "Not allowed",
+    "The token is not for this route. Where none is needed: the Host header names neither an address nor localhost.",
+)  # fmt: skip
 UNKNOWN_ITEM = Kind(
     "unknown-item", 404, "Unknown item", "The version served does not have this item: it never came, or it has expired."
 )  # fmt: skip
@@ -85,7 +94,8 @@ NOT_READY = Kind(
 )  # fmt: skip
 
 KINDS = (
-    NOT_JSON, UNKNOWN_ITEM, BODY_TIMEOUT, BODY_TOO_LARGE, INVALID, TOO_MANY_WAITING, WAITED_TOO_LONG, NOT_READY
+    NOT_JSON, TOKEN_NEEDED, NOT_ALLOWED, UNKNOWN_ITEM, BODY_TIMEOUT, BODY_TOO_LARGE, INVALID, TOO_MANY_WAITING,
+    WAITED_TOO_LONG, NOT_READY,
 )  # fmt: skip
 
 
@@ -116,6 +126,13 @@ def refusal(kind: Kind, detail: str, headers: Mapping[str, str] | None = None) -
     retry = {"Retry-After": str(RETRY_AFTER_S)} if kind.retry else {}
     problem = Problem(kind.type, kind.title, kind.status, _line(detail))
     return ProblemResponse(problem, kind.slug, {**retry, **(headers or {})})
+
+
+def denial(denied: Denial) -> ProblemResponse:
+    """The answer to who may not ask. The metrics have the reason; who asks is told no more than HTTP's status does."""
+    kind = TOKEN_NEEDED if denied.status == 401 else NOT_ALLOWED
+    problem = Problem(kind.type, kind.title, kind.status, _line(kind.about))
+    return ProblemResponse(problem, denied.reason, {"WWW-Authenticate": denied.challenge})
 
 
 def blank(
@@ -162,7 +179,8 @@ def _failed(request: Request, error: Exception) -> ProblemResponse:
     # The traceback follows in the server's log (starlette raises the error again after this answer), never to the
     # client.
     instance = f"urn:uuid:{uuid.uuid4()}"
-    log.error("%s %s failed: %s", request.method, request.url.path, instance)
+    log.error("%s %s failed: %s", request.method, request.url.path, instance,
+              extra={"instance": instance, "method": request.method})  # fmt: skip
     return blank(500, "internal error: the replica's log says more under this instance", instance)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+from embedding_store.secret import Secret
 
 
 class Scoring(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -110,3 +113,24 @@ class ReplicaSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise ValueError(f"two arms have one name: {', '.join(names)}")
+
+
+class HttpSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Who may ask a replica, and /metrics of all workers; the section [http]. access.py makes it hold."""
+
+    host: Annotated[
+        str, Meta(description="a replica listens here: a name or an address; beyond the loopback only with tokens")
+    ] = "127.0.0.1"
+    admin_host: Annotated[str, Meta(description="/metrics and what else is not scoring: the same")] = "127.0.0.1"
+    tokens_file: Annotated[
+        Path | None, Meta(description="a line each: TOKEN [EXPIRES] [score,admin]; read again when it changes")
+    ] = None
+    token: Annotated[
+        Secret | None, Meta(description="one for all routes; from the environment: HEADRACE_HTTP_TOKEN")
+    ] = None
+    open_scoring: Annotated[
+        bool, Meta(description="on the loopback scoring asks for no token, though there are some")
+    ] = False
+    tls_cert: Annotated[Path | None, Meta(description="PEM, with what is between it and the root")] = None
+    tls_key: Annotated[Path | None, Meta(description="PEM, without a passphrase")] = None
+    connections: Annotated[int, Meta(ge=1, description="of each listener at once; more are refused (503)")] = 2_000

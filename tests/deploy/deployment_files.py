@@ -26,8 +26,9 @@ LEAST = ("kafka.bootstrap=kafka:9092", "auth.existingSecret=tokens")
 ALL = (
     *LEAST, "join.autoscaling.enabled=true", "serve.autoscaling.enabled=true", "train.gpus=2", "train.ranks=2",
     "metrics.serviceMonitor.enabled=true", "auth.metricsKey=admin", "storage.sharedUrl=s3://bucket/headrace",
-    "storage.ports={443}", "kafka.existingSecret=kafka", "signing.existingSecret=keys", "kafka.prefix=shop.", "kafka.ports={9093,9094}",
-    "image.digest=sha256:" + 64 * "a", "metrics.from[0].namespaceSelector.matchLabels.name=monitoring",
+    "storage.ports={443}", "kafka.existingSecret=kafka", "signing.existingSecret=keys", "kafka.prefix=shop.",
+    "kafka.ports={9093,9094}", "image.digest=sha256:" + 64 * "a",
+    "metrics.from[0].namespaceSelector.matchLabels.name=monitoring",
 )  # fmt: skip
 
 
@@ -71,9 +72,6 @@ def pods(values: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
 def accepted(environment: dict[str, str], tmp_path: Path) -> Settings:
     """The settings that a pod or container would start with. Raises UsageError where one of them does not exist."""
     ours = {name: value for name, value in environment.items() if name.startswith("HEADRACE_")}
-    if "http" not in Settings.SECTIONS:  # until access to the listeners is merged
-        away = ("HEADRACE_HTTP_", "HEADRACE_SERVE_ADMIN_PORT")
-        ours = {name: value for name, value in ours.items() if not name.startswith(away)}
     settings = load(tmp_path / "headrace.toml", ours)
     settings.check()
     return settings

@@ -194,8 +194,7 @@ def test_the_chart_says_what_commands_and_settings_there_are(values: tuple[str, 
             ports = {port["name"]: port["containerPort"] for port in container.get("ports", [])}
             expected = {
                 "join": {"metrics": settings.join.metrics_port}, "train": {"metrics": settings.train.metrics_port},
-                "serve": {"http": settings.serve.port, "metrics": int(environment["HEADRACE_SERVE_ADMIN_PORT"])}
-                if container["name"] == "serve" else {},
+                "serve": {"http": settings.serve.port, "metrics": settings.serve.admin_port},
             }  # fmt: skip
             assert ports == expected.get(container["name"], {}), name
             assert settings.bootstrap == "kafka:9092"

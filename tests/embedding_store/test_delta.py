@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
+from embedding_store import delta
 from embedding_store.columns import TableRows
 from embedding_store.delta import MAX_PART_BYTES, Assembler, Version, encode
 from embedding_store.errors import CorruptRecord
@@ -133,3 +137,78 @@ def test_one_flipped_bit_anywhere_is_refused(at: int, bit: int) -> None:
     part[at] ^= 1 << bit
     with pytest.raises(CorruptRecord):
         Assembler().add(bytes(part))
+
+
+# --- what is sealed, and lies: whoever may write to the topic can make a check that is right
+
+
+def _sealed(kind: str, columns: dict[str, np.ndarray], rows: str = "fp32") -> bytes:
+    """The one part of a version with one piece."""
+    head = delta._Head(base=None, created_ms=0, positions=[], info={}, dense={"t": [3]}, rows=rows)  # type: ignore[arg-type]
+    meta = delta._Meta(
+        format=delta._FORMAT, epoch=1, sequence=1, part=0, last=True, first="", pieces=[(kind, "t")], head=head
+    )
+    return delta._seal(meta, [delta._Piece(kind, "t", columns)])[0]
+
+
+IDS = np.arange(1_000, dtype=np.int64)
+FAR = np.array([1_000_000, -1_000_000] * 500 + [1_000_000], np.int64)
+MANY = np.zeros((1 << 50, 0), np.int64)
+LIES = {
+    "ids of no bytes": ("gone", {"ids": MANY}, "fp32"),
+    "rows of no bytes": ("table", {"ids": MANY, "column.seen": MANY}, "fp32"),
+    "blobs of no bytes": ("blob", {"ids": MANY, "sizes": MANY, "bytes": np.zeros(0, np.uint8)}, "fp32"),
+    "sizes that go back": ("blob", {"ids": np.arange(1_001), "sizes": FAR, "bytes": np.zeros(10**6, np.uint8)}, "fp32"),
+    "sizes past the end": ("blob", {"ids": IDS, "sizes": IDS + (1 << 60), "bytes": np.zeros(9, np.uint8)}, "fp32"),
+    "one row, many scales": (
+        "table",
+        {"ids": IDS, "weights.": np.zeros((1, 100_000), np.uint8), "weights.scale": np.ones(100_000, np.float32),
+         "weights.bias": np.ones(100_000, np.float32)},
+        "int8",
+    ),
+    "weights without rows": ("table", {"ids": IDS, "weights.": np.zeros(1_000, np.float32)}, "fp32"),
+    "fewer rows than ids": ("table", {"ids": IDS, "weights.": np.zeros((3, 4), np.float32)}, "fp32"),
+    "dense of another size": ("dense", {"flat": np.zeros(4, np.float32)}, "fp32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_part_that_lies_about_its_sizes_is_refused_and_takes_no_memory(lie: str) -> None:
+    part = _sealed(*LIES[lie])
+    tracemalloc.start()
+    with pytest.raises(CorruptRecord):
+        Assembler().add(part)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20 * len(part) + 1_000_000
+
+
+@pytest.mark.parametrize("depth", [1_000, 1_000_000])
+def test_json_without_end_is_no_part(depth: int) -> None:
+    header = b'{"__metadata__":' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(CorruptRecord):
+        Assembler().add(len(header).to_bytes(8, "little") + header)
+
+
+SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=3).map(tuple)
+DTYPES = st.sampled_from([np.int64, np.float32, np.uint8, np.float16, np.int8, np.float64])
+NAMES = st.sampled_from(["ids", "flat", "sizes", "bytes", "weights.", "weights.scale", "weights.bias", "column.seen"])
+ARRAYS = st.builds(lambda shape, dtype, value: np.full(shape, value).astype(dtype), SHAPES, DTYPES, st.integers(-3, 3))
+
+
+@given(
+    st.sampled_from(["table", "dense", "gone", "blob", "other"]),
+    st.dictionaries(NAMES, ARRAYS, min_size=1),
+    st.sampled_from(["fp32", "fp16", "int8"]),
+)
+@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_whatever_is_sealed_comes_out_as_a_version_or_is_refused(
+    kind: str, columns: dict[str, np.ndarray], rows: str
+) -> None:
+    with contextlib.suppress(CorruptRecord):
+        version = Assembler().add(_sealed(kind, columns, rows))
+        assert version is not None
+        for table in version.tables.values():
+            assert table.ids.dtype == np.int64
+            assert all(len(column) == len(table) for column in table.columns.values())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
 
 from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import MOMENTUM, WEIGHTS
@@ -66,7 +67,11 @@ def _on_one_rank(device: str, optimizer: Optimizer, path: Path) -> None:
     tables = EmbeddingTables(_specs(optimizer), device)
     assert dist.get_backend() == ("nccl" if device == "cuda" else "gloo")
     _learn(tables, range(STEPS))
-    np.savez(path, **_columns(tables))
+    _save(_columns(tables), path)
+
+
+def _save(columns: dict[str, np.ndarray], path: Path) -> None:
+    save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, path)
 
 
 def _alone(work: Callable[..., Any], *arguments: Any) -> None:
@@ -79,7 +84,7 @@ def _alone(work: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _assert_close(one: Path, other: Path) -> None:
-    a, b = np.load(one), np.load(other)
+    a, b = load_file(one), load_file(other)
     assert sorted(a) == sorted(b)
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=2e-5, rtol=1e-5, err_msg=name)
@@ -89,9 +94,9 @@ def _assert_close(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_tables_learn_what_they_learn_on_the_host(device: str, optimizer: Optimizer, tmp_path: Path) -> None:
     """One rank, over NCCL on CUDA: the same rows, weights and states after thirty steps, to rounding."""
-    for name, on in (("host.npz", "cpu"), ("there.npz", device)):
+    for name, on in (("host.safetensors", "cpu"), ("there.safetensors", device)):
         _alone(_on_one_rank, on, optimizer, tmp_path / name)
-    _assert_close(tmp_path / "host.npz", tmp_path / "there.npz")
+    _assert_close(tmp_path / "host.safetensors", tmp_path / "there.safetensors")
 
 
 def _rank(rank: int, meeting: Path, kind: str, path: Path) -> None:
@@ -101,7 +106,7 @@ def _rank(rank: int, meeting: Path, kind: str, path: Path) -> None:
     _learn(tables, range(STEPS))
     found = _columns(tables)  # collective
     if rank == 0:
-        np.savez(path, **found)
+        _save(found, path)
 
 
 @pytest.mark.parametrize("device", ON)
@@ -109,8 +114,8 @@ def test_two_ranks_learn_what_one_does_on_the_host(device: str, tmp_path: Path) 
     """A GPU each, over NCCL; numbers and objects of the host go over gloo."""
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    _alone(_on_one_rank, "cpu", "row_wise_adagrad", tmp_path / "host.npz")
-    arguments = (tmp_path / "meeting", device, tmp_path / "there.npz")
+    _alone(_on_one_rank, "cpu", "row_wise_adagrad", tmp_path / "host.safetensors")
+    arguments = (tmp_path / "meeting", device, tmp_path / "there.safetensors")
     ranks = [processes.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
@@ -118,7 +123,7 @@ def test_two_ranks_learn_what_one_does_on_the_host(device: str, tmp_path: Path) 
         process.join(120)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
-    _assert_close(tmp_path / "host.npz", tmp_path / "there.npz")
+    _assert_close(tmp_path / "host.safetensors", tmp_path / "there.safetensors")
 
 
 def _store(path: Path, optimizer: Optimizer) -> CheckpointStore:

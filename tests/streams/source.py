@@ -8,9 +8,11 @@ from pathlib import Path
 import msgspec
 from kafka import KafkaProducer
 
+from embedding_store.signing import Signer
 from embedding_store.snapshot import snapshot_of
 from online_model.settings import TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from streams.published import signed
 from streams.topics import TopicSettings
 from tests.online_model.logs import make_blocks, make_rows
 
@@ -19,9 +21,13 @@ SETTINGS = msgspec.convert(SMALL, TrainerSettings)
 
 
 class Source:
-    """A trainer that makes versions, and the means to send them, or something else."""
+    """A trainer that makes versions, and the means to send them, or something else. Both are signed by `signer`."""
 
-    def __init__(self, broker: str, topics: TopicSettings, folder: Path, rows: int = 2_000, block: int = 100) -> None:
+    def __init__(
+        self, broker: str, topics: TopicSettings, folder: Path, rows: int = 2_000, block: int = 100,
+        signer: Signer | None = None,
+    ) -> None:  # fmt: skip
+        self.signer = signer
         self._path = folder / "train"
         self.trainer: Trainer = self._opened(SETTINGS)
         self._blocks = {block.from_offset: block for block in make_blocks(make_rows(rows), block)}
@@ -40,12 +46,18 @@ class Source:
         return parts
 
     def send(self, *parts: bytes | None) -> None:
+        self.send_signed(self.signer, *parts)
+
+    def send_signed(self, signer: Signer | None, *parts: bytes | None) -> None:
+        """As somebody with that key, or with none."""
         for part in parts:
-            self._producer.send(self._topic, part, key=b"a record must have one of both", partition=0)
+            headers = signed(part or b"", self._topic, signer).headers
+            key = b"a record must have one of both"
+            self._producer.send(self._topic, part, key=key, headers=list(headers), partition=0)
         self._producer.flush()
 
     def snapshot(self) -> None:
-        snapshot_of(self.trainer.store, self._snapshots)
+        snapshot_of(self.trainer.store, self._snapshots, signer=self.signer)
 
     def go_back(self, copy: Path) -> None:
         """The trainer's store is an older copy of itself, as after a power cut."""

@@ -1,14 +1,18 @@
+import contextlib
 import itertools
 import json
+import struct
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embedding_store.errors import CorruptRecord
 from online_model.examples import COLUMNS, Block, Counts
-from streams import blocks
+from streams import block_sizes, blocks
+from streams.block_sizes import check_sizes
 from streams.blocks import decode_block, encode_block
 from streams.events import Click, encode
 from streams.joiner import Joiner, JoinSettings, Record
@@ -96,3 +100,45 @@ def test_another_table_is_not_a_block():
         writer.write_table(pa.table({"a": [1]}))
     with pytest.raises(CorruptRecord, match="no block header"):
         decode_block(sink.getvalue().to_pybytes())
+
+
+def packed(rows: int) -> bytes:
+    """A block whose first column has so many zeros: it is small whatever they are."""
+    column = pa.array(np.zeros(rows, np.int64))
+    sink = pa.BufferOutputStream()
+    for schema in (pa.schema([("zeros", pa.int64())]), pa.schema([("user", pa.int64())])):
+        with pa.ipc.new_stream(sink, schema, options=blocks._OPTIONS) as writer:
+            writer.write_batch(pa.record_batch([column], schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_small_block_that_unpacks_to_gigabytes_is_refused_before_it_does(monkeypatch):
+    small, large = packed(100_000), packed(20_000_000)
+    check_sizes(small)
+    assert len(large) < 20_000
+    with pytest.raises(CorruptRecord, match="320,000,000 bytes, more than 268,435,456"):
+        check_sizes(large)
+    for said in (1 << 33, 1 << 62):
+        bent = small.replace(struct.pack("<q", 800_000), struct.pack("<q", said))
+        assert bent != small
+        with pytest.raises(CorruptRecord, match="unpacks to"):
+            decode_block(bent)
+    whole = encode_block(some_block())
+    monkeypatch.setattr(block_sizes, "MAX_UNPACKED_BYTES", 1_000)
+    with pytest.raises(CorruptRecord, match="unpacks to"):
+        decode_block(whole)
+
+
+SOME = encode_block(some_block())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whatever_bytes_are_bent_a_block_is_whole_or_corrupt(data):
+    raw = bytearray(SOME)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 8))
+        value = data.draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 8, b"\x00" * 8, b"\xff" * 4]))
+        raw[at : at + len(value)] = value
+    with contextlib.suppress(CorruptRecord):
+        decode_block(bytes(raw))

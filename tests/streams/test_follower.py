@@ -24,6 +24,7 @@ import uvicorn
 
 from embedding_store.delta import Assembler, Version, encode
 from embedding_store.kept import KeptCheckpoints
+from embedding_store.signing import SigningSettings
 from embedding_store.snapshot import Request, requests, snapshots, write_snapshot
 from online_model.features import ITEM
 from online_model.serving.api import RankRequest
@@ -142,14 +143,15 @@ def until(true: Callable[[], Any], seconds: float = 20, what: Callable[[], Any] 
 class World:
     """A trainer that answers, a replica that is asked, and between them a topic that is the test's."""
 
-    def __init__(self, broker: str, folder: Path, serve: bool = True) -> None:
+    def __init__(self, broker: str, folder: Path, serve: bool = True, signing: SigningSettings | None = None) -> None:
         topics = TopicSettings(prefix=f"test-{uuid.uuid4().hex[:12]}.", partitions=1)
         create_topics(broker, topics)
         common: dict[str, Any] = {"bootstrap": broker, "data_dir": folder / "data", "topics": topics}
+        common["signing"] = signing or SigningSettings()
         self.serve_settings = ServeWorkerSettings(**common)
         self.train_settings = TrainWorkerSettings(**common)
         self.snapshots = folder / "data" / "snapshots"
-        self.source = Source(broker, topics, folder, rows=6_000, block=50)
+        self.source = Source(broker, topics, folder, rows=6_000, block=50, signer=self.train_settings.signer)
         self.truth = Replica(ReplicaSettings(), SETTINGS.features, SETTINGS.ranker, clock=lambda: self.moment_ms)
         self.moment_ms = 0
         self.answering: Answering | None = None

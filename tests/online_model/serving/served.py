@@ -28,6 +28,7 @@ import uvloop
 from online_model.serving.app import App, create_app
 from online_model.serving.holder import Holder
 from online_model.serving.replica import Replica
+from online_model.serving.server import Server
 from online_model.serving.settings import Limits
 from tests.online_model.serving.world import replica, world
 
@@ -61,20 +62,13 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """They are pytest's."""
-        yield
-
-
 class Serving:
-    """uvicorn in the loop of the test, which can take the turn itself."""
+    """The server of a replica in the loop of the test, which can take the turn itself."""
 
     def __init__(self, app: App, holder: Holder) -> None:
         self.app, self.holder = app, holder
         listening = socket.create_server(("127.0.0.1", 0))
-        self._server = _Server(uvicorn.Config(app, log_level="critical", http="httptools", lifespan="off"))
+        self._server = Server(app)
         self._running = asyncio.create_task(self._server.serve([listening]))
         self.host, self.port = listening.getsockname()
         self.url = f"http://{self.host}:{self.port}"
@@ -88,7 +82,7 @@ class Serving:
     async def raw(self, body: bytes, length: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection on which this much of a request to rank has been sent."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
-        head = f"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
+        head = f"POST /v1/rank HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length or len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         await writer.drain()
         return reader, writer

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
 async def client(made: Replica, now_ms: int = NOW + 1000) -> AsyncIterator[tuple[httpx.AsyncClient, Holder]]:
     holder = Holder(made)
     app = create_app(holder, made.settings.max_age_ms, clock=lambda: now_ms / 1000)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
         yield http, holder
 
 
@@ -363,7 +363,7 @@ def test_a_broken_replica_is_an_error_without_a_traceback(caplog):
     async def run() -> httpx.Response:
         holder = Holder(made)
         transport = httpx.ASGITransport(create_app(holder), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://replica") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
             response = await http.post("/v1/rank", json={"user": 1, "candidates": [1]})
             got = samples((await http.get("/metrics")).text)
             assert got["headrace_serve_requests_total", "/v1/rank", "500"] == 1

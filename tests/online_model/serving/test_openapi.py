@@ -41,7 +41,7 @@ def known_items() -> Replica:
 def ask(method: str, path: str, made: Replica | None = None, **more: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         app = create_app(Holder(made or known_items()), max_age_ms=1 << 50)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
             return await http.request(method, path, **more)
 
     return asyncio.run(run())

@@ -36,7 +36,7 @@ async def keeps_asking(port: int, end: float, seen: Seen) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     while time.perf_counter() < end:
         start = time.perf_counter()
-        writer.write(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY))
+        writer.write(b"POST /v1/rank HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY))
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).lower().splitlines()
         headers = dict(line.split(b": ", 1) for line in lines if line)
         await reader.readexactly(int(headers[b"content-length"]))

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
 from embedding_store.delta import Version
 from online_model.features import CARD, CATEGORY, ITEM, USER
+from online_model.serving import server as serving_server
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
 from tests.online_model.serving.world import (
@@ -69,7 +69,7 @@ class Server:
     async def _run(self) -> None:
         self.holder = Holder(replica(uniform(1), epsilon=0.0))
         app = create_app(self.holder, max_age_ms=1 << 50)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", http="httptools", lifespan="off"))
+        server = serving_server.Server(app)
         serving = asyncio.create_task(server.serve([self.socket]))
         sequence = 1
         while not self.stop.is_set():
@@ -164,6 +164,6 @@ def test_a_client_that_goes_away_in_the_middle_hurts_nobody(server):
     host, port = server.socket.getsockname()
     for _ in range(3):
         with socket.create_connection((host, port)) as raw:
-            raw.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+            raw.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{")
     with httpx.Client(base_url=server.url, timeout=5) as http:
         assert http.post("/v1/rank", json={"user": 1, "candidates": [1]}).status_code == 200
