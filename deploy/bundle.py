@@ -209,7 +209,7 @@ def _metrics(bundle: Bundle, name: str, port: int, settings: Settings) -> None:
     own = {"Authorization": f"Bearer {token.reveal()}"} if token else {}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=own)
     try:
-        with urllib.request.urlopen(request, timeout=HTTP_S) as answer:  # noqa: S310 - to ourselves, a fixed scheme
+        with urllib.request.urlopen(request, timeout=HTTP_S) as answer:  # noqa: S310  # nosec B310 - our own
             bundle.add(member, answer.read(MAX_MEMBER).decode(errors="replace"))
     except (OSError, urllib.error.URLError, ValueError) as error:
         bundle.missing[member] = f"nothing answers on 127.0.0.1:{port} ({error})"
