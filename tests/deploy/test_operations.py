@@ -79,7 +79,7 @@ class Shell:
         """What it prints. It must succeed, command by command."""
         assert self._bash.stdin is not None
         assert self._bash.stdout is not None
-        self._bash.stdin.write(f"{block}\necho '@@done'\n")
+        self._bash.stdin.write(f"{block}\nprintf '\\n@@done\\n'\n")
         self._bash.stdin.flush()
         lines = []
         for line in self._bash.stdout:
@@ -166,6 +166,35 @@ def system(home: Path) -> Iterator[tuple[Shell, System]]:
         shell.close()
 
 
+def lose_and_restore(run: Callable[[str], str], seen: System, home: Path) -> dict[str, Any]:
+    """From backup to a restored model, which it gives."""
+    run("backup")
+    kept = seen.listed()["versions"][1]
+    assert kept["where"] == "kept"
+    assert list((home / "recording").glob("**/*.parquet"))
+    run("lost")
+    assert not (home / ".headrace" / "train").exists()
+    run("restore")
+    seen.until_quiet()
+    restored = seen.stored()
+    assert restored["digest"] == kept["digest"]
+    assert restored["epoch"] > kept["epoch"]
+    until(lambda: seen.epoch_served() == restored["epoch"], "the replica follows the restored model")
+    return restored
+
+
+def reshard(run: Callable[[str], str], seen: System, shell: Shell, digest: str) -> None:
+    """One rank, two, one."""
+    run("two-ranks")
+    before = until(seen.learned, "two ranks are up")
+    shell.run("headrace simulate --events 500 --seconds 3 --seed 3")
+    until(lambda: seen.learned() > before, "two ranks learn")
+    both = seen.until_quiet()
+    run("one-rank")
+    assert until(seen.learned, "one rank is up") == both, "and it goes on where they were"
+    assert seen.stored()["digest"] != digest
+
+
 @pytest.mark.nightly
 @pytest.mark.broker
 @pytest.mark.timeout(1_800)
@@ -180,23 +209,7 @@ def test_the_procedures_do_what_they_say(tmp_path: Path) -> None:
         run("events")
         first = seen.until_quiet()
         assert first > 100
-
-        run("backup")
-        kept = seen.listed()["versions"][1]
-        assert kept["where"] == "kept"
-
-        run("lost")
-        refused = subprocess.run(
-            [tmp_path / "bin" / "headrace", "checkpoint", "verify"], cwd=tmp_path, capture_output=True, check=False,
-            env=environment(),
-        )  # fmt: skip
-        assert refused.returncode == 1, "it is really gone"
-        run("restore")
-        seen.until_quiet()
-        restored = seen.stored()
-        assert restored["digest"] == kept["digest"]
-        assert restored["epoch"] > kept["epoch"]
-        until(lambda: seen.epoch_served() == restored["epoch"], "the replica follows the restored model")
+        restored = lose_and_restore(run, seen, tmp_path)
 
         run("join-lost")
         until(lambda: seen.ask("join", "/metrics"), "the join worker is back")
@@ -205,33 +218,23 @@ def test_the_procedures_do_what_they_say(tmp_path: Path) -> None:
         more = seen.until_quiet()
 
         run("rollback")
-        seen.until_quiet()
+        assert seen.until_quiet() < more, "what was set aside is not in the model"
         back = seen.stored()
         assert back["epoch"] > restored["epoch"]
         assert back["digest"] != restored["digest"], "the positions are the store's"
         until(lambda: seen.epoch_served() == back["epoch"], "the replica follows the way back")
-        assert seen.learned() < more, "what was set aside is not learned"
 
         run("upgrade")
         until(lambda: seen.ask("serve", "/readyz"), "the replica is ready again")
         seen.until_quiet()
         assert seen.stored()["digest"] == back["digest"]
-
-        run("two-ranks")
-        until(seen.learned, "two ranks are up")
-        assert seen.stored()["digest"] == back["digest"], "the store does not know of ranks"
-        shell.run('kill "$train" && wait "$train"; HEADRACE_TRAIN_RANKS=2 headrace train >> train.log 2>&1 & train=$!')
-        before = until(seen.learned, "two ranks are up again")
-        shell.run("headrace simulate --events 500 --seconds 3 --seed 3")
-        until(lambda: seen.learned() > before, "two ranks learn")
-        both = seen.until_quiet()
-        run("one-rank")
-        assert until(seen.learned, "one rank is up") == both, "and go on where they were"
+        reshard(run, seen, shell, back["digest"])
 
         run("forget")
         time.sleep(2)
-        told = overview(json.loads(shell.run("headrace broker status --json"))["bootstrap"], TopicSettings(partitions=2))
-        assert told["events.dead"]["ends"] == {0: 0}, "it was an event as it should be"
+        bootstrap = json.loads(shell.run("headrace broker status --json"))["bootstrap"]
+        dead = overview(bootstrap, TopicSettings(partitions=2))["events.dead"]
+        assert dead["ends"] == {0: 0}, "it was an event as it should be"
 
         contents = run("bundle")
         assert "stores.json" in contents
