@@ -26,8 +26,8 @@ LEAST = ("kafka.bootstrap=kafka:9092", "auth.existingSecret=tokens")
 ALL = (
     *LEAST, "join.autoscaling.enabled=true", "serve.autoscaling.enabled=true", "train.gpus=2", "train.ranks=2",
     "metrics.serviceMonitor.enabled=true", "auth.metricsKey=admin", "storage.sharedUrl=s3://bucket/headrace",
-    "storage.ports={443}", "kafka.existingSecret=kafka", "signing.existingSecret=keys", "kafka.prefix=shop.",
-    "kafka.ports={9093,9094}", "image.digest=sha256:" + 64 * "a",
+    "storage.ports={443}", "kafka.existingSecret=kafka", "signing.existingSecret=keys", "tls.existingSecret=tls",
+    "kafka.prefix=shop.", "kafka.ports={9093,9094}", "image.digest=sha256:" + 64 * "a",
     "metrics.from[0].namespaceSelector.matchLabels.name=monitoring",
 )  # fmt: skip
 

@@ -179,6 +179,9 @@ def test_every_pod_is_hardened_and_asked_how_it_is(values: tuple[str, ...]) -> N
             if not name.startswith("Job/"):
                 for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
                     assert container[probe]["httpGet"]["port"] in ports, f"{name} {probe}"
+                    tls = any(variable["name"] == "HEADRACE_HTTP_TLS_CERT" for variable in container["env"])
+                    assert container[probe]["httpGet"]["scheme"] == ("HTTPS" if tls else "HTTP"), f"{name} {probe}"
+                    assert tls == (values == ALL)
             volumes = {volume["name"] for volume in pod["volumes"]} | {"data"}
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, name
 

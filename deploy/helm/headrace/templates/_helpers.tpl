@@ -53,9 +53,24 @@ capabilities: {drop: [ALL]}
 {{ include "headrace.environment" . }}
 - {name: HEADRACE_HTTP_ADMIN_HOST, value: 0.0.0.0}
 - {name: HEADRACE_HTTP_TOKENS_FILE, value: /etc/headrace/tokens/{{ .Values.auth.key }}}
+{{- if .Values.tls.existingSecret }}
+- {name: HEADRACE_HTTP_TLS_CERT, value: /etc/headrace/tls/tls.crt}
+- {name: HEADRACE_HTTP_TLS_KEY, value: /etc/headrace/tls/tls.key}
+{{- end }}
 {{- end }}
 
-{{- define "headrace.tokens" -}}
+{{/* Files of a pod that listens. */}}
+{{- define "headrace.listeningMounts" -}}
+- {name: tokens, mountPath: /etc/headrace/tokens, readOnly: true}
+{{- if .Values.tls.existingSecret }}
+- {name: tls, mountPath: /etc/headrace/tls, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "headrace.listeningVolumes" -}}
+{{- if .Values.tls.existingSecret }}
+- {name: tls, secret: {secretName: {{ .Values.tls.existingSecret }}, defaultMode: 0440}}
+{{- end }}
 - name: tokens
   secret:
     secretName: {{ required "auth.existingSecret: a Secret with the tokens of clients" .Values.auth.existingSecret }}
@@ -134,19 +149,23 @@ affinity:
 checksum/settings: {{ .Values.settings | sha256sum }}
 {{- end }}
 
-{{/* Liveness and start of a worker: /health on its metrics port. (dict "seconds" 300) */}}
+{{- define "headrace.scheme" -}}
+{{ ternary "HTTPS" "HTTP" (not (empty .Values.tls.existingSecret)) }}
+{{- end }}
+
+{{/* Liveness and start of a worker: /health on its metrics port. (dict "root" $ "seconds" 300) */}}
 {{- define "headrace.workerProbes" -}}
 startupProbe:
-  httpGet: {path: /health, port: metrics}
+  httpGet: {path: /health, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
   periodSeconds: 5
   failureThreshold: {{ div .seconds 5 }}
 livenessProbe:
-  httpGet: {path: /health, port: metrics}
+  httpGet: {path: /health, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
 readinessProbe:
-  httpGet: {path: /health, port: metrics}
+  httpGet: {path: /health, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
   periodSeconds: 10
   timeoutSeconds: 5
 {{- end }}
