@@ -62,7 +62,7 @@ def test_the_image_is_pinned_hashed_and_nobody_s_root() -> None:
     text = DOCKERFILE.read_text()
     assert re.search(r"^ARG PYTHON_IMAGE=python:\d+\.\d+\.\d+-\S+$", text, re.MULTILINE)
     assert set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) == {"${PYTHON_IMAGE}"}
-    installs = [line for line in text.replace("\\\n", " ").split("&&") if "pip install" in line]
+    installs = [line for line in re.split(r"&&|\n", text.replace("\\\n", " ")) if "pip install" in line]
     assert installs
     for line in installs:
         assert re.search(r"--require-hashes|--no-deps /dist|\"uv==", line), line

@@ -84,7 +84,7 @@ class Shell:
         lines = []
         for line in self._bash.stdout:
             if line == "@@done\n":
-                return "".join(lines)
+                return "".join(lines).rstrip("\n")
             lines.append(line)
         errors = (self.home / "output.txt").read_text()[-2_000:]
         logs = {path.name: path.read_text()[-800:] for path in self.home.glob("*.log")}
