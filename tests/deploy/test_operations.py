@@ -175,10 +175,10 @@ def lose_and_restore(run: Callable[[str], str], seen: System, home: Path) -> dic
     run("lost")
     assert not (home / ".headrace" / "train").exists()
     run("restore")
-    seen.until_quiet()
-    restored = seen.stored()
+    restored = seen.listed()["versions"][0]
     assert restored["digest"] == kept["digest"]
     assert restored["epoch"] > kept["epoch"]
+    run("restart")
     until(lambda: seen.epoch_served() == restored["epoch"], "the replica follows the restored model")
     return restored
 
