@@ -5,6 +5,7 @@
 # make audit   known vulnerabilities and licenses of what is installed, and a list of it (sbom.json, CycloneDX)
 # make figures every figure that is promised, measured anew    (ONLY=replay, ONLY=replay.kills; HEADRACE_DATA=…)
 # make setup   what the others need: .venv, from the pins, in seconds when it is done already
+# make helm    helm, which the tests of the chart need: built with Go, minutes; without it they are skipped
 # make pins    compile requirements/*.txt anew from pyproject.toml
 
 EXTRA   ?= cpu
@@ -18,7 +19,7 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: demo test test-with-broker test-models test-others nightly check audit figures setup pins clean
+.PHONY: helm demo test test-with-broker test-models test-others nightly check audit figures setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
@@ -69,6 +70,9 @@ $(READY): requirements/$(EXTRA).txt pyproject.toml
 	@$(BIN)/python -c 'import embedding_store.probing, embedding_store.rowwise, online_model.kernels'
 	@$(BIN)/headrace broker fetch
 	@rm -f $(VENV)/.ready-* && touch $@
+
+helm:
+	@go install helm.sh/helm/v3/cmd/helm@v3.22.0
 
 pins:
 	@for extra in cpu cuda; do \

@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy import broker
+from deploy.check import Check
+from deploy.commands.common import connected
 from deploy.kafka_jars import KAFKA_VERSION, cache_dir
+from deploy.machine_checks import machine_checks
 from deploy.settings import Settings
 from embedding_store.errors import HeadraceError, UsageError
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from streams.kafka_clients import Bootstrap
 
 MIN_FREE_BYTES = 1 << 30
+SKEW_S = 1.0  # that a stamp of Kafka may be ahead of us
 PROBE_TIMEOUT_S = 300.0  # a cold import of torch from a slow disk
 # (import name, distributions that bring it)
 DEPENDENCIES = (
@@ -38,20 +42,16 @@ DEPENDENCIES = (
 )
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. `remedy` is what to do if it is not `ok`, else empty."""
-
-    name: str
-    ok: bool
-    detail: str
-    remedy: str = ""
-
-
 def examine(
-    settings: Settings, start_broker: bool = False, doing: Callable[[str], None] = lambda name: None
+    settings: Settings,
+    start_broker: bool = False,
+    doing: Callable[[str], None] = lambda name: None,
+    wrong: UsageError | None = None,
 ) -> list[Check]:
-    """All checks, in order. `start_broker`: really start a Kafka, in a temporary folder. `doing` is told what comes."""
+    """All checks, in order. `start_broker`: really start a Kafka, in a temporary folder. `doing` is told what comes.
+
+    `wrong`: why the settings that were meant could not be read; `settings` are others then.
+    """
     checks = [_python()]
     doing("packages")
     checks += _probed()
@@ -60,10 +60,24 @@ def examine(
     if start_broker:
         doing("starting a Kafka")
         checks.append(_start_broker())
-    doing("data directory")
-    checks += [_settings(settings), _writable(settings.data_dir), _disk(settings.data_dir), _broker(settings)]
+    doing("settings, data directory")
+    told = _settings(settings, wrong)
+    checks += [told, _writable(settings.data_dir), _disk(settings.data_dir), _broker(settings)]
+    if told.ok or wrong:
+        doing("machine, stores")
+        checks += machine_checks(settings)
+        if all(check.ok for check in checks if check.name in ("rocksdict", "torch")):  # they may take us down
+            from deploy.store_checks import store_checks
+
+            checks += store_checks(settings)
+    running = broker.status(settings.data_dir)
     if settings.bootstrap:
         checks.append(_reachable(settings.connection))
+    if settings.bootstrap or running is not None:
+        settings = connected(settings)
+    if settings.bootstrap and checks[-1].ok and told.ok:
+        doing("topics, clocks")
+        checks += [_topics(settings), _clock(settings)]
     return checks
 
 
@@ -166,11 +180,14 @@ def _start_broker() -> Check:
             return Check("kafka starts", False, str(error), "do what it says, then try again")
 
 
-def _settings(settings: Settings) -> Check:
+def _settings(settings: Settings, wrong: UsageError | None) -> Check:
     try:
+        if wrong is not None:
+            raise wrong
         settings.check()
     except HeadraceError as error:
-        return Check("settings", False, str(error), "correct it")
+        return Check("settings", False, str(error), "correct it; what comes below is told of the defaults" if wrong else
+                     "correct it")  # fmt: skip
     return Check("settings", True, "nothing is wrong in them")
 
 
@@ -231,3 +248,38 @@ def _reachable(connection: Bootstrap) -> Check:
     except (HeadraceError, KafkaError) as error:
         return Check("bootstrap", False, f"{connection}: {error}", "start that Kafka, or correct `bootstrap`")
     return Check("bootstrap", True, f"{connection} answers, {len(topics)} topics")
+
+
+def _topics(settings: Settings) -> Check:
+    """Whether the topics keep what the guarantees need."""
+    from streams.topics import check_topics
+
+    try:
+        check_topics(
+            settings.connection,
+            settings.topics,
+            purchase_window_ms=settings.join.join.purchase_window_ms,
+            snapshot_interval_ms=int(settings.train.snapshot_interval_s * 1000),
+            join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
+        )
+    except HeadraceError as error:
+        return Check("topics", False, str(error), "`headrace topics create` makes those that are missing")
+    return Check("topics", True, f"all in place, {settings.topics.partitions} partitions")
+
+
+def _clock(settings: Settings) -> Check:
+    """Kafka's stamps cannot be later than now. (That our clock is ahead cannot be told from them.)"""
+    from streams.topics import overview
+
+    try:
+        stamps = [topic["newest_ms"] for topic in overview(settings.connection, settings.topics).values()]
+    except HeadraceError as error:
+        return Check("clock", False, str(error), "see what is said of the topics")
+    newest = max((stamp for stamp in stamps if stamp is not None), default=None)
+    if newest is None:
+        return Check("clock", True, "no record yet to compare with")
+    ahead_s = newest / 1000 - time.time()
+    if ahead_s > SKEW_S:
+        return Check("clock", False, f"Kafka stamped a record {ahead_s:.1f} s later than it is here",
+                     "set the clocks of this machine and of the brokers by NTP")  # fmt: skip
+    return Check("clock", True, f"Kafka's newest stamp is {max(0.0, -ahead_s):,.1f} s old")

@@ -14,9 +14,10 @@ windows are read one by one through bounded caches, the rest is read when the st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -204,10 +205,7 @@ class JoinStore:
             return
         found = _decode(raw)
         if found["format"] != FORMAT:
-            raise UsageError(
-                f"the join store {self.path} has format {found['format']}, this version reads {FORMAT}: run the "
-                f"version that made it, or choose another data directory and join the log again"
-            )
+            raise _other_format(self.path, found["format"])
         wanted = msgspec.to_builtins(settings)
         differing = [f"{k} = {found['settings'].get(k)}" for k in wanted if found["settings"].get(k) != wanted[k]]
         if differing:
@@ -226,6 +224,32 @@ class JoinStore:
                     f"the join store {self.path} is damaged: {family!r} is at offset {at}, the rest at "
                     f"{self.next_offset}: go back to a copy of it, or delete it to go on from a snapshot"
                 )
+
+
+def head_of(path: Path) -> dict[str, Any]:
+    """JSON-ready: where the store at `path` is, and its balance; no rows, no ids. Also beside a worker that has it.
+
+    Raises StoreError where it cannot be read, UsageError where another version made it.
+    """
+    db = open_db(path, FAMILIES, read_only=True)
+    try:
+        made, raw = db.get(META, b"made"), db.get(META, b"head")
+        found = _decode(made)["format"] if made else FORMAT
+        if found != FORMAT:
+            raise _other_format(path, found)
+        if raw is None:
+            return {"next_offset": None}
+        head = _decode(raw, type=_Head)
+        return {"next_offset": head.next_offset, "watermark_ms": head.watermark, "counts": asdict(head.counts)}
+    finally:
+        db.close()
+
+
+def _other_format(path: Path, found: int) -> UsageError:
+    return UsageError(
+        f"the join store {path} has format {found}, this version reads {FORMAT}: run the version that made it, or "
+        "choose another data directory and join the log again"
+    )
 
 
 def _write(batch: Batch, family: str, order: list, values: list[bytes], deletes: list) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from kafka import TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, OffsetSpec
@@ -172,6 +173,32 @@ def end_offsets(bootstrap: Bootstrap, topic: str) -> dict[int, int]:
         partitions = [TopicPartition(topic, p["partition_index"]) for p in described[0]["partitions"]]
         found = admin.list_partition_offsets({partition: OffsetSpec.LATEST for partition in partitions})
         return {partition.partition: found[partition].offset for partition in sorted(partitions)}
+
+
+def overview(bootstrap: Bootstrap, settings: TopicSettings) -> dict[str, dict[str, Any]]:
+    """JSON-ready, of those of the topics that exist: partitions, configs that are set, ends, the newest stamp.
+
+    `newest_ms`, UTC, is None where there is no record. Raises BrokerError when Kafka cannot be reached.
+    """
+    names = [topic.name for topic in _topics(settings, 0, 0, 0)]
+    with _admin(bootstrap) as admin:
+        found: dict[str, dict[str, Any]] = {}
+        for topic in _described(admin, names):
+            name, count = topic["name"], len(topic["partitions"])
+            partitions = [TopicPartition(name, number) for number in range(count)]
+            ends = admin.list_partition_offsets({p: OffsetSpec.LATEST for p in partitions})
+            newest = admin.list_partition_offsets({p: OffsetSpec.MAX_TIMESTAMP for p in partitions})
+            found[name] = {
+                "partitions": count,
+                "replicas": min(len(p["replica_nodes"]) for p in topic["partitions"]),
+                "ends": {p.partition: ends[p].offset for p in partitions},
+                "newest_ms": max((o.timestamp for o in newest.values() if o.timestamp >= 0), default=None),
+            }
+        resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in found]
+        configs = admin.describe_configs(resources)["topic"] if resources else {}
+        for name, told in found.items():
+            told["configs"] = {key: config["value"] for key, config in configs.get(name, {}).items()}
+        return found
 
 
 def wait_for_broker(bootstrap: Bootstrap, timeout_s: float = CONNECT_TIMEOUT_S) -> None:

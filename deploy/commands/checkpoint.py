@@ -1,4 +1,4 @@
-"""headrace checkpoint list | verify | export | rollback: look after the train worker's store and what is kept of it."""
+"""headrace checkpoint list | verify | keep | export | rollback: the train worker's store and what is kept of it."""
 
 from __future__ import annotations
 
@@ -74,6 +74,27 @@ def verify(
         say(f"headrace: {damage}: use another version (`headrace checkpoint list`), or delete it")
     if damages:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: headrace checkpoint keep --data-dir state")
+def keep(config: ConfigOption = None, data_dir: DataDirOption = None, json: JsonOption = False) -> None:
+    """Keep the store as it is now, before an upgrade or a move.
+
+    As the train worker does every hour, into [train] checkpoints; the oldest beyond checkpoints_kept goes. The train
+    worker must be stopped.
+    """
+    settings, kept = _opened(config, data_dir)
+    from embedding_store.checkpoint import CheckpointStore
+    from online_model.checkpoints import describe
+
+    if not (settings.store / "CURRENT").exists():
+        raise StoreError(f"there is no store at {settings.store}: name the data directory of a train worker")
+    with Output(json) as output, progress("keeping the store"):
+        with CheckpointStore(settings.store, None) as store:
+            about = describe(store)
+            kept.keep(store, describe, settings.checkpoints_kept)
+        result = {"versions": [about], "digest": about["digest"], "ok": True, "kept_in": kept.url}
+        output.result(result, f"version {about['version']} is kept in {kept.url}")
 
 
 @app.command(epilog="Example: headrace checkpoint export --out model --version 1.450")

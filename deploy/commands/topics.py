@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from deploy.commands.common import (
@@ -27,6 +29,9 @@ def create(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
+    replication: Annotated[
+        int, typer.Option(min=1, max=32_767, help="Copies of each partition, on as many brokers.")
+    ] = 1,
     json: JsonOption = False,
 ) -> None:
     """Create missing topics, check those in place."""
@@ -44,6 +49,7 @@ def create(
             purchase_window_ms=settings.join.join.purchase_window_ms,
             snapshot_interval_ms=interval_ms,
             join_interval_ms=int(settings.join.snapshot_interval_s * 1000),
+            replication=replication,
         )
         made = [names.events, names.items, names.examples, names.parameters, names.events_dead]
         out.result(

@@ -93,6 +93,22 @@ def test_verify_names_the_file_that_is_damaged(capfd, home):
     assert str(table) in lines[0]
 
 
+def test_keep_keeps_what_is_there_now_of_a_stopped_worker(capfd, home):
+    trainer = opened(home / "train")
+    refused = headrace("checkpoint", "keep", "--data-dir", str(home), cwd=home)
+    assert (refused.returncode, "stop that worker" in refused.stderr) == (1, True)
+    trainer.store.close()
+    told, _ = checkpoint(capfd, home, "keep")
+    again, _ = checkpoint(capfd, home, "keep")
+    listed, _ = checkpoint(capfd, home, "list")
+    assert (told["versions"][0]["version"], again["digest"]) == ("1.6", told["digest"])
+    assert [(v["where"], v["version"]) for v in listed["versions"]] == [
+        ("store", "1.6"), ("kept", "1.6"), ("kept", "1.4"), ("kept", "1.2"),
+    ]  # fmt: skip
+    assert listed["versions"][1]["digest"] == listed["digest"] == told["digest"]
+    assert checkpoint(capfd, home, "verify", "--version", "1.6")[0]["ok"]
+
+
 def test_export_is_read_without_headrace(capfd, home, tmp_path):
     trainer = opened(home / "train")
     rows = {table: next(trainer.store.iter_rows(table)) for table in ("item", "user")}
@@ -148,7 +164,7 @@ def test_rollback_goes_to_a_kept_version_of_a_stopped_worker(capfd, home):
 
 def test_what_is_not_there_is_said_in_one_line(capfd, home, tmp_path):
     for code, arguments in (
-        (1, ["list"]), (1, ["verify"]), (1, ["rollback"]), (1, ["export", "--out", "x"]),
+        (1, ["list"]), (1, ["verify"]), (1, ["rollback"]), (1, ["keep"]), (1, ["export", "--out", "x"]),
         (1, ["rollback", "--version", "3.3"]), (2, ["rollback", "--version", "three"]),
     ):  # fmt: skip
         _, lines = checkpoint(capfd, tmp_path / "nowhere", *arguments, code=code)

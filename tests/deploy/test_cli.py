@@ -37,7 +37,7 @@ COMMANDS = [
     "join", "train", "serve", "demo", "simulate", "replay", "dashboards", "dashboards build",
     "dashboards plan", "dashboards push", "dashboards validate",
     "log", "log inspect", "log validate", "log sort", "init",
-    "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback",
+    "checkpoint", "checkpoint list", "checkpoint verify", "checkpoint export", "checkpoint rollback", "checkpoint keep",
 ]  # fmt: skip
 
 
