@@ -108,11 +108,12 @@ def _attacked(world: World, folder: Path, keys: Path) -> Iterator[Row]:
         until(lambda reason=reason: refusals(world)[reason] >= 1, 30)
         yield Row(f"a snapshot: {name}", f"refused, counted as {reason}", "refused, counted", True)
 
-    kept = KeptCheckpoints(str(folder / "checkpoints"), signer)
+    lost = folder / "lost"  # where the store is no more, and is to come back
+    kept = KeptCheckpoints(str(lost / "checkpoints"), signer)
     kept.keep(source.trainer.store, describe, 3)
-    (copy,) = (folder / "checkpoints").iterdir()
+    (copy,) = (lost / "checkpoints").iterdir()
     seal_anew(copy, about={"made": "up"})  # with a checksum that fits
-    arguments = ("checkpoint", "rollback", "--data-dir", folder)
+    arguments = ("checkpoint", "rollback", "--data-dir", lost)
     settings = {"HEADRACE_SIGNING_KEY_FILE": str(keys), "HEADRACE_TOPICS_PREFIX": world.serve_settings.topics.prefix}
     done = subprocess.run(
         command(*arguments), env=environment() | settings | _packages(), capture_output=True, text=True, check=False
