@@ -60,9 +60,14 @@ def _model(model: TrainerSettings) -> dict:
 
 def _metric(settings: dict, name: str) -> float:
     text = httpx.get(f"http://127.0.0.1:{settings['metrics_port']}/metrics", timeout=30).text
-    found = re.search(rf"^headrace_train_{name} (\S+)$", text, re.MULTILINE)
+    found = re.search(rf"^headrace_train_{re.escape(name)} (\S+)$", text, re.MULTILINE)
     assert found is not None, text
     return float(found[1])
+
+
+def _health(settings: dict) -> tuple[int, dict]:
+    answer = httpx.get(f"http://127.0.0.1:{settings['metrics_port']}/health", timeout=30)
+    return answer.status_code, answer.json()
 
 
 def _learn(broker: str, topics: TopicSettings, blocks: list[Block], settings: dict, child: Child) -> None:
@@ -97,8 +102,12 @@ def test_held_killed_and_released_replicas_get_all_of_it(
         wait_for(lambda: "training on partitions" in child.says, child=child)
         _learn(broker, topics, blocks[:GOOD], settings, child)
         _to_the_end(broker, topics, 1, blocks[:GOOD], child)
+        assert _health(settings) == (200, {"ok": True})
         _learn(broker, topics, blocks[GOOD : GOOD + 2], settings, child)
         wait_for(lambda: _metric(settings, "guard_held") == 1, child=child)
+        status, said = _health(settings)
+        assert (status, said["ok"]) == (503, False)
+        assert said["why"].startswith("versions are held back by the guard (click: ")
         last = child.said.split("replicas stay at ")[1].split()[0]
         child.kill()
         child.start()
@@ -112,6 +121,9 @@ def test_held_killed_and_released_replicas_get_all_of_it(
             _learn(broker, topics, blocks[GOOD + POISON :], settings, child)
             end = _to_the_end(broker, topics, 2, blocks, child)
             assert _metric(settings, "guard_held") == 0
+            assert _health(settings)[0] == 200
+            wait_for(lambda: _metric(settings, 'lag_records{partition="0"}') == 0, child=child)
+            assert _metric(settings, "checkpoint_bytes") > 0
             with running("serve", tmp_path / "new.log", **serve) as new:
                 for replica in (old, new):
                     wait_for(lambda replica=replica: _served(replica)["version"] == end, child=replica)
