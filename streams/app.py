@@ -24,6 +24,8 @@ from streams.logs import Style, configure, last_line
 
 log = logging.getLogger("headrace")
 
+STOP_SECONDS = 45.0  # after a signal to end: who has not ended by then waits for something that does not come
+
 _member_locks: list[filelock.BaseFileLock] = []  # held until the process ends
 
 
@@ -86,13 +88,21 @@ def run(
 ) -> None:
     """Run `main(stop)` on an event loop of its own until it returns; SIGTERM and SIGINT set `stop`.
 
-    Any error that `main` raises ends the process (`die`). worker, logs: what its log lines say, and how.
+    Any error that `main` raises ends the process (`die`), and so does a `main` that goes on for STOP_SECONDS after
+    `stop` was set (clients of Kafka wait for it without an end). worker, logs: what its log lines say, and how.
     """
 
     async def supervised() -> None:
-        stop = asyncio.Event()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def end() -> None:
+            stop.set()
+            loop.call_later(STOP_SECONDS, die, HeadraceError(
+                f"not drained after {STOP_SECONDS:.0f} s, is Kafka away? What was committed is kept; start it again"
+            ))  # fmt: skip
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, end)
         settle()
         await main(stop)
 
