@@ -18,6 +18,8 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from embedding_store.errors import BrokerError
+from embedding_store.secret import Secret
+from online_model.serving.client import authorization
 from streams.events import Event, Refund, Tick, encode
 from streams.impressions import let_go
 from streams.kafka_clients import Bootstrap, client_arguments
@@ -151,11 +153,13 @@ class Prober:
 class Follower:
     """Long polls of a replica's `/v1/model`: each version as soon as the replica has it. An async context."""
 
-    def __init__(self, url: str) -> None:
-        self._url = f"{url}/v1/model"
+    def __init__(self, url: str, token: Secret | None = None) -> None:
+        """token: what the replica asks for, if it does."""
+        self._url, self._headers = f"{url}/v1/model", authorization(token)
 
     async def __aenter__(self) -> Follower:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(POLL_MS / 1000 + 5))
+        timeout = aiohttp.ClientTimeout(POLL_MS / 1000 + 5)
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:

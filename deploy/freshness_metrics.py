@@ -30,6 +30,7 @@ from deploy.dashboards.objectives import FRESHNESS_S
 from deploy.freshness import PROBE_S, RECENT, Follower, Prober, tick
 from embedding_store.delta import PartHead, head_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
+from embedding_store.secret import Secret
 from streams.blocks import handled_in
 from streams.events import Event
 from streams.kafka_clients import Bootstrap, client_arguments
@@ -161,14 +162,15 @@ class Probes:
     def __init__(
         self, bootstrap: Bootstrap, topics: TopicSettings, url: str, registry: CollectorRegistry,
         probe: Callable[[str, int], Event] = tick, moment: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        token: Secret | None = None,
     ) -> None:  # fmt: skip
-        """url: of the replica. probe, moment: what is sent, and the event time (ms UTC) that it says it is."""
+        """url, token: of the replica. probe, moment: what is sent, and the event time (ms UTC) that it says it is."""
         self.probing = True
         self.sent: list[Callable[[int, int, float], object]] = []  # told of each probe too, as `StageFreshness.sent`
         self.answered: list[Callable[[dict[str, Any], float], object]] = []  # of each answer of the replica, with when
         self._bootstrap, self._topics, self._moment = bootstrap, topics, moment
         self._prober = Prober(self._tell, bootstrap, topics.events, topics.partitions, probe)
-        self._replica = Follower(url)
+        self._replica = Follower(url, token)
         self.stages = StageFreshness(registry, lambda: self._prober.oldest)
 
     async def __aenter__(self) -> Probes:

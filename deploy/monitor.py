@@ -22,6 +22,8 @@ from deploy.freshness_metrics import Probes
 from deploy.scraping import Scraped
 from deploy.watching import Board, Watched, freshness_of
 from embedding_store.errors import BrokerError
+from embedding_store.secret import Secret
+from online_model.serving.client import authorization
 from streams.kafka_clients import Bootstrap
 from streams.topics import TopicSettings, end_offsets
 
@@ -41,6 +43,7 @@ class MonitorOptions:
     probe: bool = True
     live: bool = True
     scrape: tuple[str, ...] = ()
+    token: Secret | None = None  # what the replica and those that are scraped ask for, if they do
 
 
 class Monitor:
@@ -53,7 +56,7 @@ class Monitor:
         self._replica = Watched()
         self._probes = Probes(
             options.bootstrap, options.topics, options.replica, registry,
-            moment=lambda: time.time_ns() // 1_000_000 if options.live else 0,
+            moment=lambda: time.time_ns() // 1_000_000 if options.live else 0, token=options.token,
         )  # fmt: skip
         self._probes.probing = options.probe
         self.stages = self._probes.stages
@@ -141,7 +144,7 @@ class Monitor:
             await asyncio.sleep(LOOK_S)
 
     async def _scrape(self) -> None:
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(headers=authorization(self.options.token)) as session:
             while True:
                 await asyncio.gather(*(one.scrape(session) for one in self._scraped))
                 await asyncio.sleep(LOOK_S)

@@ -33,7 +33,7 @@ _PEM_END = re.compile(r"\A(?:[A-Za-z0-9+/=]*\s+)*-----END [A-Z ]*PRIVATE KEY----
 def is_secret(name: str) -> bool:
     """Whether what has this name may not be shown.
 
-    >>> [is_secret(name) for name in ("HEADRACE_KAFKA_PASSWORD", "tls_key", "tokens_file", "monkey", "KeyError")]
+    >>> [is_secret(name) for name in ("HEADRACE_KAFKA_PASSWORD", "tls_key", "token_file", "monkey", "KeyError")]
     [True, True, True, False, False]
     """
     return SECRET_NAME.fullmatch(name) is not None

@@ -22,7 +22,7 @@ log = logging.getLogger("headrace")
 
 CLIENT_SECONDS = 10.0  # a client that says nothing for so long is let go
 MAX_CLIENTS = 32  # at once, each with a thread; the next are let go at once
-SCOPES = {"/metrics": ADMIN, "/health": PUBLIC}
+SCOPES = {"/metrics": ADMIN, "/health": PUBLIC, "/healthz": PUBLIC}
 
 Respond = Callable[[str, list[tuple[str, str]]], Any]
 Route = Callable[[dict[str, Any], Respond], Iterable[bytes]]  # of WSGI
@@ -36,8 +36,10 @@ def serve_metrics(
     GET /metrics   all of `registry`, for Prometheus
     GET /health    200 {"ok":true}, or 503 {"ok":false,"why":…} with what `unwell` says; "" is well. Who has no token
                    where there are some is not told why
+    GET /healthz   200 {"ok":true} while the process lives: what only waits for Kafka, or is held by the guard, gains
+                   nothing by being started again
 
-    Both are asked for in a thread of the listener. Raises UsageError where the port is taken, and for `http`.
+    All are asked for in a thread of the listener. Raises UsageError where the port is taken, and for `http`.
     """
     if not port:
         return lambda: None
@@ -45,7 +47,9 @@ def serve_metrics(
     gate, context, host = Gate(http), tls_context(http), http.admin_host
     check_listening(http, gate, host, "http.admin_host")
     refused = Counter("headrace_http_refused", "Requests refused, by reason", ["reason"], registry=registry)
-    routes: dict[str, Route] = {"/metrics": make_wsgi_app(registry), "/health": _health(unwell)}
+    routes: dict[str, Route] = {
+        "/metrics": make_wsgi_app(registry), "/health": _health(unwell), "/healthz": _health(lambda: ""),
+    }  # fmt: skip
     try:
         server = make_server(host, port, _app(routes, gate, refused), _Server6 if ":" in host else _Server, _Handler)
     except OSError as error:

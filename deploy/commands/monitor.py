@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from deploy.commands.common import (
     settings_for,
 )
 from embedding_store.errors import UsageError
+from embedding_store.secret import Secret, read_secret
 
 if TYPE_CHECKING:
     from deploy.monitor import MonitorOptions
@@ -41,6 +43,10 @@ def monitor(
         list[str] | None, typer.Option(metavar="URL", help="A process whose /metrics is shown; can be repeated.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the live page; 0: any free one.")] = 0,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The token that the replica and --scrape ask for. [HEADRACE_HTTP_TOKEN]"),
+    ] = None,
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Write into `events`: probes for freshness, the page's users.")
     ] = True,
@@ -57,18 +63,21 @@ def monitor(
     nothing is written: there is no freshness then, and no panel.
     """
     settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap))
-    options = _options(settings, replica, scrape or [], probe)
+    token = read_secret(token_file, "--token-file") if token_file else settings.http.token
+    options = _options(settings, replica, scrape or [], probe, token)
     with Output(json) as out:
         out.result(_watch(settings, options, port, metrics_port, seconds))
 
 
-def _options(settings: Settings, replica: str | None, scrape: list[str], probe: bool) -> MonitorOptions:
+def _options(
+    settings: Settings, replica: str | None, scrape: list[str], probe: bool, token: Secret | None
+) -> MonitorOptions:
     from deploy.monitor import MonitorOptions
 
     return MonitorOptions(
         _address("--replica", replica or f"http://127.0.0.1:{settings.serve.port}"), settings.connection,
         settings.topics, probe, live=settings.join.ticks == "live",
-        scrape=tuple(_metrics(_address("--scrape", url)) for url in scrape),
+        scrape=tuple(_metrics(_address("--scrape", url)) for url in scrape), token=token,
     )  # fmt: skip
 
 
@@ -104,7 +113,8 @@ def _watch(settings: Settings, options: MonitorOptions, port: int, metrics_port:
     registry, boards = CollectorRegistry(), list[Board]()
     watching = Monitor(options, boards, registry)
     visited = Visited(
-        options.replica, options.bootstrap, options.topics, settings.join.join.watch_wait_ms, when=watching.stages.when
+        options.replica, options.bootstrap, options.topics, settings.join.join.watch_wait_ms, when=watching.stages.when,
+        token=options.token,
     )
     page = LivePage(port, visited=visited if options.probe and options.live else None)
 
@@ -119,7 +129,7 @@ def _watch(settings: Settings, options: MonitorOptions, port: int, metrics_port:
 
     tell_process(registry, settings.data_dir)
     with contextlib.ExitStack() as stack:
-        stack.callback(serve_metrics(registry, metrics_port))
+        stack.callback(serve_metrics(registry, metrics_port, http=settings.http))
         boards += [stack.enter_context(page), stack.enter_context(Summary(page.url))]
         asyncio.run(run())
     return watching.last

@@ -34,7 +34,9 @@ from deploy.freshness import Follower
 from deploy.freshness_metrics import STAGES
 from deploy.page.cards import Cards
 from embedding_store.errors import HeadraceError
+from embedding_store.secret import Secret
 from online_model.serving.api import Query, Scenario
+from online_model.serving.client import authorization
 from streams.events import Action, Click, Purchase, Watch, encode
 from streams.impressions import let_go
 from streams.kafka_clients import Bootstrap, client_arguments
@@ -90,6 +92,7 @@ class Visited:
     watch_wait_ms: int  # of the joiner
     users: tuple[str, ...] = ()
     when: Callable[[str, int, int], float | None] = lambda stage, partition, offset: None
+    token: Secret | None = None  # of the replica, if it asks for one
 
 
 @dataclass
@@ -117,7 +120,8 @@ class Visits:
         self._following = 0
 
     async def __aenter__(self) -> Visits:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ASK_S))
+        headers = authorization(self.visited.token)
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ASK_S), headers=headers)
         self._reading = asyncio.create_task(self._cards.run())
         return self
 
@@ -233,7 +237,7 @@ class Visits:
     async def _learned(self, page: _Page, partition: int, offset: int, due_ms: int, began: float) -> dict[str, Any]:
         """Follow the replica's versions until one has the effect of what is at `offset` and of all before `due_ms`."""
         end, sequence = began + PATIENCE_S + max(0.0, due_ms / 1000 - time.time()), -1
-        async with Follower(self.visited.replica) as replica:
+        async with Follower(self.visited.replica, self.visited.token) as replica:
             while time.monotonic() < end:
                 answer = await replica.newer_than(sequence)
                 if answer is None:

@@ -110,7 +110,7 @@ def test_of_secrets_planted_everywhere_none_is_in_it(home: Path, tmp_path: Path,
     }
     settings = load(None, environment, {"data_dir": str(home)})
     checks = [Check("planted", False, f"token={HUSH}", f"see https://a:{HUSH}@host")]
-    environment |= {"HEADRACE_KAFKA_PASSWORD": HUSH + "-2", "HEADRACE_HTTP_TOKENS_FILE": str(tokens)}
+    environment |= {"HEADRACE_KAFKA_PASSWORD": HUSH + "-2", "HEADRACE_HTTP_TOKEN_FILE": str(tokens)}
     file = tmp_path / "b.tar.gz"
     told = write_bundle(file, settings, checks, environment, [outside])
     found = members(file)

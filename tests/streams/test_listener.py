@@ -49,6 +49,7 @@ def test_health_is_503_with_the_reason_while_the_worker_is_unwell(client: httpx.
     assert (client.get("/health").status_code, client.get("/health").json()) == (200, {"ok": True})
     worker.why = "records wait"
     answer = client.get("/health")
+    assert client.get("/healthz").status_code == 200, "it lives"
     assert (answer.status_code, answer.json()) == (503, {"ok": False, "why": "records wait"})
     worker.why = ""
     assert client.get("/health").status_code == 200

@@ -49,7 +49,7 @@ def listening(http: HttpSettings, unwell: Callable[[], str] = lambda: "records w
     ids=["none", "wrong", "expired", "score", "admin"],
 )  # fmt: skip
 def test_every_route(tokens: HttpSettings, token: str | None, status: int, caplog: pytest.LogCaptureFixture) -> None:
-    assert SCOPES == {"/metrics": ADMIN, "/health": PUBLIC}
+    assert SCOPES == {"/metrics": ADMIN, "/health": PUBLIC, "/healthz": PUBLIC}
     headers = authorization(Secret(token) if token else None)
     with (
         caplog.at_level(logging.WARNING, "headrace"), listening(tokens) as (port, registry),

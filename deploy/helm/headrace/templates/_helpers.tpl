@@ -52,7 +52,7 @@ capabilities: {drop: [ALL]}
 {{- define "headrace.listening" -}}
 {{ include "headrace.environment" . }}
 - {name: HEADRACE_HTTP_ADMIN_HOST, value: 0.0.0.0}
-- {name: HEADRACE_HTTP_TOKENS_FILE, value: /etc/headrace/tokens/{{ .Values.auth.key }}}
+- {name: HEADRACE_HTTP_TOKEN_FILE, value: /etc/headrace/tokens/{{ .Values.auth.key }}}
 {{- if .Values.tls.existingSecret }}
 - {name: HEADRACE_HTTP_TLS_CERT, value: /etc/headrace/tls/tls.crt}
 - {name: HEADRACE_HTTP_TLS_KEY, value: /etc/headrace/tls/tls.key}
@@ -153,14 +153,14 @@ checksum/settings: {{ .Values.settings | sha256sum }}
 {{ ternary "HTTPS" "HTTP" (not (empty .Values.tls.existingSecret)) }}
 {{- end }}
 
-{{/* Liveness and start of a worker: /health on its metrics port. (dict "root" $ "seconds" 300) */}}
+{{/* Of a worker, on its metrics port: that it lives, and how it is. (dict "root" $ "seconds" 300) */}}
 {{- define "headrace.workerProbes" -}}
 startupProbe:
-  httpGet: {path: /health, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
+  httpGet: {path: /healthz, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
   periodSeconds: 5
   failureThreshold: {{ div .seconds 5 }}
 livenessProbe:
-  httpGet: {path: /health, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
+  httpGet: {path: /healthz, port: metrics, scheme: {{ include "headrace.scheme" .root }}}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
