@@ -67,7 +67,7 @@ from replay.readers import in_time_order, open_log
 from streams.app import settle
 from streams.catalogue import catalogue_item
 from streams.events import Item, Tick, encode, units
-from streams.join_worker import MAX_SLICE
+from streams.join_lane import MAX_SLICE
 from streams.joiner import Joiner, Record
 from streams.settings import LARGEST_BATCHES
 import numpy as np
