@@ -302,9 +302,9 @@ class Follower:
                     self._count(error)
                 self._damaged.add(path)
                 continue
-            self._holder.swap(replica)
-            self._snapshot, self._model = path, version.info["settings"]
             self._old = await self._topic_end()
+            self._holder.swap(replica)  # it says nothing is missing: nobody is to read that before `_say`
+            self._snapshot, self._model = path, version.info["settings"]
             self._say()
             log.info("serving snapshot %s", path.name, extra=_fields(at))
             if anything or (self._early.after(at) is None and self._early.lost > at):

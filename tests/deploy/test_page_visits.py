@@ -107,7 +107,7 @@ def test_a_watch_counts_as_learned_when_its_wait_is_over(page: LivePage) -> None
         (OURS | {"Origin": "http://elsewhere.example"}, b'{"user": "u"}', 403),
         (OURS | {"Origin": "null"}, b'{"user": "u"}', 403),
         (OURS | {"Sec-Fetch-Site": "cross-site"}, b'{"user": "u"}', 403),
-        (OURS | {"Host": "elsewhere.example"}, b'{"user": "u"}', 400),
+        (OURS | {"Host": "elsewhere.example"}, b'{"user": "u"}', 403),
         (OURS, b'{"user": "' + b"u" * MAX_BODY_BYTES + b'"}', 413),
         (OURS, b'{"user": "u"', 400),
         (OURS, b'{"user": "u", "url": "http://elsewhere.example"}', 422),

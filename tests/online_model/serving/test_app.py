@@ -436,7 +436,7 @@ def test_an_access_log_has_a_line_for_each_request_and_nothing_of_what_strangers
     async def run(access_log: bool) -> None:
         holder = Holder(replica(world()))
         app = create_app(holder, clock=lambda: (NOW + 1000) / 1000, access_log=access_log)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://replica") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
             answers.append((await http.post("/v1/rank", json={"user": 1, "candidates": [1]})).json())
             await http.get("/secret?token=hush")
 
