@@ -41,8 +41,8 @@ WIDTHS = {"small": (256, 256, 128), "base": (832, 640, 320)}
 
 
 class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Size and parts of the ranker (ranker.py). Each part can be left out; attention and experts are, as they bring
-    nothing on the logs they were measured on (`make figures ONLY=ablation`)."""
+    """Size and parts of the ranker (ranker.py). Each part can be left out; attention, gates and experts are, as they
+    bring nothing on the logs they were measured on (`make figures ONLY=ablation`)."""
 
     size: Annotated[
         Literal["small", "base"], Meta(description="small: dense layers of 256, 256, 128; base: a million weights")
@@ -51,7 +51,7 @@ class RankerSettings(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     second: Annotated[int, Meta(ge=0, le=4096)] = 0
     third: Annotated[int, Meta(ge=0, le=4096)] = 0
     attention: bool = False  # of the candidate over the history
-    gates: bool = True  # of scenario, moment and user on the first layer
+    gates: bool = False  # of scenario, moment and user on the first layer
     experts: Annotated[int, Meta(ge=1, le=16)] = 1  # third layers that the tasks mix; 1: one for all
     entire_space: bool = True  # purchases are learned from all impressions (ESMM), not from clicks alone
     watch_quantiles: bool = True  # watch time is learned as its quantile among plays of a like duration (D2Q)

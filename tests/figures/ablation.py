@@ -11,7 +11,6 @@ from tests.figures.common import Bench, Line, Row, headrace, say
 
 # What [model] and [model.ranker] say where a part is left out …
 PARTS = {
-    "gates": {"ranker.gates": "false"},
     "matches": {"ranker.matches": "false"},
     "neighbours": {"ranker.neighbours": "false"},
     "entire_space": {"ranker.entire_space": "false"},
@@ -19,7 +18,7 @@ PARTS = {
     "retrieval": {"retrieval": "0.0"},
 }
 # … and where one is taken in that is out of the defaults.
-OUT = {"attention": {"ranker.attention": "true"}, "experts": {"ranker.experts": "3"}}
+OUT = {"gates": {"ranker.gates": "true"}, "attention": {"ranker.attention": "true"}, "experts": {"ranker.experts": "3"}}
 TASKS = {"kuairand": ("watch",), "taobao": ("purchase",), compare.SIMULATED: ("watch", "purchase")}
 LOGS = (*compare.LOGS, compare.SIMULATED)
 

@@ -34,7 +34,7 @@ from tests.online_model.logs import make_rows
 
 D = 8
 SERVED, ENTIRE = strategy("calibrated"), strategy("calibrated", entire=True)
-SMALL = RankerSettings(hidden=16, second=8, third=8, attention=True, experts=3)
+SMALL = RankerSettings(hidden=16, second=8, third=8, attention=True, gates=True, experts=3)
 PARTS = [{}, {"attention": False}, {"gates": False}, {"experts": 1}, {"matches": False}, {"neighbours": False}]
 
 

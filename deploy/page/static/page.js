@@ -112,15 +112,15 @@ function drawLegend(list, plot, colours) {
 
 function drawPlots() {
   const colours = theme();
-  for (const card of document.querySelectorAll("[data-plot]")) {
-    const plot = PLOTS[card.dataset.plot](samples);
-    card.hidden = "optional" in card.dataset && plot.series.every((s) => newest(s) == null);
+  const cards = [...document.querySelectorAll("[data-plot]")].map((card) => [card, PLOTS[card.dataset.plot](samples)]);
+  for (const [card, plot] of cards) card.hidden = "optional" in card.dataset && plot.series.every((s) => newest(s) == null);
+  for (const [card, plot] of cards) {  // only now: which are there decides how wide each is
     if (card.hidden) continue;
     const target = card.querySelector(".plot");
     drawLegend(card.querySelector(".legend"), plot, colours);
     target.setAttribute("aria-label", sentence(card.querySelector("h2").textContent, plot, samples.at(-1).t));
     const { data, layout } = figure(plot, samples, colours, { width: target.clientWidth, height: target.clientHeight });
-    Plotly.react(target, data, layout, { displayModeBar: false, responsive: true });
+    Plotly.react(target, data, layout, { displayModeBar: false });
   }
 }
 
@@ -157,4 +157,5 @@ drawTiles({ trainer_version: "" });
 const drawAll = () => { rested = 0; draw(); };
 dark.addEventListener("change", drawAll);
 document.addEventListener("visibilitychange", drawAll);
+addEventListener("resize", drawAll);
 listen();

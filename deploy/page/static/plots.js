@@ -126,7 +126,7 @@ export function figure(plot, samples, theme, box) {
   const layout = {
     font, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "x unified",
     hoverlabel: { bgcolor: theme.card, bordercolor: theme.line, font: { ...font, color: theme.ink } },
-    margin,
+    margin, width: box.width, height: box.height, // else it stays as large as it was first drawn
     xaxis: { ...axis, automargin: false, tickformat: "", showgrid: false, title: { text: time, standoff: 6, font }, range: [0, Math.max(x.at(-1), 10 / unit.by)],
              nticks: box.width < 420 ? 5 : 8, anchor: plot.lower ? "y2" : "y", showline: true, linecolor: theme.line },
     yaxis: { ...axis, domain: [split, 1], rangemode: plot.zero ? "tozero" : "normal" },
