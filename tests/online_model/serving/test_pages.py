@@ -84,7 +84,7 @@ def test_a_features_share_is_what_the_score_falls_by_where_it_is_unknown():
 
 def test_without_the_history_is_as_if_nothing_had_been_done():
     first = world()
-    for name in ("from_moment.weight", "gate_in.weight", "wide_near"):  # what else hangs on what was done
+    for name in ("from_moment.weight", "wide_near"):  # what else hangs on what was done
         first.dense[name][:] = 0
     said = {r.item: r for r in rank(replica(first), "u1", "shelf", range(40), explain=True).items}
     first.tables[USER].columns["history"][1] = as_array([EMPTY])[0]
