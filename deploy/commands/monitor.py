@@ -62,22 +62,24 @@ def monitor(
     What is away is named, and shown again when it is back. Ctrl-C ends it; what it watches goes on. With --no-probe
     nothing is written: there is no freshness then, and no panel.
     """
-    settings = connected(settings_for(config, data_dir=data_dir, bootstrap=bootstrap))
+    settings = settings_for(config, data_dir=data_dir, bootstrap=bootstrap)
+    replica = _address("--replica", replica or f"http://127.0.0.1:{settings.serve.port}")
+    scrape = [_metrics(_address("--scrape", url)) for url in scrape or []]
+    settings = connected(settings)
     token = read_secret(token_file, "--token-file") if token_file else settings.http.token
-    options = _options(settings, replica, scrape or [], probe, token)
+    options = _options(settings, replica, scrape, probe, token)
     with Output(json) as out:
         out.result(_watch(settings, options, port, metrics_port, seconds))
 
 
 def _options(
-    settings: Settings, replica: str | None, scrape: list[str], probe: bool, token: Secret | None
+    settings: Settings, replica: str, scrape: list[str], probe: bool, token: Secret | None
 ) -> MonitorOptions:
     from deploy.monitor import MonitorOptions
 
     return MonitorOptions(
-        _address("--replica", replica or f"http://127.0.0.1:{settings.serve.port}"), settings.connection,
-        settings.topics, probe, live=settings.join.ticks == "live",
-        scrape=tuple(_metrics(_address("--scrape", url)) for url in scrape), token=token,
+        replica, settings.connection, settings.topics, probe, live=settings.join.ticks == "live",
+        scrape=tuple(scrape), token=token,
     )  # fmt: skip
 
 
