@@ -26,7 +26,7 @@ import time
 from collections import deque
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import filelock
 import orjson
@@ -37,6 +37,7 @@ from embedding_store.errors import BrokerError, FencedError, StoreError, StoreLo
 from online_model.examples import Block, Counts
 from online_model.positions import add_range
 from streams import app
+from streams.backfill import Backfill
 from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
 from streams.health import Progress
@@ -44,10 +45,9 @@ from streams.join_snapshots import LaneSnapshots
 from streams.join_state import NEVER
 from streams.join_store import JoinStore
 from streams.joiner import Joiner, Record
+from streams.metrics import JoinMetrics
 from streams.outlet import Message, Outlet
-
-if TYPE_CHECKING:
-    from streams.join_worker import JoinWorker
+from streams.settings import JoinWorkerSettings
 
 log = logging.getLogger("headrace")
 
@@ -68,10 +68,30 @@ RETRY_SECONDS = 0.5  # between two attempts to reach it
 MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafka takes 4 KB there
 
 
+class Worker(Protocol):
+    """What a lane asks of the worker that it is in (join_worker.py)."""
+
+    settings: JoinWorkerSettings
+    group: str
+    store_group: str
+    metrics: JoinMetrics
+    backfill: Backfill | None
+
+    def is_stopping(self) -> bool: ...
+
+    async def group_position(self, partition: int) -> tuple[int | None, Ranges]: ...
+
+    async def earliest(self, partition: int) -> int: ...
+
+    async def end(self, partition: int) -> int: ...
+
+    async def offset_at(self, partition: int, stamp_ms: int) -> int: ...
+
+
 class Lane:
     """One partition that is ours, from its opening to its closing. A lane that failed is not used again."""
 
-    def __init__(self, worker: JoinWorker, partition: int) -> None:
+    def __init__(self, worker: Worker, partition: int) -> None:
         self.partition = partition
         self.next_offset = 0  # all below has been committed and published
         self.counts = Counts()  # as of there
