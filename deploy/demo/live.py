@@ -133,7 +133,7 @@ class Live:
             "note": self.note,
             "recount": "at the end",
             **({"ctr": self._clicks.recent(second)} if self._clicks else {}),
-            **({"ctr_frozen": self.twin.clicks.recent(second)} if self.twin else {}),
+            **({"ctr_frozen": self.twin.recent(second)} if self.twin else {}),
             **more,
         }
         self._before = (now, sent, trained)

@@ -17,7 +17,7 @@ from typing import Self
 import msgspec
 import orjson
 
-from deploy.demo.clicks import ClickRate
+from deploy.demo.clicks import CLICKS_COME_S, ClickRate
 from deploy.processes import ends_with_parent, terminate
 from embedding_store.errors import HeadraceError
 from online_model.serving.settings import ReplicaSettings
@@ -77,6 +77,11 @@ class TwinProcess:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await self._said.wait()
+
+    def recent(self, second: int) -> float | None:
+        """As `ClickRate.recent`, of its own last window where it lives behind the other world: it leaves that the
+        processor, and its rate hardly changes."""
+        return self.clicks.recent(min(second, self._seconds + CLICKS_COME_S))
 
     def _tell(self, what: object) -> None:
         assert self._process.stdin
