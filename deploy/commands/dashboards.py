@@ -107,9 +107,8 @@ def validate(
         )  # fmt: skip
         if report.empty or report.errors:
             raise HeadraceError(
-                f"{len(report.empty)} queries are empty, {len(report.errors)} in error: does Prometheus scrape join,"
-                f" train,"
-                " serve and monitor, and has it for a minute?"
+                f"{len(report.empty)} queries are empty, {len(report.errors)} in error: does Prometheus scrape join, "
+                "train, serve and monitor, and has it for a minute?"
             )
 
 
