@@ -17,8 +17,8 @@ from typing import Any
 import aiohttp
 from prometheus_client import CollectorRegistry
 
-from deploy.demo.figures import Model, rate_of, sample
 from deploy.freshness_metrics import Probes
+from deploy.replica_figures import Model, rate_of, sample
 from deploy.scraping import Scraped
 from deploy.watching import Board, Watched, freshness_of
 from embedding_store.errors import BrokerError

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from kafka import KafkaConsumer, TopicPartition
 
-from deploy.demo.figures import Model, balance
 from deploy.processes import alone, write_atomically
+from deploy.replica_figures import Model, balance
 from deploy.settings import Settings
 from embedding_store.delta import Assembler
 from embedding_store.errors import CorruptRecord, HeadraceError, UsageError

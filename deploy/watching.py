@@ -6,9 +6,9 @@ import asyncio
 import time
 from typing import Any, Protocol
 
-from deploy.demo.figures import Model
 from deploy.freshness import POLL_MS
 from deploy.freshness_metrics import SERVABLE, StageFreshness
+from deploy.replica_figures import Model
 
 SILENT_S = 2.0  # longer than a long poll: then a replica is away
 

@@ -60,11 +60,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.bench.common import BenchError, finish, on_cores, part_command
 from deploy.bench.mix import timed_mix
-from deploy.demo.figures import Model
 from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles, refund
 from deploy.freshness_metrics import SERVABLE, Probes
 from deploy.processes import ends_with_parent, free_port, listening, terminate
 from deploy.prometheus import histogram, quantile
+from deploy.replica_figures import Model
 from deploy.settings import Settings, dump
 from deploy.workers import Worker
 from streams.topics import create_topics, delete_topics

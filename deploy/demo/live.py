@@ -12,11 +12,11 @@ import psutil
 from prometheus_client import CollectorRegistry
 
 from deploy.demo.clicks import CLICKS_COME_S, WINDOW_S
-from deploy.demo.figures import Model, rate_of, sample
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess
 from deploy.freshness import PROBE_S, Freshness
 from deploy.freshness_metrics import Probes
+from deploy.replica_figures import Model, rate_of, sample
 from deploy.settings import Settings
 from deploy.watching import Board, Watched, freshness_of
 from deploy.workers import Worker

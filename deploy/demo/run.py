@@ -24,13 +24,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from deploy import broker
-from deploy.demo.figures import Model, balance
 from deploy.demo.live import Live, whole_seconds
 from deploy.demo.traffic import ClosedLoop, LogPlay, now_ms
 from deploy.demo.twin import TwinProcess, TwinSettings
 from deploy.freshness_metrics import StageFreshness
 from deploy.page import LivePage, Visited
 from deploy.processes import alone, free_port, write_atomically
+from deploy.replica_figures import Model, balance
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
 from deploy.watching import Board

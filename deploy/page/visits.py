@@ -29,10 +29,10 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from msgspec import Meta, Struct
 
-from deploy.demo.figures import Model
 from deploy.freshness import Follower
 from deploy.freshness_metrics import STAGES
 from deploy.page.cards import Cards
+from deploy.replica_figures import Model
 from embedding_store.errors import HeadraceError
 from embedding_store.secret import Secret
 from online_model.serving.api import Query, Scenario

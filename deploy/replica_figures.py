@@ -1,4 +1,4 @@
-"""The demo's figures: what a replica says of itself, made into the samples of the page and the final JSON."""
+"""What a replica says of itself, made into figures: samples of the page, the JSON at the end of a demo or a replay."""
 
 from __future__ import annotations
 
