@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,21 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def bare_topics(bootstrap: str, partitions: Mapping[str, int]) -> Iterator[None]:
+    """Topics of one replica, with a broker's own settings, while they are needed."""
+    from kafka import KafkaAdminClient
+    from kafka.admin import NewTopic
+
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    try:
+        admin.create_topics([NewTopic(topic, count, 1) for topic, count in partitions.items()])
+        yield
+        admin.delete_topics(list(partitions))
+    finally:
+        admin.close()
 
 
 def finish(result: dict[str, Any]) -> None:

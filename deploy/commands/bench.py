@@ -144,9 +144,7 @@ def serve(
 
         arrivals = "poisson" if poisson else "even"
         with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
-            result = bench_serve(
-                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
-            )
+            result = bench_serve(server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task))
         out.result(result, _table("serve", result))
 
 
@@ -174,6 +172,31 @@ def freshness(
         out.result(result, _table("freshness", result))
         if not result["keeps_up"]:
             say(f"the system falls behind: of {result['rate']:,.0f} events/s it handles {result['handled_per_s']:,.0f}")
+
+
+@app.command(name="end_to_end", epilog="Example: headrace bench end_to_end --events 100000 --faust-events 20000")
+def end_to_end(
+    events: Annotated[int, typer.Option(min=10_000, help="Events of the standard mix.")] = 300_000,
+    faust_events: Annotated[int, typer.Option(min=1_000, help="How many of them plain Faust is sent.")] = 60_000,
+    runs: RunsOption = 1,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """From Kafka to a replica on two cores, beside plain Faust, and beside joiner and TorchRec alone.
+
+    Without --bootstrap an embedded broker is started for it, and removed. Exit 1 if an example was lost or doubled.
+    """
+    with Output(json) as out:
+        from deploy.bench.common import BenchError
+        from deploy.bench.end_to_end import bench_end_to_end
+
+        with _broker(bootstrap) as server, progress("end_to_end", 4 * runs) as (bar, task):
+            result = bench_end_to_end(server, events, faust_events, runs, lambda: bar.advance(task))
+        out.result(result, _table("end_to_end", result))
+        if result["lost"] or result["duplicated"]:
+            raise BenchError(
+                f"{result['lost']} lost, {result['duplicated']} duplicated: the rates mean nothing; report it"
+            )
 
 
 @contextmanager
