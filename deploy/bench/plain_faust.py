@@ -118,7 +118,7 @@ class PlainTrain:
         from online_model.features import ITEM, USER
 
         candidates, target, shown = batch_of(examples)
-        ready = self._model.ready(candidates, target)
+        ready = self._model.ready(candidates, target, shown)
         self._model.learn(ready)
         self._model.count(candidates, target, shown)
         self.rows += len(target)
