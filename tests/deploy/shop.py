@@ -110,4 +110,3 @@ def shop(broker: str, topics: TopicSettings, folder: Path, port: int = 0) -> Ite
         yield made
     finally:
         made.close()
-

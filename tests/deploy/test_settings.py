@@ -209,7 +209,7 @@ def test_the_trainer_knows_how_long_the_joiner_waits_for_purchases() -> None:
     [
         ('[model]\nfeedback = "elapsed"\n', "needs a join.purchase_wait_ms"),
         ('[join]\npurchase_wait_ms = 5\n[model]\nfeedback = "weighted"\n', "needs join.purchase_wait_ms = 0, it is 5"),
-        ('[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n', "needs join.purchase_wait_ms = 0, it is 5"),
+        ("[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n", "needs join.purchase_wait_ms = 0, it is 5"),
         ('[model]\nfeedback = "none"\npurchase_wait_ms = 5\n', "set it there only"),
     ],
 )

@@ -18,6 +18,7 @@ What grows for a reason is not judged by that but bounded, or left out by the se
 - Kafka's log grows with what is sent, until its retention: said, not judged.
 - What the joiner keeps of open impressions, event ids and purchase windows is full after the longest of its windows,
   which are as long as the settling here.
+- Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.
 - Every new item brings rows to trainer and replica: hardly any comes (`item_life_s`). `rows` says how many there were.
 - The demo keeps four bytes of each probe, and the page's samples of two hours.
 - The JVM takes heap up to -Xmx, when it likes: its memory is held to that and KAFKA_BESIDE_MB.
@@ -65,7 +66,8 @@ open_ms = {window_ms}
 click_window_ms = {window_ms}
 purchase_window_ms = {window_ms}
 [train]
-snapshot_interval_s = {snapshot_s}
+snapshot_interval_s = {copy_s}
+checkpoint_interval_s = {copy_s}
 """
 
 
@@ -143,7 +145,7 @@ def run(bench: Bench, seconds: float, rate: float) -> tuple[dict[str, Any], Samp
     home = bench.empty("soak")
     settled = min(SETTLE_S, seconds / 4)
     config = home / "soak.toml"
-    config.write_text(SETTINGS.format(window_ms=round(0.8 * settled * 1000), snapshot_s=settled / 2), "utf-8")
+    config.write_text(SETTINGS.format(window_ms=round(0.8 * settled * 1000), copy_s=settled / 4), "utf-8")
     say(f"soak: {seconds:,.0f} s at {rate:,.0f} events/s")
     with demo(home / "data", "--config", config, "--seconds", seconds, "--rate", rate) as running:
         samples = Samples(list(_sampled(running, seconds)))
