@@ -30,6 +30,7 @@ import contextlib
 import csv
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ KEEPS_UP = {"sent": 0.9, "unanswered": 0.01, "p95_ms": 2_000.0}
 GROWTH = 0.05  # of the median, over the span
 ALLOWED = {"rss_mb": 10.0, "files": 4.0, "threads": 2.0, "disk_mb": 32.0, "lag_s": 1.0, "fresh_ms": 50.0}
 KAFKA_BESIDE_MB = 400.0  # of a JVM, beside its heap
-GRACE_S = 600.0  # to drain and to recount
+GRACE_S = 600.0  # to drain, to recount, and for the twin, which leaves the others the processor, to catch up
 
 SETTINGS = """
 [simulator]
@@ -109,10 +110,11 @@ def soak(bench: Bench) -> list[Row]:
     out = Path(os.environ.get("SOAK_OUT", ".headrace/soak"))
     asked = float(os.environ.get("SOAK_RATE", 0))
     knee = asked / SHARE if asked else find_knee(bench)
-    result, samples = run(bench, seconds, SHARE * knee)
+    out.mkdir(parents=True, exist_ok=True)
+    result, samples = run(bench, seconds, SHARE * knee, out)
     settled = min(SETTLE_S, seconds / 4)
     found = trends(samples, settled, SHARE * knee)
-    keep(out, samples, found, result, knee)
+    keep(out, found, result, knee)
     return rows_of(found, samples, result, knee, seconds)
 
 
@@ -140,16 +142,23 @@ def _keeps_up(bench: Bench, rate: float) -> bool:
     return holds
 
 
-def run(bench: Bench, seconds: float, rate: float) -> tuple[dict[str, Any], Samples]:
-    """(figures of the demo, what was seen meanwhile)."""
+def run(bench: Bench, seconds: float, rate: float, out: Path) -> tuple[dict[str, Any], Samples]:
+    """(figures of the demo, what was seen meanwhile). Raises FigureError; the samples are in `out` all the same."""
     home = bench.empty("soak")
     settled = min(SETTLE_S, seconds / 4)
     config = home / "soak.toml"
     config.write_text(SETTINGS.format(window_ms=round(0.8 * settled * 1000), copy_s=settled / 4), "utf-8")
     say(f"soak: {seconds:,.0f} s at {rate:,.0f} events/s")
     with demo(home / "data", "--config", config, "--seconds", seconds, "--rate", rate) as running:
-        samples = Samples(list(_sampled(running, seconds)))
-        return running.result(GRACE_S + seconds / 10), samples
+        samples = Samples()
+        for row in _sampled(running, seconds):
+            samples.rows.append(row)
+            _draw(out, samples)
+        say("soak: the end of it: what was sent is learned, the twin catches up, the log is recounted")
+        try:
+            return running.result(GRACE_S + seconds), samples
+        except (subprocess.TimeoutExpired, AssertionError) as error:
+            raise FigureError(f"the demo came to no good end: {error}") from None
 
 
 def _sampled(running: Demo, seconds: float) -> Iterator[dict[str, float]]:
@@ -267,18 +276,20 @@ def slope(at: np.ndarray, values: np.ndarray) -> float:
     return float(np.median((values[second] - values[first]) / (at[second] - at[first])))
 
 
-def keep(out: Path, samples: Samples, found: list[Trend], result: dict[str, Any], knee: float) -> None:
-    """samples.csv, soak.json and soak.svg."""
-    out.mkdir(parents=True, exist_ok=True)
+def keep(out: Path, found: list[Trend], result: dict[str, Any], knee: float) -> None:
+    """soak.json, beside samples.csv and soak.svg."""
+    told = {"knee": knee, "trends": [vars(trend) | {"flat": trend.flat} for trend in found], "demo": result}
+    (out / "soak.json").write_text(json.dumps(told, indent=1), "utf-8")
+    say(f"soak: samples, trends and a drawing are in {out}")
+
+
+def _draw(out: Path, samples: Samples) -> None:
     with (out / "samples.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["seconds", *samples.names])
         writer.writeheader()
         writer.writerows(samples.rows)
-    told = {"knee": knee, "trends": [vars(trend) | {"flat": trend.flat} for trend in found], "demo": result}
-    (out / "soak.json").write_text(json.dumps(told, indent=1), "utf-8")
     curves = {name: samples.series(name, 0) for name in samples.names}
     (out / "soak.svg").write_text(drawing(curves), "utf-8")
-    say(f"soak: samples, trends and a drawing are in {out}")
 
 
 def rows_of(found: list[Trend], samples: Samples, result: dict[str, Any], knee: float, seconds: float) -> list[Row]:
