@@ -11,7 +11,7 @@ from embedding_store.ids import hash_text
 from online_model.examples import Examples
 from online_model.features import ITEM, TITLE_WORDS
 
-if TYPE_CHECKING:  # the join worker reads of the catalogue too, and does without torch
+if TYPE_CHECKING:  # who only names an item need not load torch: the join worker starts in a second without it
     from embedding_store.tables import EmbeddingTables
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0, word ids of the title)

@@ -256,7 +256,9 @@ class Learner:
         every[part] = p
         return self.tables.ranks.sum(every)
 
-    def _loss(self, logits: torch.Tensor, batch: Batch, part: np.ndarray | slice, p: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self, logits: torch.Tensor, batch: Batch, part: np.ndarray | slice, p: torch.Tensor
+    ) -> torch.Tensor:
         target, heads = self._tensor(batch.target[part]), p.shape[1]
         weight = self._tensor(batch.weight[part]).unsqueeze(1).repeat(1, heads)
         offset = torch.nn.functional.pad(self._tensor(batch.offset[part]).unsqueeze(1), (CLICK, heads - 1 - CLICK))

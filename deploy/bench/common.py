@@ -75,8 +75,10 @@ def bare_topics(bootstrap: str, partitions: Mapping[str, int]) -> Iterator[None]
     admin = KafkaAdminClient(bootstrap_servers=bootstrap)
     try:
         admin.create_topics([NewTopic(topic, count, 1) for topic, count in partitions.items()])
-        yield
-        admin.delete_topics(list(partitions))
+        try:
+            yield
+        finally:
+            admin.delete_topics(list(partitions))
     finally:
         admin.close()
 

@@ -49,14 +49,7 @@ APPLY_SECONDS = "headrace_replica_apply_seconds"
 
 
 def bench_serve(
-    bootstrap: str,
-    items: int,
-    users: int,
-    rate: float,
-    share: float,
-    seconds: float,
-    runs: int,
-    arrivals: str,
+    bootstrap: str, items: int, users: int, rate: float, share: float, seconds: float, runs: int, arrivals: str,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The figures of the command. `rate` 0: `share` of the knee. `step` is called after the knee and after each run."""

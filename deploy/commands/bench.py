@@ -144,7 +144,9 @@ def serve(
 
         arrivals = "poisson" if poisson else "even"
         with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
-            result = bench_serve(server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task))
+            result = bench_serve(
+                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
+            )
         out.result(result, _table("serve", result))
 
 

@@ -1,6 +1,6 @@
 """`headrace` with a bug planted in it: what starts the workers when the torture is tortured.
 
-python -m tests.deploy.planted BUG join --config FILE
+    python -m tests.deploy.planted BUG join --config FILE
 """
 
 from __future__ import annotations

@@ -110,3 +110,4 @@ def shop(broker: str, topics: TopicSettings, folder: Path, port: int = 0) -> Ite
         yield made
     finally:
         made.close()
+

@@ -158,7 +158,9 @@ def test_it_is_for_its_owner_alone_and_takes_no_file_s_place(home: Path, tmp_pat
     assert not (tmp_path / "c.tar.gz").exists()
 
 
-def test_it_stays_small_and_says_what_it_left_out(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stays_small_and_says_what_it_left_out(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(5):
         (home / "demo" / f"{number}.log").write_text("".join(f"line {n} of {number}\n" for n in range(40_000)))
     monkeypatch.setattr(module, "MAX_BYTES", 1 << 20)

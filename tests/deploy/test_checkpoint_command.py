@@ -32,7 +32,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
-def checkpoint(capfd: pytest.CaptureFixture[str], home: Path, *arguments: str, code: int = 0) -> tuple[dict, list[str]]:
+def checkpoint(
+    capfd: pytest.CaptureFixture[str], home: Path, *arguments: str, code: int = 0
+) -> tuple[dict, list[str]]:
     """(the JSON of a command, its lines on stderr)"""
     capfd.readouterr()
     assert run(["checkpoint", *arguments, "--data-dir", str(home), "--json"]) == code

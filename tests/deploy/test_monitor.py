@@ -145,7 +145,9 @@ def test_a_kafka_that_is_away_is_named_and_used_again_when_it_is_back(tmp_path: 
 
 @pytest.mark.parametrize("option", ["--replica", "--scrape"])
 @pytest.mark.parametrize("url", ["localhost:8080", "ftp://127.0.0.1/", "http://", "http://127.0.0.1:8080/?a=b"])
-def test_an_address_that_is_none_is_said_in_one_line(option: str, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_that_is_none_is_said_in_one_line(
+    option: str, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["monitor", "--bootstrap", "127.0.0.1:9", option, url]) == 2
     assert capsys.readouterr().err.strip() == f"headrace: {option} {url}: write it as http://127.0.0.1:8080"
 

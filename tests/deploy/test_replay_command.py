@@ -17,7 +17,7 @@ from replay.simulator import SimulatorSettings, simulate_to
 from replay.sinks import JsonlSink
 from streams.topics import TopicSettings, create_topics
 
-MODEL = "model.batch_size = 64\nmodel.features = { dim = 8, users = 4000, items = 20000, categories = 1000 }\n"
+MODEL = 'model.batch_size = 64\nmodel.features = { dim = 8, users = 4000, items = 20000, categories = 1000 }\n'
 
 
 @pytest.fixture(autouse=True)

@@ -187,9 +187,9 @@ def test_arms_that_cannot_be_are_refused_in_one_line(text: str, says: str) -> No
 
 def test_the_join_worker_never_waits_for_torch() -> None:
     program = (
-        "import sys; from deploy.settings import load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
-        "{'bootstrap': 'a:1', 'train.threads': 1}); s.join; s.topics; s.simulator; s.demo; "
-        "assert 'torch' not in sys.modules"
+        "import sys, streams.join_worker; from deploy.settings import load; "
+        "s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, {'bootstrap': 'a:1', 'train.threads': 1}); "
+        "s.join; s.topics; s.simulator; s.demo; assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
@@ -209,7 +209,7 @@ def test_the_trainer_knows_how_long_the_joiner_waits_for_purchases() -> None:
     [
         ('[model]\nfeedback = "elapsed"\n', "needs a join.purchase_wait_ms"),
         ('[join]\npurchase_wait_ms = 5\n[model]\nfeedback = "weighted"\n', "needs join.purchase_wait_ms = 0, it is 5"),
-        ("[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n", "needs join.purchase_wait_ms = 0, it is 5"),
+        ('[join]\npurchase_wait_ms = 5\n[model]\nbatch_size = 9\n', "needs join.purchase_wait_ms = 0, it is 5"),
         ('[model]\nfeedback = "none"\npurchase_wait_ms = 5\n', "set it there only"),
     ],
 )

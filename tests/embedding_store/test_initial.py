@@ -164,4 +164,6 @@ def test_where_there_is_no_room_the_default_row_stays_zero() -> None:
     tables = EmbeddingTables([TableSpec("t", ("t",), settings)])
     rows = tables.rows("t", np.array([3, 2, 1]), admit=True)
     assert rows.tolist() == [0, 2, 1]
-    np.testing.assert_array_equal(tables.read_rows("t", rows)[WEIGHTS], first_weights(settings, np.array([0, 2, 1])))
+    np.testing.assert_array_equal(
+        tables.read_rows("t", rows)[WEIGHTS], first_weights(settings, np.array([0, 2, 1]))
+    )

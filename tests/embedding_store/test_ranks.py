@@ -29,7 +29,9 @@ STEPS = 100
 
 def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Runs `work(ranks, *arguments)` in a process for each rank; their exit codes."""
-    every = [processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)]
+    every = [
+        processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
+    ]
     for process in every:
         process.start()
     for process in every:
@@ -126,6 +128,7 @@ class _Machine:
             assert dict(zip(ids.tolist(), grains.tolist(), strict=True)) == {
                 i: t // GRAIN_MS * GRAIN_MS for i, (_, t) in self.committed.rows.items()
             }
+
 
     def leave(self) -> None:
         """All is committed; another number of ranks may go on (`take_over`)."""

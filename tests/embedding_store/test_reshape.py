@@ -193,7 +193,9 @@ def test_the_state_of_an_optimizer_by_weight_is_widened_too_and_one_of_another_k
         ({**BEFORE, "item": layout(4, {"clicks": ("<f8", ())})}, "use the release that wrote the store"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_converted_is_refused_and_nothing_is_changed(wanted: dict, remedy: str, tmp_path: Path) -> None:
+def test_what_cannot_be_converted_is_refused_and_nothing_is_changed(
+    wanted: dict, remedy: str, tmp_path: Path
+) -> None:
     fill(tmp_path / "s", BEFORE, [1])
     with pytest.raises(UsageError, match=remedy):
         reshape(tmp_path / "s", wanted, nothing)

@@ -99,10 +99,9 @@ def watched(folder: Path) -> Iterator[Watched]:
     build(folder / "rules", scale=SCALE)
     home = folder / "demo"
     arguments = ("--config", config, "--seconds", 0, "--rate", 200, "--no-page")
-    with (
-        demo(home, *arguments) as running,
-        prometheus(folder / "prometheus", home / "targets.json", [folder / "rules" / RULES]) as server,
-    ):
+    with demo(home, *arguments) as running, prometheus(
+        folder / "prometheus", home / "targets.json", [folder / "rules" / RULES]
+    ) as server:
         found = Watched(running, server)
         server.until(lambda: found.value("headrace_train_rows_total") > 1_000, 180, "the demo learns")
         yield found
@@ -110,7 +109,6 @@ def watched(folder: Path) -> Iterator[Watched]:
 
 def answered(found: Watched) -> Report:
     """What `validate` says once every query has an answer, or after ANSWERS_S."""
-
     def asked() -> Report:
         return validate(found.prometheus.url, WINDOW_S, RATE)
 

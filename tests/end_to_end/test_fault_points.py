@@ -182,3 +182,5 @@ def test_a_store_that_is_lost_is_not_begun_anew_while_there_is_a_way_back(
     finally:
         process.terminate()
         assert process.wait(60) == 0, (home / "said").read_text()
+
+

@@ -58,7 +58,8 @@ def _prequential(folder: Path, log: str, path: Path, seed: int) -> dict[str, Any
 def _gained(with_it: dict[str, Any], without: dict[str, Any]) -> dict[str, float]:
     """What a part gains by figure (a smaller NE is a gain)."""
     return {
-        name: without[name] - value if name.endswith("NE") else value - without[name] for name, value in with_it.items()
+        name: without[name] - value if name.endswith("NE") else value - without[name]
+        for name, value in with_it.items()
     }
 
 

@@ -53,3 +53,4 @@ def _run(bench: Bench) -> tuple[Report, list[Told]]:
             return report, story(found)
     except AssertionError as error:
         raise FigureError(str(error).splitlines()[0]) from None
+

@@ -94,7 +94,9 @@ def test_a_restart_in_the_middle_of_a_block_trains_each_row_once(seed, block_siz
 def two_partitions(seed, block_size):
     """(source offset, block) of two partitions in an arrival order drawn from the seed."""
     rng = np.random.default_rng(seed)
-    queues = [list(enumerate(make_blocks(make_rows(30, seed=seed + p), block_size, partition=p))) for p in (0, 1)]
+    queues = [
+        list(enumerate(make_blocks(make_rows(30, seed=seed + p), block_size, partition=p))) for p in (0, 1)
+    ]
     out = []
     while any(queues):
         queue = queues[int(rng.integers(2))]

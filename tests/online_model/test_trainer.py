@@ -64,14 +64,8 @@ def mixed(n=200, seed=0):
 
 def catalogue(n=30, created=START):
     return [
-        (
-            feature_id("item", i),
-            b'{"item":%d}' % i,
-            feature_id("category", i % 5),
-            feature_id("seller", i % 2),
-            created,
-            words_of(f"red shoes {i}" if i % 3 else "", TITLE_WORDS),
-        )
+        (feature_id("item", i), b'{"item":%d}' % i, feature_id("category", i % 5), feature_id("seller", i % 2), created,
+         words_of(f"red shoes {i}" if i % 3 else "", TITLE_WORDS))
         for i in range(n)
     ]
 

@@ -1,5 +1,6 @@
 """Effectively once: what a commit holds, what a restart goes on from, and what a kill -9 leaves."""
 
+
 import msgspec
 import numpy as np
 import orjson

@@ -142,7 +142,8 @@ def test_one_line_says_what_has_changed(tmp_path: Path, caplog: pytest.LogCaptur
         opened(tmp_path / "s", SHAPES["all and heads"]).store.close()
     tables = "".join(f"table {table} widened from dim 8 to 16; " for table in sorted(EXTRAS))
     line = (
-        f"{tables}hidden from 16 to 17; second from 8 to 9; third from 8 to 12; heads from 4 to 6; going on in epoch 2"
+        f"{tables}hidden from 16 to 17; second from 8 to 9; third from 8 to 12; heads from 4 to 6; "
+        "going on in epoch 2"
     )
     assert caplog.messages == [f"another shape of the model: {line}"]
 

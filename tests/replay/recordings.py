@@ -34,7 +34,8 @@ class Log:
                     self._put(EVENTS, p, stamp, None, encode(Tick(event_id=f"tick-{p}-{ts}", ts=ts)))
 
     def record(self, path: Path, until: float = 1.0, rows_per_file: int = 500) -> Path:
-        """The first part `until` (0 to 1) of each partition into the recording at `path`, going on from what is there."""
+        """The first part `until` (0 to 1) of each partition into the recording at `path`, going on from what is there.
+        """
         names = {EVENTS: RecordedTopic("events", (0,) * self.partitions), ITEMS: RecordedTopic("items", (0,))}
         writer = RecordingWriter(path, names)
         for (topic, p), rows in self.rows.items():

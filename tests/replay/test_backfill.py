@@ -146,7 +146,9 @@ def _ending(records):  # type: ignore[no-untyped-def]
     raise KeyboardInterrupt
 
 
-def test_a_recording_that_has_grown_is_joined_to_its_new_end(log: Path, recording: Recording, tmp_path: Path) -> None:
+def test_a_recording_that_has_grown_is_joined_to_its_new_end(
+    log: Path, recording: Recording, tmp_path: Path
+) -> None:
     task = task_of(recording, tmp_path / "out")
     ranges = {p: backfilling.Range(0, range_.end) for p, range_ in task.ranges.items()}
     shorter = Task(task.out, task.origin, ranges | {1: backfilling.Range(0, ranges[1].end // 2)})

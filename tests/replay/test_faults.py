@@ -181,7 +181,8 @@ def test_no_tick_makes_an_event_late_so_the_pace_changes_nothing(world, seed, de
     """40 partitions: most of them are idle, so that a tick that is ahead of what is delayed would do harm."""
     log, dealt = marketplace(world), FaultSettings(seed=seed, delay=delay, delay_ms=4_000, shuffle_ms=100)
     slow, fast, none = (
-        joined(log, dealt, speed, Partitions(40, ticks)) for speed, ticks in ((20.0, True), (0.0, True), (0.0, False))
+        joined(log, dealt, speed, Partitions(40, ticks))
+        for speed, ticks in ((20.0, True), (0.0, True), (0.0, False))
     )
     assert slow.rows == fast.rows == none.rows
     assert slow.counts == fast.counts == none.counts

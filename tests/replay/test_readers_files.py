@@ -221,7 +221,9 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lam
 
 
 @given(notes=st.lists(CELLS, min_size=1, max_size=6), delimiter=st.sampled_from(",;\t|"))
-def test_what_csv_can_write_is_read(notes: list[str], delimiter: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_what_csv_can_write_is_read(
+    notes: list[str], delimiter: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.mktemp("quotes") / "x.csv"
     path.write_bytes(delimited([{"note": n, "u": i, "i": 2, "t": 3} for i, n in enumerate(notes)], delimiter))
     log = open_log("generic", path, columns=ColumnMapping(user="u", item="i", time="t", request="note"))

@@ -47,6 +47,7 @@ def test_a_file_takes_the_records_and_is_the_same_each_time(tmp_path: Path) -> N
 # --- on Kafka
 
 
+
 def test_on_kafka_every_record_is_there_once_where_its_key_belongs(
     broker: str, topics: TopicSettings, read_topic: Callable[[str], Topic], public_log: Callable[[str], Path]
 ) -> None:
@@ -134,7 +135,6 @@ def test_a_missing_topic_and_a_missing_broker_are_one_line(broker: str) -> None:
 
 def test_something_that_is_not_kafka_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-
         def hang_up() -> None:
             try:
                 while True:

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORLD = SimulatorSettings(users=30, items=60, requests_per_s=1 / 40, item_life_s=7_200)
 MODEL = TrainerSettings(
     features=FeatureSettings(dim=8, users=100, items=2_000, categories=50),
-    ranker=RankerSettings(hidden=16, second=8, third=8),
+    ranker=RankerSettings(hidden=16, second=8, third=8)
 )
 LATE_MS = 5_000  # some actions come so much later than they were done
 

@@ -215,11 +215,9 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 def test_kill_9_leaves_no_file(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("".join(f"1,1,1,pv,{10_000 - n}\n" for n in range(10_000)))
-    program = (
-        PROGRAM.replace("count = last = 0", "count = last = 0; import os, signal")
-        .replace("    if hasattr", "    os.kill(os.getpid(), signal.SIGKILL)\n    if hasattr")
-        .replace("20_000", "100")
-    )
+    program = PROGRAM.replace("count = last = 0", "count = last = 0; import os, signal").replace(
+        "    if hasattr", "    os.kill(os.getpid(), signal.SIGKILL)\n    if hasattr"
+    ).replace("20_000", "100")
     (tmp_path / "sort").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "sort")}
     ran = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, env=environment, capture_output=True)

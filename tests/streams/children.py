@@ -22,7 +22,9 @@ from tests.processes import processes
 class Child:
     """A worker process; its stderr is kept in a file. environment: variables of its own."""
 
-    def __init__(self, kind: str, log: Path, environment: Mapping[str, object] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, kind: str, log: Path, environment: Mapping[str, object] | None = None, **settings: Any
+    ) -> None:
         self.log, variables = log, {name: str(value) for name, value in (environment or {}).items()}
         self._arguments = (kind, str(log), variables, json.dumps(settings, default=str))
         self.start()
@@ -93,7 +95,9 @@ def wait_for(true: Any, seconds: float = 60.0, child: Child | None = None, what:
     return value
 
 
-def read_all(bootstrap: str | dict[str, Any], topic: str, committed: bool = True) -> dict[int, list[ConsumerRecord]]:
+def read_all(
+    bootstrap: str | dict[str, Any], topic: str, committed: bool = True
+) -> dict[int, list[ConsumerRecord]]:
     """All records of a topic by partition, up to its end as it is now; of transactions the committed ones only.
 
     bootstrap: HOST:PORT, or all that a client is made with.
@@ -166,16 +170,8 @@ class FileFeed:
             self._next.pop(partition, None)
 
 
-def _feed(
-    bootstrap: str,
-    topic: str,
-    group: str,
-    folder: str,
-    fail_at: int = -1,
-    hole_at: int = -1,
-    member: str | None = None,
-    prepare: Any = None,
-) -> None:
+def _feed(bootstrap: str, topic: str, group: str, folder: str, fail_at: int = -1, hole_at: int = -1,
+    member: str | None = None, prepare: Any = None) -> None:
     from streams import app, batches
 
     feed = FileFeed(Path(folder), fail_at, hole_at)

@@ -96,11 +96,8 @@ class Serving:
 
     def reaches(self, place: tuple[int, int], seconds: float = RESYNC_SECONDS) -> float:
         """Seconds until it holds exactly that and says nothing against it."""
-        return until(
-            lambda: self.held == place and not self.holder.behind,
-            seconds,
-            lambda: (self.held, place, self.holder.behind),
-        )
+        return until(lambda: self.held == place and not self.holder.behind, seconds, lambda: (self.held, place,
+                                                                                           self.holder.behind))
 
     def end(self) -> None:
         self._end.set()
@@ -191,7 +188,7 @@ class World:
                 wanted = {ranked.item: ranked.score for ranked in self.truth.rank(RankRequest(**ASKED)).items}
                 assert {item["item"]: item["score"] for item in answer["items"]} == pytest.approx(wanted, rel=1e-5)
                 self.served.append(answer)
-        assert not answers, f"versions that never were: { ({a['model_version'] for a in answers}) }"
+        assert not answers, f"versions that never were: {({a['model_version'] for a in answers})}"
         assert not self.replica.errors
 
     def end(self) -> None:

@@ -52,7 +52,9 @@ def _settings(broker: str, topics: TopicSettings, tmp_path: Path, **more: object
 def _snapshots(tmp_path: Path, topics: TopicSettings) -> dict[int, list[int]]:
     """Partition → the offsets of its whole snapshots, in order."""
     folder = tmp_path / "shared" / f"{topics.prefix}join"
-    return {p: sorted(int(path.parent.name) for path in folder.glob(f"{p}/*/manifest.json")) for p in range(PARTITIONS)}
+    return {
+        p: sorted(int(path.parent.name) for path in folder.glob(f"{p}/*/manifest.json")) for p in range(PARTITIONS)
+    }
 
 
 def _wait_until_joined(broker: str, topics: TopicSettings, child: Child) -> list[int]:

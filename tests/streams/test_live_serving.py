@@ -170,7 +170,7 @@ def test_requests_of_late_warm_it_up_and_leave_no_trace(
     wait_for(lambda: client.get("/readyz").status_code == 200, child=child)
     assert "requests (of late) in" in child.said
     assert sum(map(len, read_all(broker, topics.events).values())) == 1
-    assert 'headrace_serve_requests_total{route="/v1/rank' not in client.get("/metrics").text
+    assert "headrace_serve_requests_total{route=\"/v1/rank" not in client.get("/metrics").text
 
 
 @pytest.mark.broker

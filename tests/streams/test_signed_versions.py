@@ -116,10 +116,12 @@ def test_keys_change_without_a_pause(world: World, tmp_path: Path) -> None:
 
 def _with(settings: ServeWorkerSettings, file: Path) -> ServeWorkerSettings:
 
+
     return msgspec.structs.replace(settings, signing=SigningSettings(key_file=file))
 
 
 def test_a_forged_version_does_not_lead_the_trainers_epoch(world: World, broker: str) -> None:
+
 
     topic, signer = world.serve_settings.topics.parameters, world.source.signer
     first = world.source.version()

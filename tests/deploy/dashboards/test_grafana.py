@@ -141,7 +141,6 @@ def test_an_edit_by_hand_is_seen_and_put_back(
 
 def everything(server: Grafana) -> dict[str, Any]:
     """What is kept, without what the server counts by itself."""
-
     def ours(thing: dict) -> dict:
         return {k: v for k, v in thing.items() if k not in ("id", "version")}
 

@@ -95,7 +95,7 @@ def test_what_is_left_out_is_as_in_the_events():
 
 
 def test_similar():
-    """ "7" and 7 are one id."""
+    """"7" and 7 are one id."""
     body = asks("GET", "/v1/items/7/similar?k=3").json()
     assert set(body) == {"item", "model_version", "model_age_ms", "learned_to_ms", "items"}
     assert body["item"] == 7

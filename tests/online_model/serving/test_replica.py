@@ -165,7 +165,6 @@ def test_a_new_epoch_goes_on_from_the_version_it_names():
 
 def spoiled_versions():
     """Versions that must be refused as a whole. Each also holds much that is right."""
-
     def right() -> dict:
         return {
             "tables": {

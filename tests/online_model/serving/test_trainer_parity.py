@@ -74,7 +74,9 @@ def test_a_replica_scores_as_the_trainer_that_feeds_it(tmp_path: Path, feedback:
     trainer = open_trainer(settings, tmp_path, lambda: T0)
     category = feature_id(CATEGORY, "shoes")
     seller, words = feature_id(SELLER, "s"), words_of("red shoes", TITLE_WORDS)
-    trainer.catalogue([(feature_id(ITEM, i), b'{"item":%d}' % i, category, seller, T0 - i, words) for i in range(10)])
+    trainer.catalogue(
+        [(feature_id(ITEM, i), b'{"item":%d}' % i, category, seller, T0 - i, words) for i in range(10)]
+    )
     assembler = Assembler()
     replica = Replica(ReplicaSettings(), FEATURES, RANKER, clock=lambda: T0 + 9_000, feedback=feedback)
     try:
