@@ -187,7 +187,7 @@ def test_arms_that_cannot_be_are_refused_in_one_line(text: str, says: str) -> No
 
 def test_the_join_worker_never_waits_for_torch() -> None:
     program = (
-        "import sys; from deploy.settings import load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
+        "import sys, streams.join_worker; from deploy.settings import load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
         "{'bootstrap': 'a:1', 'train.threads': 1}); s.join; s.topics; s.simulator; s.demo; "
         "assert 'torch' not in sys.modules"
     )
