@@ -15,7 +15,7 @@ less than what the allocator, a compaction or a busy machine shift about (ALLOWE
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
-- Kafka's log grows with what is sent, until its retention: said, not judged.
+- Kafka's log grows with what is sent, until its retention: said, not judged. Its segments are files that are open.
 - What the joiner keeps of open impressions, event ids and purchase windows is full after the longest of its windows,
   which are as long as the settling here.
 - Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.
@@ -56,6 +56,7 @@ KNEE_S, FIRST_RATE, MOST_RATE, HALVINGS = 40, 500, 64_000, 2
 KEEPS_UP = {"sent": 0.9, "unanswered": 0.01, "p95_ms": 2_000.0}
 GROWTH = 0.05  # of the median, over the span
 ALLOWED = {"rss_mb": 10.0, "files": 4.0, "threads": 2.0, "disk_mb": 32.0, "lag_s": 1.0, "fresh_ms": 50.0}
+ALLOWED["files kafka"] = 40.0  # three segments more or less of each partition
 KAFKA_BESIDE_MB = 400.0  # of a JVM, beside its heap
 GRACE_S = 600.0  # to drain, to recount, and for the twin, which leaves the others the processor, to catch up
 
@@ -219,13 +220,15 @@ def _name(words: list[str]) -> str:
 
 
 def _disk(home: Path) -> dict[str, float]:
-    """MB by the first folder; files that vanish meanwhile count nothing."""
+    """MB in use by the first folder (a new index of Kafka's is 10 MB long and empty); files that vanish meanwhile count
+    nothing."""
     row: dict[str, float] = {}
     for folder, _, files in os.walk(home):
         part = (Path(folder).relative_to(home).parts or ("files",))[0]
         for file in files:
             with contextlib.suppress(FileNotFoundError):
-                row[f"disk_mb {part}"] = row.get(f"disk_mb {part}", 0.0) + (Path(folder) / file).lstat().st_size / 1e6
+                used = (Path(folder) / file).lstat().st_blocks * 512 / 1e6
+                row[f"disk_mb {part}"] = row.get(f"disk_mb {part}", 0.0) + used
     return row
 
 
@@ -252,9 +255,9 @@ def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
         if is_only_said(name):
             continue
         at, values = samples.series(name, from_s)
-        if len(at) < 3:
-            continue
-        allowed = ALLOWED["lag_s"] * rate if kind == "lag" else ALLOWED[kind]
+        if len(at) < max(3, len(samples.rows) / 2):
+            continue  # a copy that is being made
+        allowed = ALLOWED["lag_s"] * rate if kind == "lag" else ALLOWED.get(name, ALLOWED[kind])
         if name == "rss_mb kafka":
             allowed = max(allowed, MAX_HEAP_MB + KAFKA_BESIDE_MB - float(np.median(values)))
         found.append(Trend(name, float(np.median(values)), slope(at, values) * float(at[-1] - at[0]), allowed))
