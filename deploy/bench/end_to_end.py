@@ -28,6 +28,7 @@ warm-up's among them: `sent` of both.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -152,8 +153,10 @@ def _go(producer: subprocess.Popen) -> None:
     producer.stdin.close()
 
 
-def _sent(folder: Path) -> dict[str, Any]:
-    """What a producer that has ended said."""
+def _sent(folder: Path, producer: subprocess.Popen) -> dict[str, Any]:
+    """What the producer, which is about to end, says."""
+    if producer.wait(STALL_S):
+        raise BenchError("the producer of the benchmark failed: see what it said above")
     return json.loads((folder / "sent.json").read_text().splitlines()[-1])
 
 
@@ -236,7 +239,7 @@ class _Run:
             del self._seen[:-1]
             _go(producer)
             await system.until(lambda: producer.poll() is not None, STALL_S)
-        sent = _sent(system.folder)
+            sent = _sent(system.folder, producer)
         ends = end_offsets(system.settings.bootstrap, topics.events)
         moved = time.monotonic()
         while (past := next((seen for seen in self._seen if _is_past(seen[1], ends)), None)) is None:
@@ -292,16 +295,16 @@ def _faust(bootstrap: str, events: int, take: int) -> dict[str, Any]:
         with _worker(home, "join", arguments) as joining, _worker(home, "train", arguments) as training:
             workers = {"join": joining, "train": training}
             processes = with_kafka(bootstrap, **{part: worker.pid for part, worker in workers.items()})
-            done, figures = _Parameters(bootstrap, f"{name}-parameters", home, workers), {}
-            for number, mix in enumerate(_phases(events, WARM_UP_FAUST, join.closing_ms), 1):
-                with _producing(home, bootstrap, (f"{name}-events", f"{name}-items"), **mix) as producer:
-                    before = processor_s(processes)
-                    _go(producer)
-                    end, rows = done.wait(number)
-                    used = {part: after - before[part] for part, after in processor_s(processes).items()}
-                    producer.wait(STALL_S)
-                sent = _sent(home)
-                figures = _figures(sent["began"], end, sent, used) | {"rows": rows}
+            figures: dict[str, Any] = {}
+            with contextlib.closing(_Parameters(bootstrap, f"{name}-parameters", home, workers)) as done:
+                for number, mix in enumerate(_phases(events, WARM_UP_FAUST, join.closing_ms), 1):
+                    with _producing(home, bootstrap, (f"{name}-events", f"{name}-items"), **mix) as producer:
+                        before = processor_s(processes)
+                        _go(producer)
+                        end, rows = done.wait(number)
+                        used = {part: after - before[part] for part, after in processor_s(processes).items()}
+                        sent = _sent(home, producer)
+                    figures = _figures(sent["began"], end, sent, used) | {"rows": rows}
         return figures
 
 
@@ -328,6 +331,9 @@ class _Parameters:
         place = TopicPartition(topic, 0)
         self._consumer.assign([place])
         self._consumer.seek_to_beginning(place)
+
+    def close(self) -> None:
+        self._consumer.close()
 
     def wait(self, ends: int) -> tuple[float, int]:
         """(when parameters were seen that are of so many ends of the log, time.monotonic(); rows learned by then)."""
