@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from online_model.examples import Block
     from online_model.trainer import Trainer
 
-STEP_ROWS, COMMIT_STEPS, STEPS, WARM_STEPS = 128, 8, 120, 24
+STEP_ROWS, COMMIT_STEPS, STEPS, WARM_STEPS = 128, 40, 120, 40
 RANK_ROWS, RANK_STEPS, RANK_WARM = 1_024, 24, 6
 ITEMS, USERS = 20_000, 5_000  # of a replica whose candidates grow
 REQUESTS, WARM_REQUESTS = 40, 8
@@ -78,7 +78,7 @@ def memory_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
         rows += trainer.step()
         if step % COMMIT_STEPS == COMMIT_STEPS - 1:
             before = time.process_time()
-            parts = trainer.commit() or []
+            parts = trainer.commit(dense=False) or []
             trainer.store.acknowledge(trainer.sequence)
             commit += time.process_time() - before
             sent += sum(map(len, parts))
