@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.commands import bench_growth
 from deploy.commands.common import BootstrapOption, JsonOption, Output, progress, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 app = typer.Typer(help="Figures, each beside a reference measured in the same run.")
+
+bench_growth.register(app)
 
 RunsOption = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
 
