@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -36,20 +36,18 @@ _PREFIX = 8  # bytes
 _ALIGNED = 16  # bytes
 
 _Told: TypeAlias = Any  # what msgpack has of a value
-_fields_of: dict[type, tuple[str, tuple[str, ...]]] = {}
-_classes: dict[str, tuple[type, int]] = {}  # name → (class, how many fields)
+_classes: dict[str, type] = {}  # by their names
+_fields: dict[type, dict[str, type]] = {}  # of these: name → its type, as far as isinstance looks
 
 
 def may_be_sent(*classes: type) -> None:
     """Dataclasses and msgspec.Structs, made of values that can be sent. Their names must differ."""
     for cls in classes:
-        if is_dataclass(cls):
-            names = tuple(field.name for field in fields(cls))
-        else:
-            names = tuple(field.name for field in msgspec.structs.fields(cls))
-        if _classes.setdefault(cls.__name__, (cls, len(names)))[0] is not cls:
+        if _classes.setdefault(cls.__name__, cls) is not cls:
             raise ValueError(f"another class of the name {cls.__name__} may be sent already")
-        _fields_of[cls] = (cls.__name__, names)
+        hints = get_type_hints(cls)
+        names = [field.name for field in (fields(cls) if is_dataclass(cls) else msgspec.structs.fields(cls))]
+        _fields[cls] = {name: object if hints[name] is Any else get_origin(hints[name]) or hints[name] for name in names}
 
 
 class Message:
@@ -91,7 +89,7 @@ class Message:
             return value
         if kind is int:
             if not -(1 << 63) <= value < 1 << 64:
-                raise TypeError(f"{value} has more than 64 bits: it cannot be sent to other ranks")
+                raise TypeError("an int of more than 64 bits cannot be sent to other ranks")
             return value
         if kind is np.ndarray:
             return self._told_array(value)
@@ -101,9 +99,8 @@ class Message:
             return [_TAGS[kind], *[self._told(item, depth + 1) for item in value]]
         if kind is dict:
             return [DICT, *[self._told(one, depth + 1) for pair in value.items() for one in pair]]
-        if kind in _fields_of:
-            name, names = _fields_of[kind]
-            return [OBJECT, name, *[self._told(getattr(value, field), depth + 1) for field in names]]
+        if kind in _fields:
+            return [OBJECT, kind.__name__, *[self._told(getattr(value, name), depth + 1) for name in _fields[kind]]]
         raise TypeError(
             f"a {kind.__module__}.{kind.__qualname__} cannot be sent to other ranks: see embedding_store/codec.py"
         )
@@ -165,13 +162,16 @@ class _Reader:
         raise _damaged(f"there is no type {tag}")
 
     def _object(self, told: list[_Told], depth: int) -> Any:
-        cls, number = _classes.get(told[1], (None, 0)) if len(told) > 1 and type(told[1]) is str else (None, 0)
+        cls = _classes.get(told[1]) if len(told) > 1 and type(told[1]) is str else None
         if cls is None:
             raise _damaged("it names a class that may not be sent")
-        if len(told) != 2 + number:
-            raise _damaged(f"it has {len(told) - 2} fields of {told[1]}, which has {number}")
-        names = _fields_of[cls][1]
-        values = {name: self.value(one, depth + 1) for name, one in zip(names, told[2:], strict=True)}
+        if len(told) != 2 + len(_fields[cls]):
+            raise _damaged(f"it has {len(told) - 2} fields of {told[1]}, which has {len(_fields[cls])}")
+        values = {}
+        for (name, kind), one in zip(_fields[cls].items(), told[2:], strict=True):
+            values[name] = self.value(one, depth + 1)
+            if not isinstance(values[name], kind):
+                raise _damaged(f"{name} of a {told[1]} is a {type(values[name]).__name__}")
         return _made(lambda: cls(**values))
 
     def _array(self, told: list[_Told]) -> np.ndarray:

@@ -151,10 +151,10 @@ class Ranks:
         if self.size == 1:
             return [value]
         message = Message(value)
-        told = torch.empty(self.size, dtype=torch.int64)
+        told = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
         with self.together():
-            dist.all_gather_into_tensor(told, torch.tensor([message.size]), group=self._group)
-        sizes = [_sound(size) for size in told.tolist()]
+            dist.all_gather(told, torch.tensor([message.size]), group=self._group)
+        sizes = [_sound(int(size)) for size in told]
         own, *received = (torch.zeros(max(sizes), dtype=torch.uint8) for _ in range(1 + self.size))  # of one length
         message.write(own.numpy()[: message.size])
         with self.together():
