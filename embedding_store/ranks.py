@@ -4,8 +4,9 @@ All ranks know all that is small (positions, dense weights, which ids are gone);
 them, its owner. Rank 0 alone has the store, and feeds the others. What is called collective here must be called by all
 ranks, with arguments that say the same; a rank that is lost ends the others at their next collective.
 
-Values go from rank to rank as bytes of our own codec (codec.py), which runs no code. Who may be a rank is not asked,
-though: on one machine they meet over the loopback, on several they need a network that is theirs alone.
+Values go from rank to rank as bytes of our own codec (codec.py), which runs no code; what TorchRec pickles for itself is
+read by an unpickler that knows a few names. Who may be a rank is not asked, though: on one machine they meet over the
+loopback, on several they need a network that is theirs alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from embedding_store.checkpoint import CheckpointStore, Head, Notes
 from embedding_store.codec import LARGEST, Message, decode, may_be_sent
@@ -97,6 +99,7 @@ class Ranks:
         """
         self.rank, self.size = rank, size
         self.local_size = meeting.local_size if isinstance(meeting, Launch) else size  # ranks on this machine
+        distributed_c10d._unpickler = _Unpickler
         if not dist.is_initialized():
             if self.local_size == size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -210,6 +213,30 @@ class Ranks:
                 raise
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
             raise lost(self.size, reason) from error
+
+
+class _Unpickler(distributed_c10d._unpickler):
+    """With what torch reads what libraries send by its collectives of objects, as TorchRec does once, when tables are
+    made: plain values, and what says of which shape a sharded tensor is. Nothing else has a name here, so nothing that
+    comes is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _SHAPES:
+            raise CorruptRecord(f"another rank sends an object of {module}.{name}: start all ranks from the same release")
+        return super().find_class(module, name)
+
+
+_SHAPES = {
+    "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.metadata.ShardMetadata",
+    "torch.distributed.remote_device._remote_device",
+    "torch.serialization._get_layout",
+    "torch.device",
+    "torch.Size",
+    "torch.float32",
+}
 
 
 def _sound(size: int) -> int:
