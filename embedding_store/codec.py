@@ -3,10 +3,10 @@
 A message, in this order:
 
     u64, little-endian   length of the head
-    head                 msgpack: the value, with a note (dtype, shape) where an array belongs
+    head                 msgpack: the value, with dtype and shape where an array belongs
     arrays               raw, C order, in the order of the head; each begins at a multiple of 16 bytes
 
-None, bool, int of 64 bits, float, str and bytes stand in the head as msgpack has them; all else is a msgpack array whose
+None, bool, int of 64 bits, float, str and bytes stand in the head as msgpack has them; all else is an array there, whose
 first element says what the others are:
 
     LIST, TUPLE, SET items · DICT key, value, … · ARRAY dtype, sizes · TEXTS str, … · OBJECT name, fields
@@ -47,7 +47,9 @@ def may_be_sent(*classes: type) -> None:
             raise ValueError(f"another class of the name {cls.__name__} may be sent already")
         hints = get_type_hints(cls)
         names = [field.name for field in (fields(cls) if is_dataclass(cls) else msgspec.structs.fields(cls))]
-        _fields[cls] = {name: object if hints[name] is Any else get_origin(hints[name]) or hints[name] for name in names}
+        _fields[cls] = {
+            name: object if hints[name] is Any else get_origin(hints[name]) or hints[name] for name in names
+        }
 
 
 class Message:
@@ -185,7 +187,7 @@ class _Reader:
             raise _damaged("an array ends early")
         self.at = end
         raw = self._message[begins:end]
-        if dtype == bool and (raw > 1).any():
+        if dtype.kind == "b" and (raw > 1).any():
             raise _damaged("what is neither true nor false is in an array of bool")
         return _made(lambda: raw.view(dtype).reshape(shape))
 

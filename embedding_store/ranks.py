@@ -4,9 +4,9 @@ All ranks know all that is small (positions, dense weights, which ids are gone);
 them, its owner. Rank 0 alone has the store, and feeds the others. What is called collective here must be called by all
 ranks, with arguments that say the same; a rank that is lost ends the others at their next collective.
 
-Values go from rank to rank as bytes of our own codec (codec.py), which runs no code; what TorchRec pickles for itself is
-read by an unpickler that knows a few names. Who may be a rank is not asked, though: on one machine they meet over the
-loopback, on several they need a network that is theirs alone.
+Values go from rank to rank as bytes of our own codec (codec.py), which runs no code; what TorchRec pickles for itself
+is read by an unpickler that knows a few names. Who may be a rank is not asked, though: on one machine they meet over
+the loopback, on several they need a network that is theirs alone.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
 class Ranks:
     """This process among the ranks. One rank (the default) needs no others, and every call then returns at once."""
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, meeting: Path | Launch | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, meeting: Path | Launch | None = None, device: str = "cpu") -> None:
         """rank: 0 … size − 1; meeting: a file, not there yet, that all of one machine's ranks are given, or what
         torchrun said.
 
@@ -222,7 +220,9 @@ class _Unpickler(distributed_c10d._unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _SHAPES:
-            raise CorruptRecord(f"another rank sends an object of {module}.{name}: start all ranks from the same release")
+            raise CorruptRecord(
+                f"another rank sends an object of {module}.{name}: start all ranks from the same release"
+            )
         return super().find_class(module, name)
 
 
@@ -242,7 +242,9 @@ _SHAPES = {
 def _sound(size: int) -> int:
     """The size that another rank says a message has."""
     if not 0 < size <= LARGEST:
-        raise CorruptRecord(f"another rank says that its message has {size} bytes: start all ranks from the same release")
+        raise CorruptRecord(
+            f"another rank says that its message has {size} bytes: start all ranks from the same release"
+        )
     return size
 
 

@@ -1,4 +1,4 @@
-"""The process of a further rank, as `Followers` starts it: python -m online_model.follower, with a `Following` on stdin."""
+"""The process of a further rank, as `Followers` starts it: python -m online_model.follower, told a `Following`."""
 
 from __future__ import annotations
 

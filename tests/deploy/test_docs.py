@@ -59,7 +59,8 @@ def simple_commands(block: str) -> Iterator[list[str]]:
     """The words of each command of a shell block, without assignments before it and redirections."""
     block = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL)
     block = re.sub(r"(?<=\s)\d?>>?\s*(?:&\d|\S+)", "", block)
-    lexer = shlex.shlex(re.sub(r"(?<=\s)#.*|^#.*", "", block, flags=re.MULTILINE), posix=True, punctuation_chars=";&|()\n")
+    block = re.sub(r"(?<=\s)#.*|^#.*", "", block, flags=re.MULTILINE)
+    lexer = shlex.shlex(block, posix=True, punctuation_chars=";&|()\n")
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
     for ends, some in itertools.groupby(lexer, lambda token: set(token) <= set(";&|()\n")):
         words = list(some)
@@ -71,9 +72,9 @@ def simple_commands(block: str) -> Iterator[list[str]]:
 
 def in_words(text: str) -> Iterator[list[str]]:
     """The commands that a span of a text is about: `headrace broker start|stop [--json] …` are two."""
-    words = [word for word in re.sub(r"[\[\]…]", " ", text).split() if not re.fullmatch(r"[A-Z_]+=\S*", word) or word[:4] == "ONLY"]
-    if words[0] == "curl":
-        words = shlex.split(text)
+    words = shlex.split(text) if text.startswith("curl") else re.sub(r"[\[\]…]", " ", text).split()
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        del words[0]
     alternatives = [word.split("|") for word in words]
     yield from (list(one) for one in itertools.product(*alternatives))
 
@@ -169,8 +170,9 @@ def test_what_else_is_in_a_block_is_known(path: Path) -> None:
 def test_none_is_overlooked() -> None:
     """Each line of a block that begins with a command of ours is among them."""
     for path in DOCS:
-        text = "\n".join([*(b for _, b in FENCE.findall(path.read_text())), *INDENTED.findall(FENCE.sub("", path.read_text()))])
-        lines = re.findall(rf"^ *(?:[A-Z_]+=\S+ )*(?:{'|'.join(OURS)}) .*", text, re.MULTILINE)
+        text = path.read_text()
+        blocks = [block for _, block in FENCE.findall(text)] + INDENTED.findall(FENCE.sub("", text))
+        lines = re.findall(rf"^ *(?:[A-Z_]+=\S+ )*(?:{'|'.join(OURS)}) .*", "\n".join(blocks), re.MULTILINE)
         found = [command for command in commands(path)[0] if command.whole]
         assert len(found) >= len(lines), path.name
     assert len({command.words[1] for command in ALL if command.words[0] == "headrace"}) > 15
@@ -179,10 +181,11 @@ def test_none_is_overlooked() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "headrace demo --secnds 3", "headrace demo --seconds soon", "headrace dmo", "headrace log inspect", "headrace broker",
-        "headrace simulate --events 20 out.jsonl a world",
+        "headrace demo --secnds 3", "headrace demo --seconds soon", "headrace dmo", "headrace log inspect",
+        "headrace broker", "headrace simulate --events 20 out.jsonl a world",
         "make demos", "make demo SECOND=3", "make figures ONLY=nothing",
-        "curl -s 127.0.0.1:8080/v1/models", "curl -s 127.0.0.1:8080/v1/rank -d '{\"user\": 1}'", "curl -s 127.0.0.1:8080/v1/rank",
+        "curl -s 127.0.0.1:8080/v1/models", "curl -s 127.0.0.1:8080/v1/rank",
+        "curl -s 127.0.0.1:8080/v1/rank -d '{\"user\": 1}'",
         "curl -s 127.0.0.1:8080/v1/recommend -d '{\"user\": \"u\", \"kk\": 5}'",
     ],
 )  # fmt: skip

@@ -33,9 +33,7 @@ STEPS = 100
 
 def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Runs `work(ranks, *arguments)` in a process for each rank; their exit codes."""
-    every = [
-        processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
-    ]
+    every = [processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)]
     for process in every:
         process.start()
     for process in every:
@@ -133,7 +131,6 @@ class _Machine:
                 i: t // GRAIN_MS * GRAIN_MS for i, (_, t) in self.committed.rows.items()
             }
 
-
     def leave(self) -> None:
         """All is committed; another number of ranks may go on (`take_over`)."""
         self.commit()
@@ -214,10 +211,10 @@ def _nothing_of_ours_is_pickled(ranks: Ranks, store: Path) -> None:
     assert {type(value).__name__ for value in pickled} <= {"bool", "ShardedTensorMetadata"}, "TorchRec's own alone"
     os.chdir(store)
     if ranks.rank == 0:
-        dist.broadcast_object_list([_Harmful()], 0)  # noqa: TID251 - what a rank that was taken over could send
+        dist.broadcast_object_list([_Harmful()], 0)  # what a rank that was taken over could send
     else:
         with pytest.raises(CorruptRecord, match=r"posix\.mkdir: start all ranks"):
-            dist.broadcast_object_list([None], 0)  # noqa: TID251
+            dist.broadcast_object_list([None], 0)
     assert not (store / "harm").exists()
 
 

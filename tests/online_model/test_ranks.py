@@ -35,7 +35,6 @@ TIGHT = TrainerSettings(
 )
 
 
-
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns, done in a process of its own: TorchRec wants one process group in a process's life."""
     with ProcessPoolExecutor(1, processes) as pool:
