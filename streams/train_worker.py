@@ -148,7 +148,7 @@ class TrainWorker:
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
         told = lambda: (self._waiting_bytes, self._published)  # noqa: E731
-        self._figures = TrainFigures(settings, self._expected, told)
+        self._figures = TrainFigures(settings, told)
         self._metrics = self._figures.metrics
         self._backfill = Backfill(settings.backfill) if settings.backfill else None
 
