@@ -62,7 +62,10 @@ _REFUSED = (
     ' + sum(rate(headrace_join_kinds_total{kind!="tick"}[10m])))'
 )
 _ABSENT = " or ".join(f'absent(up{{job="{job}"}})' for job in ("join", "train", "serve"))
-_FAILED = 'sum(rate(headrace_serve_requests_total{status=~"5.."}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
+# 429 is the replica's own answer to overload: whoever gets it has nothing to show.
+_FAILED = (
+    'sum(rate(headrace_serve_requests_total{status=~"5..|429"}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
+)
 _SCORED = (
     "histogram_quantile(0.99, sum by (le, instance)"
     ' (rate(headrace_serve_request_seconds_bucket{route=~"/v1/(rank|recommend)"}[5m])))'
@@ -184,7 +187,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "serve-errors", "page", "2m", f"{_FAILED} > {good.SERVE_ERRORS.high:g}",
         "{{ $value | humanizePercentage }} of requests fail",
-        "503: overload, add replicas. 500: the replica's log has the request. Not ready: it has no version yet.",
+        "429, 503: overload, add replicas. 500: the replica's log has the request. Not ready: it has no version yet.",
         good.SERVE_ERRORS,
     ),
     Alert(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 import signal
 import threading
@@ -17,12 +18,13 @@ from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from deploy.freshness import refund
 from deploy.torture.disk import Disk
+from replay.sinks import KafkaSink
 from streams.events import Click, Event, Impression, encode
 from streams.topics import end_offsets
 from tests.end_to_end.demos import Demo
 
 PER_S = 200  # of what is sent into `events`
-FLOOD_PER_S, PAGE = 3_000, list(range(500))
+FLOOD_PER_S, PAGE = 6_000, list(range(500))
 SLOWED_S = (1.5, 0.5)  # a slow trainer: it stands still and moves in turn
 MISSED = 20  # records of `parameters` that a replica has not read when they are deleted
 CLIENTS = 128  # twice as many as may wait ([serve.limits] waiting)
@@ -105,15 +107,23 @@ def lost_versions(demo: Demo) -> Iterator[None]:
 
 @contextmanager
 def flooded(demo: Demo) -> Iterator[None]:
-    """A source sends one large page again and again, into one partition, much faster than it can be joined. That it is
-    the same page costs the joiner as much as another would, and teaches the trainer nothing."""
-    run = time.time_ns()
+    """A source sends one large page again and again, much faster than it can be joined. That it is the same page costs
+    the joiner nearly as much as another would, and teaches the trainer nothing."""
+    settings, run = demo.settings, time.time_ns()
+    now, number = run // 1_000_000, b"0" * 12
+    page = Impression(event_id=f"flood-{run}-{number.decode()}", ts=now, user="flood", request_id=f"flood-{run}",
+                      items=PAGE)  # fmt: skip
+    before, after = encode(page).split(number)
+    events, items = (settings["topics"]["prefix"] + name for name in ("events", "items"))
 
-    def page(n: int, now: int) -> list[bytes]:
-        shown = Impression(event_id=f"flood-{run}-{n}", ts=now, user="flood", request_id=f"flood-{run}", items=PAGE)
-        return [encode(shown)]
+    def send(ended: threading.Event) -> None:
+        numbers = itertools.count()
+        with KafkaSink(settings["bootstrap"], events, items) as sink:
+            while not ended.wait(0.1):
+                for n in itertools.islice(numbers, FLOOD_PER_S // 10):
+                    sink.send_raw(before + b"%012d" % n + after, "flood")
 
-    with sent(demo, page, FLOOD_PER_S, partitions=1):
+    with _meanwhile(send):
         yield
 
 
@@ -126,21 +136,18 @@ def clock_stands_still(demo: Demo) -> Iterator[None]:
 
 
 @contextmanager
-def sent(
-    demo: Demo, records: Callable[[int, int], list[bytes]], per_s: int = PER_S, partitions: int | None = None
-) -> Iterator[None]:
-    """Into `events`, `per_s` times a second: what `records` makes of a number and the time (ms UTC). partitions: into
-    so many of them; None: all."""
+def sent(demo: Demo, records: Callable[[int, int], list[bytes]]) -> Iterator[None]:
+    """Into `events`, PER_S times a second: what `records` makes of a number and the time (ms UTC)."""
     settings, topic = demo.settings, _topic(demo, "events")
-    count = partitions or settings["topics"]["partitions"]
+    partitions = settings["topics"]["partitions"]
     producer = KafkaProducer(bootstrap_servers=settings["bootstrap"])
 
     def send(ended: threading.Event) -> None:
         n = 0
         while not ended.wait(0.1):
-            for _ in range(per_s // 10):
+            for _ in range(PER_S // 10):
                 for value in records(n, time.time_ns() // 1_000_000):
-                    producer.send(topic, value, partition=n % count)
+                    producer.send(topic, value, partition=n % partitions)
                 n += 1
 
     try:
