@@ -125,7 +125,8 @@ ALERTS: tuple[Alert, ...] = (
         "checkpoint-old", "page", "1m",
         f"headrace_train_checkpoint_age_seconds > {good.CHECKPOINT_AGE.high:g} and on (instance) {_WAITS}",
         "The trainer has not committed for {{ $value | humanizeDuration }} while examples wait",
-        "Is its disk full or away? Is the process stuck? Its log says so. Restarted it goes on from the last commit.",
+        "Is a rank stopped, is its disk very slow, does Kafka take versions? Its log says so. Restarted it goes on from"
+        " the last commit.",
         good.CHECKPOINT_AGE,
     ),
     Alert(
