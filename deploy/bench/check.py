@@ -64,7 +64,7 @@ def measured(bench: Bench) -> dict[str, Any]:
 
 
 def check(
-    kept: dict[str, float], benches: Iterable[Bench] = CHECKED,
+    kept: dict[str, float], benches: Iterable[Bench],
     measure: Callable[[Bench], dict[str, Any]] = measured, ran: Callable[[Bench, int], None] = lambda bench, run: None,
 ) -> list[Compared]:  # fmt: skip
     """All ratios beside the kept ones. `ran` is told of each run, from 1 on. Raises BenchError where one fails."""
@@ -90,7 +90,7 @@ def ratios(bench: Bench, result: dict[str, Any]) -> list[tuple[str, Row]]:
 
 
 def keep(
-    file: Path, benches: Iterable[Bench] = CHECKED, measure: Callable[[Bench], dict[str, Any]] = measured,
+    file: Path, benches: Iterable[Bench], measure: Callable[[Bench], dict[str, Any]] = measured,
     ran: Callable[[Bench, int], None] = lambda bench, run: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Medians of RUNS runs of each benchmark are the kept ratios from now on. Raises BenchError, HeadraceError."""

@@ -42,19 +42,19 @@ def bench_learners(events: int, batch: int, runs: int, step: Callable[[], None] 
         found.append(run_part(__name__, "learners", events=events, batch=batch))
         step()
 
-    def middle(of: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(map(of, found))
+    def middle(name: str, key: str) -> float:
+        return statistics.median(run[name][key] for run in found)
+
+    def ratio(to: str, key: str) -> float:
+        return statistics.median(run["headrace"][key] / run[to][key] for run in found)
 
     return {
-        **{f"{name}_{key}": middle(lambda run, n=name, k=key: run[n][k]) for key in ("per_s", "per_cpu_s")
-           for name in NAMES},
-        **{f"ratio_to_{name}": middle(lambda run, n=name: run["headrace"]["per_s"] / run[n]["per_s"])
-           for name in PEERS},
-        **{f"ratio_to_{name}_cpu": middle(lambda run, n=name: run["headrace"]["per_cpu_s"] / run[n]["per_cpu_s"])
-           for name in PEERS},
+        **{f"{name}_{key}": middle(name, key) for key in ("per_s", "per_cpu_s") for name in NAMES},
+        **{f"ratio_to_{name}": ratio(name, "per_s") for name in PEERS},
+        **{f"ratio_to_{name}_cpu": ratio(name, "per_cpu_s") for name in PEERS},
         "examples": found[0]["examples"],
         "batch": batch,
-    }  # fmt: skip
+    }
 
 
 def _batches(events: int, batch: int) -> list[Batch]:
@@ -84,7 +84,7 @@ def _learners(events: int, batch: int) -> dict[str, Any]:
     examples = sum(len(b.lessons.label) for b in batches[WARM_UP:])
     model = Model(TrainerSettings(batch_size=batch))
     found = {"headrace": _timed([b.rows for b in batches], examples, model.learn)}
-    peers = dict(zip(PEERS, (RiverLogistic(), RiverFm(seed=0), VowpalWabbit(seed=0)), strict=True))
+    peers: dict[str, Any] = {"river_logistic": RiverLogistic(), "river_fm": RiverFm(0), "vw": VowpalWabbit(0)}
     for name, peer in peers.items():
         found[name] = _timed([peer.ready(b) for b in batches], examples, peer.learn_ready)
     return {**found, "examples": examples}

@@ -91,10 +91,10 @@ def check(
                 say(f"{bench.name}: run {run}")
 
             if keep:
-                told = checks.keep(file, ran=ran)
+                told = checks.keep(file, checks.CHECKED, ran=ran)
                 out.result(told, f"{len(told['ratios'])} ratios are kept in {file}")
                 return
-            ratios = checks.check(before, ran=ran)
+            ratios = checks.check(before, checks.CHECKED, ran=ran)
         worse = [ratio for ratio in ratios if ratio.worse]
         out.result(
             checks.as_json(ratios), f"{len(ratios) - len(worse)} of {len(ratios)} ratios are as good as the kept ones"
