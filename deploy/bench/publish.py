@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def _versions(rows: int, dim: int) -> dict[str, Any]:
                 raise BenchError("a version did not come back with its rows: report it")
         return sent
 
-    found = {encoding: _rounds(rows, lambda encoding=encoding: once(encoding)) for encoding in ENCODINGS}
+    found = {encoding: _rounds(rows, partial(once, encoding)) for encoding in ENCODINGS}
     return {key: {name: seen[key] for name, seen in found.items()} for key in ("per_s", "per_cpu_s", "bytes_per_row")}
 
 
