@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from deploy.processes import ends_with_parent
 from embedding_store.errors import HeadraceError
 
 CHILD_SECONDS = 900.0  # a part that takes so much longer than it was told to (`seconds`) hangs
+STOP_SECONDS = 30.0  # for a benchmark to put away what it started
 
 
 class BenchError(HeadraceError):
@@ -53,6 +55,32 @@ def run_part(module: str, part: str, cores: int | Sequence[int] = 1, **arguments
 def part_command(module: str, part: str, **arguments: Any) -> list[str]:
     """What starts a part."""
     return [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
+
+
+def run_bench(arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `headrace bench …` in a process of its own: what it said with --json. Raises BenchError with its last line.
+
+    It is in a session of its own, so that Ctrl-C comes to us alone; it is then stopped as by Ctrl-C, and has the time
+    to put away what it started.
+    """
+    words = [sys.executable, "-m", "deploy.cli", "bench", *arguments, "--json"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=ends_with_parent(),
+    ) as child:  # fmt: skip
+        try:
+            out, err = child.communicate()
+        except BaseException:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.communicate(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+    if child.returncode:
+        said = err.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise BenchError(said[-1].removeprefix("headrace: "))
+    return json.loads(out.splitlines()[-1])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.commands import bench_growth
+from deploy.commands import bench_all, bench_growth
 from deploy.commands.common import BootstrapOption, JsonOption, Output, progress, say
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def store(
     touched: Annotated[int, typer.Option(min=1, help="Rows that a commit changes.")] = 50_000,
     ids: Annotated[int, typer.Option(min=10_000, help="Ids that go through memory.")] = 20_000_000,
     memory: Annotated[int, typer.Option(min=1_000, help="Rows of the table that they go through.")] = 2_000_000,
+    map_only: Annotated[bool, typer.Option("--map-only", help="The row map and nothing else: seconds.")] = False,
     runs: RunsOption = 1,
     json: JsonOption = False,
 ) -> None:
@@ -85,10 +86,10 @@ def store(
         from deploy.bench.common import BenchError
         from deploy.bench.store import bench_store
 
-        with progress("store", 6 * runs) as (bar, task):
-            result = bench_store(rows, largest, touched, ids, memory, runs, lambda: bar.advance(task))
+        with progress("store", (2 if map_only else 6) * runs) as (bar, task):
+            result = bench_store(rows, largest, touched, ids, memory, runs, lambda: bar.advance(task), map_only)
         out.result(result, _table("store", result))
-        if not result["tier_exact"]:
+        if not map_only and not result["tier_exact"]:
             raise BenchError("rows came back from the store as they were not learned: report it")
 
 
@@ -106,6 +107,40 @@ def train(
         with progress("train", 3 * runs) as (bar, task):
             result = bench_train(ids, steps, runs, lambda: bar.advance(task))
         out.result(result, _table("train", result))
+
+
+@app.command(epilog="Example: headrace bench publish --rows 200000 --dim 64 --runs 3")
+def publish(
+    rows: Annotated[int, typer.Option(min=1_000, help="Rows that are sent, 20,000 a version.")] = 400_000,
+    dim: Annotated[int, typer.Option(min=4, help="Weights of a row.")] = 64,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """Versions encoded and put together again, as fp32, fp16 and int8, beside safetensors alone, on one core."""
+    with Output(json) as out:
+        from deploy.bench.publish import bench_publish
+
+        with progress("publish", 2 * runs) as (bar, task):
+            result = bench_publish(rows, dim, runs, lambda: bar.advance(task))
+        out.result(result, _table("publish", result))
+
+
+@app.command(epilog="Example: headrace bench learners --events 100000 --runs 3")
+def learners(
+    events: Annotated[
+        int, typer.Option(min=5_000, help="Events in the log; some two in five become examples.")
+    ] = 100_000,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step; 512: a train worker's that is behind.")] = 512,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """Headrace's step beside river and Vowpal Wabbit on the same examples, on one core."""
+    with Output(json) as out:
+        from deploy.bench.learners import bench_learners
+
+        with progress("learners", runs) as (bar, task):
+            result = bench_learners(events, batch, runs, lambda: bar.advance(task))
+        out.result(result, _table("learners", result))
 
 
 @app.command(epilog="Example: headrace bench scale --steps 200 --runs 3")
@@ -147,9 +182,7 @@ def serve(
 
         arrivals = "poisson" if poisson else "even"
         with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
-            result = bench_serve(
-                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
-            )
+            result = bench_serve(server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task))
         out.result(result, _table("serve", result))
 
 
@@ -202,6 +235,9 @@ def end_to_end(
             raise BenchError(
                 f"{result['lost']} lost, {result['duplicated']} duplicated: the rates mean nothing; report it"
             )
+
+
+bench_all.register(app)
 
 
 @contextmanager
