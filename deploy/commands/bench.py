@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Figures, each beside a reference measured in the same run.")
 
-bench_growth.register(app)
-
 RunsOption = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
 
 
@@ -237,6 +235,7 @@ def end_to_end(
             )
 
 
+bench_growth.register(app)
 bench_all.register(app)
 
 
