@@ -123,9 +123,10 @@ def watched(folder: Path) -> Iterator[Watched]:
     disk.mount()
     arguments = ("--config", config, "--seconds", 0, "--rate", EVENTS_PER_S, "--no-page")
     try:
-        with demo(home, *arguments) as running, prometheus(
-            folder / "prometheus", home / "targets.json", _rules(folder)
-        ) as server:
+        with (
+            demo(home, *arguments) as running,
+            prometheus(folder / "prometheus", home / "targets.json", _rules(folder)) as server,
+        ):
             found = Watched(running, server, disk)
             server.until(lambda: found.value("headrace_train_rows_total") > 1_000, 180, "the demo learns")
             yield found
@@ -151,6 +152,7 @@ def _rules(folder: Path) -> list[Path]:
 
 def answered(found: Watched) -> Report:
     """What `validate` says once every query has an answer, or after ANSWERS_S."""
+
     def asked() -> Report:
         return validate(found.prometheus.url, WINDOW_S, RATE)
 
