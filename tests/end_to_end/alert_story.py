@@ -232,9 +232,9 @@ def _crowd(found: Watched) -> None:
 
 
 def _not_learning(found: Watched) -> None:
-    found.caused("a crowd that clicks on everything, while learning rates are far too small",
+    found.caused("a crowd that clicks on everything, all of it new, while learning rates are far too small",
                  {"calibration-off": {"task": "click"}},
-                 wrong.at_once(wrong.not_learning(found.demo), wrong.sent(found.demo, wrong.clicked)))  # fmt: skip
+                 wrong.at_once(wrong.not_learning(found.demo), wrong.sent(found.demo, wrong.clicked_new)))  # fmt: skip
 
 
 CHAPTERS = (
