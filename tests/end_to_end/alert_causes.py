@@ -158,11 +158,19 @@ def sent(demo: Demo, records: Callable[[int, int], list[bytes]]) -> Iterator[Non
 
 
 def clicked(n: int, now: int) -> list[bytes]:
-    """What somebody is shown, and the click on it."""
-    shown = {"user": f"crowd-{n % 400}", "request_id": f"crowd-{now}-{n}"}
+    """What one of a crowd is shown, and the click on it."""
+    return _click(f"crowd-{n % 400}", n % 50, f"crowd-{now}-{n}", now)
+
+
+def clicked_new(n: int, now: int) -> list[bytes]:
+    """The same of somebody new, on an item that is new too: no statistics tell of them."""
+    return _click(f"new-{now}-{n}", f"new-{now}-{n}", f"new-{now}-{n}", now)
+
+
+def _click(user: str, item: str | int, name: str, now: int) -> list[bytes]:
     events: list[Event] = [
-        Impression(event_id=f"crowd-{now}-{n}-shown", ts=now, items=[n % 50], **shown),
-        Click(event_id=f"crowd-{now}-{n}-click", ts=now, item=n % 50, **shown),
+        Impression(event_id=f"{name}-shown", ts=now, user=user, request_id=name, items=[item]),
+        Click(event_id=f"{name}-click", ts=now, user=user, request_id=name, item=item),
     ]
     return [encode(event) for event in events]
 
