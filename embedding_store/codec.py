@@ -6,8 +6,8 @@ A message, in this order:
     head                 msgpack: the value, with dtype and shape where an array belongs
     arrays               raw, C order, in the order of the head; each begins at a multiple of 16 bytes
 
-None, bool, int of 64 bits, float, str and bytes stand in the head as msgpack has them. All else is an array; its
-first element says what the others are:
+None, bool, int of 64 bits, float, str and bytes stand in the head as msgpack has them; all else is an array there, and
+its first element says what the others are:
 
     LIST, TUPLE, SET items · DICT key, value, … · ARRAY dtype, sizes · TEXTS str, … · OBJECT name, fields
 

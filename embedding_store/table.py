@@ -60,6 +60,7 @@ class Table:
         self.last = ranks.size * (capacity + 1) - 1  # of all ranks
         self.map = RowMap(capacity)
         self.touched = np.zeros(capacity + 1, bool)
+        self._marked, self._used = 0, 0  # at least as many rows are touched, and in use at this tick
         self.tick, self.now_ms = 1, 0
         self.usage = policy(rules, capacity)
         self.dropped = self._lost = 0  # ids that got no row, of all ranks and of this one
@@ -77,6 +78,7 @@ class Table:
 
     def begin_step(self, now_ms: int) -> None:
         self.tick += 1
+        self._used = 0
         if now_ms <= self.now_ms:
             return
         self.now_ms = now_ms
@@ -89,6 +91,7 @@ class Table:
     def rows(self, ids: np.ndarray, admit: bool, examples: np.ndarray | None, at_once: bool) -> Rows:
         rows = self._find(ids)
         self.usage.use(self.located(rows)[1], self.tick)  # before anything is evicted
+        self._used += len(ids)  # those that are given rows below are among them
         absent = np.flatnonzero((rows == 0) & (ids != 0))
         if len(absent) and (admit or self._tiered):
             wanted = self._bring_back(ids[absent])
@@ -108,6 +111,7 @@ class Table:
     def touch(self, rows: Rows) -> None:
         _, local = self.located(rows)
         self.touched[local] = True
+        self._marked += len(local)
         self.touched[0] = False
         if self._calendar is not None:
             self._extras[TOUCHED][local] = self.now_ms
@@ -135,13 +139,23 @@ class Table:
         if self.admission.sketch is not None:
             self.admission.sketch.clean()
         self.touched[:] = False
+        self._marked = 0
         self.gone = self.gone[:0]
 
     def room(self) -> int:
         if self._store is None:
             return self.map.free
+        self._used = int(np.count_nonzero(self.usage.last[1:] == self.tick))
+        self._marked = int(np.count_nonzero(self.touched[1:]))
         kept = self.touched | (self.usage.last == self.tick)
         return self.capacity - int(np.count_nonzero(kept[1:]))
+
+    def has_room(self, ids: int) -> bool:
+        # Where many times as many rows are in memory as a step takes, it is not to look through them at every step:
+        # rows that were marked more than once are counted so often, and only where that is too many are they counted.
+        if self._store is not None and self.capacity - self._marked - self._used >= ids:
+            return True
+        return self.room() >= ids
 
     def column(self, name: str) -> np.ndarray:
         return self._extras[name] if name in self._extras else self._tensors[name].cpu().numpy()

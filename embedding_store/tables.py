@@ -88,6 +88,10 @@ class EmbeddingTables:
         """
         return self.ranks.least(self._tables[table].room())
 
+    def has_room(self, table: str, ids: int) -> bool:
+        """Whether `room` is at least so many, for nothing as long as far fewer rows were used since the last commit."""
+        return bool(self.ranks.least(int(self._tables[table].has_room(ids))))
+
     def dropped(self, table: str) -> int:
         """How often an id got no row because all of the table was dirty or in use."""
         return self._tables[table].dropped

@@ -244,7 +244,8 @@ class Trainer:
 
     @on_all_ranks
     def _short_of(self, rows: dict[str, int]) -> bool:
-        return any([self.tables.room(table) < n for table, n in rows.items()])  # all of them: a look is collective
+        found = [self.tables.has_room(table, n) for table, n in rows.items()]  # all of them: a look is collective
+        return not all(found)
 
     @on_all_ranks
     def offer(self, block: Block, source_offset: int) -> bool:

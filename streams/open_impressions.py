@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -32,14 +32,22 @@ class _Mine:
         self._requests: dict[int, deque[Shown]] = {}
 
     def add(self, shown: Shown) -> None:
-        """A new one, or one that was put aside."""
-        if self.shown and shown.number < self.shown[-1].number:
-            self.shown = deque(sorted((*self.shown, shown), key=attrgetter("number")))
-            self._items, self._requests = None, {}
-            return
+        """A new one."""
         self.shown.append(shown)
         if self._items is not None:
-            self._put(shown)
+            self._put(self._items, shown)
+
+    def bring_back(self, back: list[Shown]) -> None:
+        """Some that were put aside. All at once: each alone would put all in order that are here."""
+        self.shown = _by_number((*self.shown, *back))
+        if self._items is None:
+            return
+        for shown in back:
+            self._put(self._items, shown)
+        for item in {item for shown in back for item in shown.ids}:
+            self._items[item] = _by_number(self._items[item])
+        for request in {shown.request for shown in back}:
+            self._requests[request] = _by_number(self._requests[request])
 
     def close(self) -> Shown:
         """Takes out the oldest."""
@@ -71,14 +79,17 @@ class _Mine:
         if self._items is None:
             self._items = {}
             for shown in self.shown:
-                self._put(shown)
+                self._put(self._items, shown)
         return self._items, self._requests
 
-    def _put(self, shown: Shown) -> None:
-        assert self._items is not None
+    def _put(self, items: dict[int, deque[Shown]], shown: Shown) -> None:
         for item in shown.ids:
-            self._items.setdefault(item, deque()).append(shown)
+            items.setdefault(item, deque()).append(shown)
         self._requests.setdefault(shown.request, deque()).append(shown)
+
+
+def _by_number(shown: Iterable[Shown]) -> deque[Shown]:
+    return deque(sorted(shown, key=attrgetter("number")))
 
 
 class OpenImpressions:
@@ -105,7 +116,8 @@ class OpenImpressions:
         page[at], page[at + 1], page[at + 2] = shown.ts, shown.user, shown.request
         changes.shown[shown.number] = shown
         changes.opened.append((shown.number, shown.ts, shown.user, shown.request))
-        self._add(shown)
+        self._note((shown,))
+        self._mine(shown.user).add(shown)
 
     def get(self, number: int, user: int, request: int) -> Shown | None:
         """The impression; None if it is closed, or the user was forgotten."""
@@ -212,26 +224,30 @@ class OpenImpressions:
         """Brings back what was put aside, as the store has it since the last commit. Whether there was any."""
         if self.numbers.next - self.numbers.first <= len(self._shown) + len(self._forgotten):
             return False
-        found = False
-        for shown in self._aside.load(user, request):
-            number = shown.number
-            if number >= self.numbers.first and number not in self._shown and number not in self._forgotten:
-                self._add(shown)
-                found = True
-        return found
+        first, here, gone = self.numbers.first, self._shown, self._forgotten
+        stored = self._aside.load(user, request)
+        back = [s for s in stored if s.number >= first and s.number not in here and s.number not in gone]
+        if not back:
+            return False
+        self._note(back)
+        self._mine(user).bring_back(back)
+        return True
 
     def _drop(self, user: int) -> None:
         for shown in self._users.pop(user).shown:
             del self._shown[shown.number]
             self.examples -= len(shown.ids)
 
-    def _add(self, shown: Shown) -> None:
-        self._shown[shown.number] = shown
-        mine = self._users.get(shown.user)
+    def _note(self, come: Iterable[Shown]) -> None:
+        for shown in come:
+            self._shown[shown.number] = shown
+            self.examples += len(shown.ids)
+
+    def _mine(self, user: int) -> _Mine:
+        mine = self._users.get(user)
         if mine is None:
-            mine = self._users[shown.user] = _Mine()
-        mine.add(shown)
-        self.examples += len(shown.ids)
+            mine = self._users[user] = _Mine()
+        return mine
 
     def _ts(self, number: int) -> int:
         return FOREVER if number >= self.numbers.next else self._page(number // PAGE)[3 * (number % PAGE)]

@@ -69,7 +69,7 @@ class _Machine:
         ids = [self.dice.randrange(40) for _ in range(self.dice.randrange(1, 5))]
         self.plain.advance(self.plain.now + self.dice.randrange(GRAIN_MS))
         self.tables.begin_step(self.plain.now)
-        if self.tables.room("t") < len(ids):
+        if not self.tables.has_room("t", len(ids)):
             self.commit()
         at = self.tables.rows("t", np.array(ids), admit=True)
         self.plain.learn(ids)
@@ -81,7 +81,7 @@ class _Machine:
     def read(self) -> None:
         ids = [self.dice.randrange(40) for _ in range(4)]
         self.tables.begin_step()
-        if self.tables.room("t") >= len(ids):
+        if self.tables.has_room("t", len(ids)):
             at = self.tables.rows("t", np.array(ids), admit=False)
             expected = [self.plain.rows.get(i, [0])[0] for i in ids]
             assert self.tables.values("t", "n", at).tolist() == expected

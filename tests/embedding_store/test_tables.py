@@ -12,6 +12,7 @@ from embedding_store.checkpoint import CheckpointStore, Commit, Digest
 from embedding_store.columns import WEIGHTS, TableRows, concat
 from embedding_store.errors import DiskFull, StoreError
 from embedding_store.specs import TableSettings, TableSpec
+from embedding_store.table import Table
 from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.conftest import SmallDisk
 
@@ -278,6 +279,28 @@ def test_the_longest_unused_rows_go_first_and_those_in_use_stay(tmp_path: Path) 
         assert tables.room("item") == 2, "5 and 6 are not in the store yet"
         tables.rows("item", np.array([2, 4]), admit=False)
         assert tables.rows("item", np.array([7]), admit=True).tolist() == [0], "the longest unused are dirty"
+
+
+def test_room_is_counted_only_where_little_may_be_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each step would look through all rows in memory, however few it takes."""
+    counted = []
+    room = Table.room
+    monkeypatch.setattr(Table, "room", lambda self: counted.append(self.spec.name) or room(self))
+    with _store(tmp_path / "s") as store:
+        tables = EmbeddingTables(_specs(100), store=store)
+        for start in range(0, 40, 10):
+            tables.begin_step()
+            assert tables.has_room("item", 10)
+            tables.rows("item", np.arange(start + 1, start + 11), admit=True)
+        assert not counted
+        tables.rows("item", np.arange(1, 41), admit=True)  # marked once more: that might be 80 rows, and is 40
+        assert tables.has_room("item", 60)
+        assert counted == ["item"]
+        assert not tables.has_room("item", 61)
+        _commit(tables, store)
+        counted.clear()
+        assert tables.has_room("item", 100)
+        assert not counted, "all are clean"
 
 
 def test_without_a_store_a_full_table_turns_ids_away() -> None:

@@ -1,0 +1,183 @@
+"""What `headrace bench growth` found, as plots and as the tables of docs/scale.md.
+
+Plots are SVG by hand: small, the same bytes for the same figures, readable on light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.bench.capacity import Load, as_rows, breaks, constants_of, needs
+from deploy.bench.growth import AXES, Axis
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 16, 36, 48
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #1b2733; } .title { font-size: 14px; font-weight: 600; }
+.grid { stroke: #8a97a3; stroke-opacity: .3; } .knee { stroke: #b3261e; stroke-dasharray: 4 3; }
+.s0 { stroke: #1f6feb; fill: #1f6feb; } .s1 { stroke: #b35900; fill: #b35900; } .s2 { stroke: #2a7d4f; fill: #2a7d4f; }
+path { fill: none !important; stroke-width: 2; } text.s0, text.s1, text.s2 { stroke: none; } .paper { fill: #fff; }
+@media (prefers-color-scheme: dark) { text { fill: #e3e9ef; } .paper { fill: #10161c; }
+ .s0 { stroke: #6ea8ff; fill: #6ea8ff; } .s1 { stroke: #ffa657; fill: #ffa657; } .s2 { stroke: #6fcf97; fill: #6fcf97; }
+ .knee { stroke: #ff8a80; } }
+"""
+FILE = "growth.json"
+
+
+def write(result: dict[str, Any], folder: Path) -> list[Path]:
+    """The figures and a plot of each axis into `folder`/plots, the tables into `folder`/scale.md where that is there:
+    what was written."""
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    written = [plots / FILE]
+    written[0].write_text(json.dumps(result, indent=1) + "\n")
+    for name, found in result["axes"].items():
+        written.append(plots / f"growth-{name}.svg")
+        written[-1].write_text(plot(AXES[name], found))
+    page = folder / "scale.md"
+    if page.exists():
+        page.write_text(filled(page.read_text(), result))
+        written.append(page)
+    return written
+
+
+def filled(page: str, result: dict[str, Any]) -> str:
+    """The page with its tables between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
+    parts = {"growth": growth_table(result), "machine": f"On {result['machine']}."}
+    try:
+        constants = constants_of(result)
+    except KeyError:  # an axis was left out: what the model says is of another run
+        pass
+    else:
+        parts |= {"constants": constants_table(result), "capacity": capacity_table(constants)}
+    parts |= {f"axis-{name}": axis_table(AXES[name], found) for name, found in result["axes"].items()}
+    for name, text in parts.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        page = re.sub(f"{begin}.*?{end}", lambda _, t=f"{begin}\n{text}\n{end}": t, page, flags=re.DOTALL)
+    return page
+
+
+def growth_table(result: dict[str, Any]) -> str:
+    """An axis a row."""
+    rows = []
+    for name, found in result["axes"].items():
+        points, axis = found["points"], AXES[name]
+        first, last = (list(points.items())[at] for at in (0, -1))
+        steepest = max(found["slopes"], default=None)
+        rows.append((
+            name, f"{int(first[0]):,} … {int(last[0]):,} {axis.x}", f"µs a {axis.per}", _number(first[1]["cpu_us"]),
+            _number(last[1]["cpu_us"]), ("flat", "in proportion")[axis.expected], _number(found["slope"]),
+            _number(steepest), "–" if found["knee"] is None else f"{found['knee']:,}",
+            f"{first[1]['rss_mb']:,.0f} … {last[1]['rss_mb']:,.0f}",
+        ))  # fmt: skip
+    head = ("axis", "from … to", "cost", "first", "last", "wanted", "slope", "steepest", "knee", "memory, MB")
+    return table(head, rows)
+
+
+def axis_table(axis: Axis, found: dict[str, Any]) -> str:
+    """A point a row: all its figures."""
+    points = found["points"]
+    names = [name for name, value in next(iter(points.values())).items() if isinstance(value, int | float)]
+    rows = [(f"{int(x):,}", *(_number(point.get(name)) for name in names)) for x, point in points.items()]
+    return table((axis.x, *(name.replace("_", " ") for name in names)), rows)
+
+
+def constants_table(result: dict[str, Any]) -> str:
+    """The constants of the model."""
+    return table(
+        ("constant", "value"), [(f"`{name}`", _number(value)) for name, value in as_rows(constants_of(result))]
+    )
+
+
+def capacity_table(constants: Any) -> str:
+    """What loads need, and what breaks first."""
+    loads = {
+        "10 k events/s, 1e7 ids, 2 replicas": Load(1e4, 1e7, replicas=2),
+        "100 k events/s, 1e8 ids, 4 replicas": Load(1e5, 1e8, replicas=4),
+        "1 M events/s, 1e9 ids, 10 replicas": Load(),
+    }
+    found = [needs(constants, load) for load in loads.values()]
+    rows = [(f"`{name}`", *(_number(need[name]) for need in found)) for name in found[0]]
+    first = table(("what breaks, first of all first", "at"), [(w, _whole(n)) for w, n in breaks(constants, Load())])
+    return f"{table(('need', *loads), rows)}\n\n{first}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(axis: Axis, found: dict[str, Any]) -> str:
+    """Cost, and the axis' other series, over x, both logarithmic."""
+    points = {int(x): point for x, point in found["points"].items()}
+    names = {"cpu_us": f"µs a {axis.per}", **{n: n.removesuffix("_us").replace("_", " ") for n in axis.series}}
+    series = {name: [(x, p[name]) for x, p in points.items() if p.get(name)] for name in names}
+    low, high = _decades([y for line in series.values() for _, y in line])
+    left, right = math.log10(min(points)), math.log10(max(points))
+    across = (right - left) or 1.0
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            LEFT + (math.log10(x) - left) / across * (WIDTH - LEFT - RIGHT),
+            HEIGHT - BOTTOM - (math.log10(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
+        )
+
+    parts = [f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
+             f'<text class="title" x="{LEFT}" y="20">{html.escape(axis.title)}</text>',
+             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(axis.x)}</text>']  # fmt: skip
+    for exponent in range(low, high + 1):
+        y = at(min(points), 10.0**exponent)[1]
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(10.0**exponent)}</text>')
+    for x in points:
+        parts.append(f'<text x="{at(x, 1)[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(x)}</text>')
+    if found["knee"] is not None:
+        x = at(found["knee"], 1)[0]
+        parts.append(f'<path class="knee" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{x - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
+    for number, (name, line) in enumerate(series.items()):
+        parts += _line([at(*point) for point in line], number, names[name])
+    body = "\n".join(parts)
+    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+    about = f'role="img" aria-label="{html.escape(axis.title)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {view} {about}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
+
+
+def _line(places: list[tuple[float, float]], number: int, name: str) -> list[str]:
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    dots = [f'<circle class="s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
+    place = f'x="{WIDTH - RIGHT - 4}" y="{20 + 14 * number}" text-anchor="end"'
+    label = f'<text class="s{number}" {place}>{html.escape(name)}</text>'
+    return [f'<path class="s{number}" d="M{path}"/>', *dots, label]
+
+
+def _decades(values: list[float]) -> tuple[int, int]:
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    return low, max(high, low + 1)
+
+
+def _short(number: float) -> str:
+    """1000000 → 1M."""
+    for factor, ending in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:g}{ending}"
+    return f"{number:g}"
+
+
+def _number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "–"
+    if value and abs(value) < 100:
+        return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:,.0f}"
+
+
+def _whole(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:,.0f}"
