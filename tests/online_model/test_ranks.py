@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -183,6 +184,21 @@ def _only_what_is_for_all(ranks: Ranks) -> None:
 
 def test_the_first_rank_can_only_call_what_is_for_all_of_them(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "meeting", _only_what_is_for_all) == [0, 0]
+
+
+def _leaves_before_they_meet(folder: Path) -> None:
+    followers = Followers(2, folder, SMALL, 1, "cpu", 1)
+    (folder / "pid").write_text(str(followers.pids[0]))
+    os._exit(0)
+
+
+def test_a_follower_ends_with_its_parent(tmp_path: Path) -> None:
+    """Before it has met the first rank, too: nothing but its standard input tells it."""
+    parent = processes.Process(target=_leaves_before_they_meet, args=(tmp_path,))
+    parent.start()
+    parent.join()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "pid").read_text())).wait(100)  # a meeting would be waited for longer
 
 
 def _loses_a_rank(store: Path) -> tuple[str, int]:
