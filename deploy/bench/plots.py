@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from deploy.bench.suite import Row
 
-WIDTH, LEFT, RIGHT, LINE = 860, 400, 120, 22  # px
+WIDTH, LEFT, RIGHT, LINE = 900, 440, 120, 22  # px
 OURS, THEIRS, MARK = "#1b6ca8", "#a9b4be", "#b3261e"
 
 
