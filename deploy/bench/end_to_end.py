@@ -55,7 +55,7 @@ WARM_UP_FAUST = 3_000
 TAKE = 256  # examples a step
 EVENTS_PER_S = 1_000  # of event time
 DAY_MS = 86_400_000
-STALL_S = 120.0  # nothing moves for so long: it hangs
+STALL_S = 300.0  # nothing moves for so long: it hangs (torch alone takes a minute to load where others use the machine)
 READY_BATCHES = 100  # of the bare loop, made ahead, then again from the first
 
 

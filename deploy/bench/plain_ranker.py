@@ -80,7 +80,7 @@ class PlainRanker:
         self._adam = adam_of(self.ranker, model.learning_rate, model.wide_rate)
         self._rows: dict[str, dict[int, int]] = {USER: {0: 0}, ITEM: {0: 0}}
         rows = sizes[ITEM]
-        self._counts = {
+        self._counts: dict[str, np.ndarray] = {
             "impressions": np.zeros(rows, np.int64), "clicks": np.zeros(rows, np.int64),
             "interactions": np.zeros(rows, np.int64), "created": np.zeros(rows, np.int64),
             "heat": np.zeros((rows, len(HEAT_S)), np.float32), "heat_ms": np.zeros(rows, np.int64),

@@ -110,11 +110,12 @@ def soak(bench: Bench) -> list[Row]:
     seconds = float(os.environ.get("SOAK_SECONDS", SECONDS))
     out = Path(os.environ.get("SOAK_OUT", ".headrace/soak"))
     asked = float(os.environ.get("SOAK_RATE", 0))
-    knee = asked / SHARE if asked else find_knee(bench)
+    knee = None if asked else find_knee(bench)
+    rate = asked if knee is None else SHARE * knee
     out.mkdir(parents=True, exist_ok=True)
-    result, samples = run(bench, seconds, SHARE * knee, out)
+    result, samples = run(bench, seconds, rate, out)
     settled = min(SETTLE_S, seconds / 4)
-    found = trends(samples, settled, SHARE * knee)
+    found = trends(samples, settled, rate)
     keep(out, found, result, knee)
     return rows_of(found, samples, result, knee, seconds)
 
@@ -279,7 +280,7 @@ def slope(at: np.ndarray, values: np.ndarray) -> float:
     return float(np.median((values[second] - values[first]) / (at[second] - at[first])))
 
 
-def keep(out: Path, found: list[Trend], result: dict[str, Any], knee: float) -> None:
+def keep(out: Path, found: list[Trend], result: dict[str, Any], knee: float | None) -> None:
     """soak.json, beside samples.csv and soak.svg."""
     told = {"knee": knee, "trends": [vars(trend) | {"flat": trend.flat} for trend in found], "demo": result}
     (out / "soak.json").write_text(json.dumps(told, indent=1), "utf-8")
@@ -295,12 +296,14 @@ def _draw(out: Path, samples: Samples) -> None:
     (out / "soak.svg").write_text(drawing(curves), "utf-8")
 
 
-def rows_of(found: list[Trend], samples: Samples, result: dict[str, Any], knee: float, seconds: float) -> list[Row]:
+def rows_of(
+    found: list[Trend], samples: Samples, result: dict[str, Any], knee: float | None, seconds: float
+) -> list[Row]:
     """The line's rows."""
     events_in, *others = result["balance"].values()
     away, requests = sum(result["unanswered"].values()), result["events_per_s"] / EVENTS_PER_REQUEST * seconds
     return [
-        Row("the knee", f"{knee:,.0f} events/s", "", True),
+        Row("the knee", f"{knee:,.0f} events/s" if knee else "not looked for: SOAK_RATE", "", True),
         Row("sent", f"{result['events_per_s']:,.0f} events/s for {result['seconds']:,.0f} s", "", True),
         at_least("seconds", result["seconds"], 0.95 * seconds, " s"),
         equal("lost, duplicated", (result["lost"], result["duplicated"]), (0, 0)),
