@@ -55,7 +55,7 @@ def constants_of(result: dict[str, Any]) -> Constants:
     one, several = next(iter(ranks.values())), last("ranks")
     further = several["further_rank_us"]
     candidates, readers = last("candidates"), last("replicas")
-    more = max(1, int(list(result["axes"]["replicas"]["points"])[-1]))
+    more = int(list(result["axes"]["replicas"]["points"])[-1])
     users, items = 0.9, 0.1
     return Constants(
         join_us=last("users")["cpu_us"],
@@ -68,7 +68,7 @@ def constants_of(result: dict[str, Any]) -> Constants:
         event_bytes=sizes["event_bytes"],
         block_bytes=last("users")["block_bytes_a_row"],
         version_bytes=memory["version_bytes_a_touched_row"],
-        broker_us=readers["broker_us"] / more / (readers["version_bytes"] / 1e6),
+        broker_us=max(readers["broker_us"] - readers["broker_alone_us"], 0.0) / more / (readers["version_bytes"] / 1e6),
         join_bytes=sizes["join_bytes_a_user"],
         store_bytes=users * sizes["store_bytes"]["user"] + items * sizes["store_bytes"]["item"],
         replica_bytes=users * candidates["replica_bytes"]["user"] + items * candidates["replica_bytes"]["item"],

@@ -58,7 +58,8 @@ def filled(page: str, result: dict[str, Any]) -> str:
     parts |= {f"axis-{name}": axis_table(AXES[name], found) for name, found in result["axes"].items()}
     for name, text in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        page = re.sub(f"{begin}.*?{end}", lambda _, t=f"{begin}\n{text}\n{end}": t, page, flags=re.DOTALL)
+        new = f"{begin}\n{text}\n{end}".replace("\\", "\\\\")  # a template, in which a backslash is none
+        page = re.sub(f"{begin}.*?{end}", new, page, flags=re.DOTALL)
     return page
 
 
@@ -138,9 +139,9 @@ def plot(axis: Axis, found: dict[str, Any]) -> str:
     for x in points:
         parts.append(f'<text x="{at(x, 1)[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(x)}</text>')
     if found["knee"] is not None:
-        x = at(found["knee"], 1)[0]
-        parts.append(f'<path class="knee" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{x - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
+        bend = at(found["knee"], 1)[0]
+        parts.append(f'<path class="knee" d="M{bend:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{bend - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
     for number, (name, line) in enumerate(series.items()):
         parts += _line([at(*point) for point in line], number, names[name])
     body = "\n".join(parts)
