@@ -4,6 +4,7 @@
 # make check   lint, security lint, types, directions of imports
 # make audit   known vulnerabilities and licenses of what is installed, and a list of it (sbom.json, CycloneDX)
 # make figures every figure that is promised, measured anew    (ONLY=replay, ONLY=replay.kills; HEADRACE_DATA=…)
+# make bench-check  ratios to the references beside those that were kept    (ARGS=--keep: keep them as they are now)
 # make setup   what the others need: .venv, from the pins, in seconds when it is done already
 # make helm    helm, which the tests of the chart need: built with Go, minutes; without it they are skipped
 # make pins    compile requirements/*.txt anew from pyproject.toml
@@ -19,7 +20,7 @@ SECONDS ?= 60
 DEMO    := --json --seconds $(SECONDS) $(if $(RATE),--rate $(RATE)) $(if $(LOG),--log $(LOG) --path $(PATH_TO_LOG)) $(ARGS)
 READY   := $(VENV)/.ready-$(EXTRA)
 
-.PHONY: helm demo test test-with-broker test-models test-others nightly check audit figures setup pins clean
+.PHONY: helm demo test test-with-broker test-models test-others nightly check audit figures bench-check setup pins clean
 
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
@@ -57,6 +58,9 @@ audit: setup
 
 figures: setup
 	@$(BIN)/python -m tests.figures $(ONLY) $(ARGS)
+
+bench-check: setup
+	@$(BIN)/headrace bench check $(ARGS)
 
 setup: $(READY)
 

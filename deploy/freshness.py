@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -46,16 +47,21 @@ class Probe(NamedTuple):
 class Freshness:
     """Probes in flight and those returned. Filled from producer callbacks, hence the lock."""
 
+    keep: int | None = None  # of the probes that returned, the newest so many; none: all
     waiting: dict[int, deque[tuple[int, float]]] = field(default_factory=dict)  # partition → (offset, sent at)
-    returned: list[Probe] = field(default_factory=list)
+    returned: deque[Probe] = field(init=False)
+    took_ms: array = field(default_factory=lambda: array("f"))  # of all that returned: a run may last for days
     reached: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.returned = deque(maxlen=self.keep)
 
     def sent(self, partition: int, offset: int, at: float) -> None:
         """A probe has its place in the log; `at` is time.monotonic() before it was sent."""
         with self.lock:
             if self.reached.get(partition, -1) > offset:  # the replica was faster than the acknowledgement
-                self.returned.append(Probe(partition, offset, at, time.monotonic()))
+                self._came(Probe(partition, offset, at, time.monotonic()))
             else:
                 self.waiting.setdefault(partition, deque()).append((offset, at))
 
@@ -66,7 +72,7 @@ class Freshness:
                 self.reached[partition] = max(position, self.reached.get(partition, -1))
                 queue = self.waiting.get(partition, deque())
                 while queue and queue[0][0] < position:
-                    self.returned.append(Probe(partition, *queue.popleft(), at))
+                    self._came(Probe(partition, *queue.popleft(), at))
 
     def unreturned(self) -> int:
         """Probes in flight."""
@@ -76,13 +82,21 @@ class Freshness:
     def figures(self, recent: bool = False) -> dict[str, float | int | None]:
         """p50, p95, p99 in ms and the count, of all probes or of the recent ones."""
         with self.lock:
-            probes, count = self.returned[-RECENT:] if recent else self.returned[:], len(self.returned)
-        return quantiles(probes) | {"count": count}
+            took = np.array(self.took_ms[-RECENT:] if recent else self.took_ms)
+            count = len(self.took_ms)
+        return _quantiles(took) | {"count": count}
+
+    def _came(self, probe: Probe) -> None:
+        self.returned.append(probe)
+        self.took_ms.append(probe.took_ms)
 
 
 def quantiles(probes: Iterable[Probe]) -> dict[str, float | int | None]:
     """p50, p95, p99 in ms and the count, of these."""
-    took = np.array([probe.took_ms for probe in probes])
+    return _quantiles(np.array([probe.took_ms for probe in probes]))
+
+
+def _quantiles(took: np.ndarray) -> dict[str, float | int | None]:
     if not len(took):
         return {"p50": None, "p95": None, "p99": None, "count": 0}
     p50, p95, p99 = (round(float(p), 1) for p in np.percentile(took, [50, 95, 99]))

@@ -4,8 +4,9 @@ All ranks know all that is small (positions, dense weights, which ids are gone);
 them, its owner. Rank 0 alone has the store, and feeds the others. What is called collective here must be called by all
 ranks, with arguments that say the same; a rank that is lost ends the others at their next collective.
 
-Objects go from rank to rank as torch's collectives send them, pickled: the one place where processes of Headrace trust
-what comes over a socket. On one machine it is of the loopback; ranks on several need a network that is theirs alone.
+Values go from rank to rank as bytes of our own codec (codec.py), which runs no code; what TorchRec pickles for itself
+is read by an unpickler that knows a few names. Who may be a rank is not asked, though: on one machine they meet over
+the loopback, on several they need a network that is theirs alone.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from embedding_store.checkpoint import CheckpointStore
+from embedding_store.checkpoint import CheckpointStore, Head, Notes
+from embedding_store.codec import LARGEST, Message, decode, may_be_sent
 from embedding_store.columns import TableRows
-from embedding_store.errors import RankLost, UsageError
+from embedding_store.errors import CorruptRecord, RankLost, UsageError
 from embedding_store.ids import finalised
 
 T = TypeVar("T")
+may_be_sent(TableRows, Notes, Head)
 _PATIENCE = timedelta(days=365)  # a rank may be slow, or have nothing to do: only one that is lost ends a wait
 _MEETING = timedelta(seconds=120)  # for all ranks to have started
 
@@ -83,9 +87,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
 class Ranks:
     """This process among the ranks. One rank (the default) needs no others, and every call then returns at once."""
 
-    def __init__(
-        self, rank: int = 0, size: int = 1, meeting: Path | Launch | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, meeting: Path | Launch | None = None, device: str = "cpu") -> None:
         """rank: 0 … size − 1; meeting: a file, not there yet, that all of one machine's ranks are given, or what
         torchrun said.
 
@@ -95,6 +97,7 @@ class Ranks:
         """
         self.rank, self.size = rank, size
         self.local_size = meeting.local_size if isinstance(meeting, Launch) else size  # ranks on this machine
+        distributed_c10d._unpickler = _Unpickler
         if not dist.is_initialized():
             if self.local_size == size:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -131,8 +134,12 @@ class Ranks:
         return array
 
     def least(self, number: int) -> int:
-        """The least of the ranks' numbers. Collective."""
-        return min(self.every(number))
+        """The least of the ranks' numbers of 64 bits. Collective."""
+        least = torch.tensor([number])
+        if self.size > 1:
+            with self.together():
+                dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
+        return int(least)
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """The sum over the ranks, in place, where the tensor is. Collective."""
@@ -141,31 +148,58 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def every(self, value: T) -> list[T]:
-        """The value of every rank, in their order. Collective."""
+        """The value of every rank, in their order; what can be sent: codec.py. Collective."""
         if self.size == 1:
             return [value]
-        out: list[Any] = [None] * self.size
+        message = Message(value)
+        told = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
         with self.together():
-            dist.all_gather_object(out, value, group=self._group)  # noqa: TID251 - between ranks only: see above
-        return out
+            dist.all_gather(told, torch.tensor([message.size]), group=self._group)
+        sizes = [_sound(int(size)) for size in told]
+        own, *received = (torch.zeros(max(sizes), dtype=torch.uint8) for _ in range(1 + self.size))  # of one length
+        message.write(own.numpy()[: message.size])
+        with self.together():
+            dist.all_gather(received, own, group=self._group)
+        every = zip(received, sizes, strict=True)
+        return [value if n == self.rank else decode(sent.numpy()[:size]) for n, (sent, size) in enumerate(every)]
 
     def at_first(self, value: T) -> list[T]:
         """On rank 0 the value of every rank, in their order; elsewhere nothing. Collective."""
-        if self.size == 1:
-            return [value]
-        out: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        with self.together():
-            dist.gather_object(value, out, group=self._group)  # noqa: TID251 - between ranks only: see above
-        return out or []
+        if self.rank > 0:
+            self._send(Message(value))
+            return []
+        return [value, *[self._receive(rank) for rank in range(1, self.size)]]
 
     def from_first(self, call: Callable[[], T]) -> T:
         """What `call` returns on rank 0, on every rank. Collective."""
         if self.size == 1:
             return call()
-        box = [call() if self.rank == 0 else None]
+        size = torch.zeros(1, dtype=torch.int64)
+        if self.rank == 0:
+            value = call()
+            message = Message(value)
+            size[0] = message.size
         with self.together():
-            dist.broadcast_object_list(box, src=0, group=self._group)  # noqa: TID251 - between ranks only: see above
-        return box[0]  # type: ignore[return-value]
+            dist.broadcast(size, 0, group=self._group)
+        content = torch.empty(_sound(int(size)), dtype=torch.uint8)
+        if self.rank == 0:
+            message.write(content.numpy())
+        with self.together():
+            dist.broadcast(content, 0, group=self._group)
+        return value if self.rank == 0 else decode(content.numpy())
+
+    def _send(self, message: Message) -> None:
+        with self.together():
+            dist.send(torch.tensor([message.size]), 0, group=self._group)
+            dist.send(torch.from_numpy(message.bytes()), 0, group=self._group)
+
+    def _receive(self, rank: int) -> Any:
+        size = torch.empty(1, dtype=torch.int64)
+        with self.together():
+            dist.recv(size, rank, group=self._group)
+            content = torch.empty(_sound(int(size)), dtype=torch.uint8)
+            dist.recv(content, rank, group=self._group)
+        return decode(content.numpy())
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -178,6 +212,40 @@ class Ranks:
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
             raise lost(self.size, reason) from error
 
+
+class _Unpickler(distributed_c10d._unpickler):
+    """With what torch reads what libraries send by its collectives of objects, as TorchRec does once, when tables are
+    made: plain values, and what says of which shape a sharded tensor is. Nothing else has a name here, so nothing that
+    comes is run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _SHAPES:
+            raise CorruptRecord(
+                f"another rank sends an object of {module}.{name}: start all ranks from the same release"
+            )
+        return super().find_class(module, name)
+
+
+_SHAPES = {
+    "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.metadata.ShardMetadata",
+    "torch.distributed.remote_device._remote_device",
+    "torch.serialization._get_layout",
+    "torch.device",
+    "torch.Size",
+    "torch.float32",
+}
+
+
+def _sound(size: int) -> int:
+    """The size that another rank says a message has."""
+    if not 0 < size <= LARGEST:
+        raise CorruptRecord(
+            f"another rank says that its message has {size} bytes: start all ranks from the same release"
+        )
+    return size
 
 
 def exact(device: str) -> torch.device:

@@ -177,16 +177,17 @@ class EmbeddingTables:
 
         Of several ranks the first one is given those of all, the others nothing.
         """
-        found = {name: self.ranks.at_first(table.touched_rows()) for name, table in self._tables.items()}
-        return {name: concat(parts).sorted() for name, parts in found.items() if sum(map(len, parts))}
+        found = self.ranks.at_first({name: table.touched_rows() for name, table in self._tables.items()})
+        parts = {name: [rows[name] for rows in found] for name in self._tables}
+        return {name: concat(own).sorted() for name, own in parts.items() if sum(map(len, own))}
 
     def notes(self) -> dict[str, Notes]:
         """What the commit of `touched()` and `gone()` changes in the store's notes; only tables whose rows expire.
 
         Given to the first rank, like `touched`.
         """
-        found = {name: self.ranks.at_first(table.notes()) for name, table in self._tables.items()}
-        told = {name: [part for part in parts if part is not None] for name, parts in found.items()}
+        found = self.ranks.at_first({name: table.notes() for name, table in self._tables.items()})
+        told = {name: [own for notes in found if (own := notes[name]) is not None] for name in self._tables}
         return {name: all_notes(parts) for name, parts in told.items() if parts}
 
     def sketches(self) -> dict[str, dict[int, bytes]]:

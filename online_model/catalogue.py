@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from embedding_store.ids import hash_text
-from embedding_store.tables import EmbeddingTables
 from online_model.examples import Examples
 from online_model.features import ITEM, TITLE_WORDS
+
+if TYPE_CHECKING:  # who only names an item need not load torch: the join worker starts in a second without it
+    from embedding_store.tables import EmbeddingTables
 
 # (item id, JSON of the record, category id or 0, seller id or 0, created ms or 0, word ids of the title)
 CatalogueItem: TypeAlias = tuple[int, bytes, int, int, int, np.ndarray]

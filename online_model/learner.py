@@ -144,11 +144,7 @@ class Learner:
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
         self._weights = list(ranker.parameters())
-        wide = ranker.wide_parameters()
-        ids = {id(p) for p in wide}
-        deep = [p for p in ranker.parameters() if id(p) not in ids]
-        groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
-        self._adam = torch.optim.Adam(groups, eps=ADAM_EPS, fused=True)
+        self._adam = adam_of(ranker, learning_rate, wide_rate)
 
     def learn(self, batch: Batch, most: float = math.inf) -> Outcome:
         """Scores the batch, then learns it. Statistics are read, not changed. Admits users, items and all of theirs.
@@ -451,6 +447,15 @@ class Learner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def adam_of(ranker: Ranker, learning_rate: float, wide_rate: float) -> torch.optim.Adam:
+    """The ranker's optimizer."""
+    wide = ranker.wide_parameters()
+    ids = {id(p) for p in wide}
+    deep = [p for p in ranker.parameters() if id(p) not in ids]
+    groups = [{"params": deep, "lr": learning_rate}, {"params": wide, "lr": wide_rate}]
+    return torch.optim.Adam(groups, eps=ADAM_EPS, fused=True)
 
 
 def _finite(tensors: list[torch.Tensor]) -> bool:

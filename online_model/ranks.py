@@ -9,20 +9,24 @@ started again, they go on from the last commit, of which nothing hangs on how ma
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from functools import wraps
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from embedding_store.errors import HeadraceError, RankLost
+import msgspec
+
+from embedding_store.codec import may_be_sent
+from embedding_store.errors import CorruptRecord, HeadraceError, RankLost
 from embedding_store.ranks import Launch, Ranks, lost
+from online_model.batch import Candidates
+from online_model.examples import Block, Counts, Examples
 from online_model.settings import TrainerSettings
 
 
@@ -34,6 +38,8 @@ class _OnRanks(Protocol):
 S = TypeVar("S", bound=_OnRanks)
 P = ParamSpec("P")
 R = TypeVar("R")
+may_be_sent(Block, Examples, Counts, Candidates)
+_told: dict[str, Callable] = {}  # the methods of `on_all_ranks` by their qualified names: nothing else is called
 _END: tuple[str, tuple, dict] = ("", (), {})
 _AGAIN: tuple[str, tuple, dict] = ("", ("again",), {})
 
@@ -44,21 +50,38 @@ def on_all_ranks(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate
     @wraps(method)
     def told(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.ranks.rank == 0 and self.ranks.size > 1:
-            self.ranks.from_first(lambda: (method.__name__, args, kwargs))
+            self.ranks.from_first(lambda: (method.__qualname__, args, kwargs))
         with self.ranks.together():
             return method(self, *args, **kwargs)
 
+    _told[method.__qualname__] = told
     return told
 
 
 def follow(trainer: _OnRanks) -> bool:
     """On a further rank: does what the first one's trainer does, until that says `end` or `again`. Whether it is the
-    latter: to open another trainer then. Raises RankLost."""
+    latter: to open another trainer then. Raises RankLost, CorruptRecord."""
     while True:
-        name, args, kwargs = trainer.ranks.from_first(lambda: _END)
-        if not name:
-            return bool(args)
-        getattr(trainer, name)(*args, **kwargs)
+        match trainer.ranks.from_first(lambda: _END):
+            case ("", tuple(again), _):
+                return bool(again)
+            case (str(name), tuple(args), dict(kwargs)) if name in _told:
+                _told[name](trainer, *args, **kwargs)
+            case other:
+                raise CorruptRecord(f"the first rank calls what is not for all ({other!r:.100}): use one release")
+
+
+class Following(msgspec.Struct, frozen=True):
+    """What a process of `Followers` is told, on its standard input, which then stays open as long as its parent lives:
+    four bytes that say how long it is, and it as msgpack."""
+
+    rank: int
+    size: int
+    meeting: str
+    settings: TrainerSettings
+    partitions: int
+    device: str
+    threads: int
 
 
 class Followers:
@@ -71,34 +94,37 @@ class Followers:
         folder.mkdir(parents=True, exist_ok=True)
         # New each time: a rank of a trainer that was killed may still be on its way to the one before.
         self.meeting = folder / uuid.uuid4().hex
-        context = multiprocessing.get_context("spawn")
-        every = (size, self.meeting, settings, partitions, device, threads)
-        self._processes: list[BaseProcess] = [
-            context.Process(target=_run, args=(rank, *every), name=f"rank {rank}", daemon=True)
-            for rank in range(1, size)
-        ]
+        self._processes: list[subprocess.Popen[bytes]] = []
         self._ending = False
         atexit.register(self._kill)
-        for process in self._processes:
-            process.start()
+        for rank in range(1, size):
+            process = subprocess.Popen([sys.executable, "-m", "online_model.follower"], stdin=subprocess.PIPE)
+            self._processes.append(process)
+            following = Following(rank, size, str(self.meeting), settings, partitions, device, threads)
+            told = msgspec.msgpack.encode(following)
+            assert process.stdin is not None
+            process.stdin.write(len(told).to_bytes(4, "big") + told)
+            process.stdin.flush()
 
     @property
     def pids(self) -> list[int]:
         """Of ranks 1, 2, …"""
-        return [process.pid or 0 for process in self._processes]
+        return [process.pid for process in self._processes]
 
     def watch(self, report: Callable[[RankLost], Any]) -> None:
         """Calls `report`, in a thread of its own, as soon as one of them ends before `end` lets it: the first rank may
         be waiting for it where nothing tells it, or have nothing to ask it for hours."""
-        Thread(target=self._watch, args=(report,), name="ranks", daemon=True).start()
+        for rank, process in enumerate(self._processes, 1):
+            Thread(target=self._watch, args=(rank, process, report), name=f"rank {rank}", daemon=True).start()
 
-    def _watch(self, report: Callable[[RankLost], Any]) -> None:
-        names = {process.sentinel: process.name for process in self._processes}
-        ended = wait(list(names))
+    def _watch(self, rank: int, process: subprocess.Popen[bytes], report: Callable[[RankLost], Any]) -> None:
+        process.wait()
         if not self._ending:
-            report(lost(len(names) + 1, f"{names[ended[0]]} has ended"))  # type: ignore[index]
+            self._ending = True  # where one is lost the others end too: it is said once
+            report(lost(len(self._processes) + 1, f"rank {rank} has ended"))
 
     def _kill(self) -> None:
+        self._ending = True
         for process in self._processes:
             process.kill()
 
@@ -113,7 +139,9 @@ class Followers:
         self._ending = True
         let_go(ranks)
         for process in self._processes:
-            process.join()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
         self.meeting.unlink(missing_ok=True)
 
 
@@ -122,7 +150,7 @@ def follow_launched(launch: Launch, settings: TrainerSettings, partitions: int, 
 
     Ends the process with exit 1 where the first rank is lost.
     """
-    _follow(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
+    follow_as(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
 
 
 def let_go(ranks: Ranks) -> None:
@@ -136,17 +164,12 @@ def begin_again(ranks: Ranks) -> None:
     ranks.from_first(lambda: _AGAIN)
 
 
-def _run(
-    rank: int, size: int, meeting: Path, settings: TrainerSettings, partitions: int, device: str, threads: int
-) -> None:
-    Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    _follow(rank, size, rank, meeting, settings, partitions, device, threads)
-
-
-def _follow(
+def follow_as(
     rank: int, size: int, local_rank: int, meeting: Path | Launch, settings: TrainerSettings, partitions: int,
     device: str, threads: int,
 ) -> None:  # fmt: skip
+    """What the process of a further rank does, until the first one lets it go. Arguments: as of `Ranks` and the first
+    rank; local_rank: among those of this machine. Ends the process with exit 1 where the first rank is lost."""
     for number in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the first, which then says `end`
         signal.signal(number, signal.SIG_IGN)
     import torch
@@ -160,16 +183,11 @@ def _follow(
         ranks = Ranks(rank, size, meeting, own)
         while follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=ranks)):
             pass
+    except CorruptRecord as error:  # what only this one has seen
+        sys.stderr.write(f"rank {rank}: {error}\n")
+        os._exit(1)
     except HeadraceError:
         os._exit(1)  # the first rank says why, and what to do
-
-
-def _end_with_parent() -> None:
-    """Where the first rank was killed before all have met, nothing else would tell."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _no_clock() -> Any:

@@ -44,7 +44,7 @@ JOIN: About = {
 TRAIN: About = {
     "rows_total": ("Rows of examples learned", ()),
     "stage_seconds_total": ("Time of the steps, by stage", ("stage",)),
-    "lag_records": ("Blocks of `examples` that were not taken yet", ("partition",)),
+    "lag_records": ("Blocks of `examples` that are not learned yet", ("partition",)),
     "loss": ("Mean log loss of the last scores, made before they were learned", ("task",)),
     "auc": ("AUC of the last scores", ("task", "scenario")),
     "entropy": ("Normalised entropy of the last scores: log loss over that of the base rate", ("task", "scenario")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,15 @@ A_BLOCK = 2  # offsets of `examples`: itself, and the mark that ends its transac
 class TrainFigures:
     """Of one train worker, which tells `progress` and `committed`. Anything may be asked from any thread."""
 
-    def __init__(
-        self, settings: TrainWorkerSettings, expected: Mapping[int, int], told: Callable[[], tuple[int, int]]
-    ) -> None:
-        """expected: partition of `examples` → the offset of the next record to take, live. told: gives the bytes of
-        blocks that wait, and the last sequence that is in Kafka."""
+    def __init__(self, settings: TrainWorkerSettings, told: Callable[[], tuple[int, int]]) -> None:
+        """told: gives the bytes of blocks that wait, and the last sequence that is in Kafka."""
         self.progress = Progress()
-        self._settings, self._expected, self._told = settings, expected, told
+        self._settings, self._told = settings, told
         topics = settings.topics
         self._ends = Ends(settings.connection, topics.examples, topics.partitions, committed_only=True)
         self._trainer: Trainer | None = None
         self._committed = time.time()
-        self._snapshot: float | None = None  # when the newest was made
+        self._snapshot = time.time()  # when the newest was made; the start, where none was seen yet
         self._bytes = 0
         self.metrics = TrainMetrics(self._values)
         tell_process(self.metrics.registry, settings.data_dir)
@@ -62,21 +59,24 @@ class TrainFigures:
         trainer, now = self._trainer, time.time()
         if trainer is None:
             return {}
-        values: dict[str, Value] = {
+        return {
             **train_values(trainer, *self._told()),
-            "lag_records": {
-                (str(p),): self._ends.behind(p, at) // A_BLOCK for p, at in list(self._expected.items())
-            },
+            "lag_records": self._lag(trainer),
             "checkpoint_age_seconds": now - self._committed,
             "checkpoint_bytes": self._bytes,
+            "snapshot_age_seconds": now - self._snapshot,
         }
-        if self._snapshot is not None:
-            values["snapshot_age_seconds"] = now - self._snapshot
-        return values
+
+    def _lag(self, trainer: Trainer) -> dict[tuple[str, ...], float]:
+        """Not of what is in Kafka only: minutes of work may wait in this process."""
+        learned = {p: position.source_offset for p, position in list(trainer.positions.items())}
+        partitions = sorted(learned.keys() | self._ends.ends.keys())
+        return {(str(p),): self._ends.behind(p, learned.get(p, 0)) // A_BLOCK for p in partitions}
 
     async def _look(self) -> None:
         while True:
-            self._bytes, self._snapshot = await asyncio.to_thread(self._on_disk)
+            self._bytes, newest = await asyncio.to_thread(self._on_disk)
+            self._snapshot = newest or self._snapshot  # where their place is away the last one is older and older
             await asyncio.sleep(LOOK_SECONDS)
 
     def _on_disk(self) -> tuple[int, float | None]:

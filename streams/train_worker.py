@@ -63,7 +63,8 @@ T = TypeVar("T")
 Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
 
 COMMIT_SECONDS = 0.1  # between two commits, while the trainer keeps up
-COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer
+COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer …
+RARE_SECONDS = 10.0  # … up to here: one that hung for minutes, with its disk or a rank, says nothing about the next
 GATHER_SECONDS = 0.075  # between two turns, while the trainer keeps up …
 GATHER_BYTES = 100_000  # … unless so much has come
 TURN_SECONDS = 0.05  # then the event loop gets a word in
@@ -148,7 +149,7 @@ class TrainWorker:
         self._published = 0  # the last sequence that is in Kafka
         self._tasks: list[asyncio.Task] = []
         told = lambda: (self._waiting_bytes, self._published)  # noqa: E731
-        self._figures = TrainFigures(settings, self._expected, told)
+        self._figures = TrainFigures(settings, told)
         self._metrics = self._figures.metrics
         self._backfill = Backfill(settings.backfill) if settings.backfill else None
 
@@ -451,7 +452,7 @@ class TrainWorker:
         if held and not trainer.guard.held:
             self._loop.call_soon_threadsafe(self._copies.epoch_begun.set)
         seconds = time.monotonic() - start
-        self._commit_due = start + max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
+        self._commit_due = start + min(max(COMMIT_SECONDS, seconds / COMMIT_SHARE), RARE_SECONDS)
         self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes or trainer.owes_dense
         return [(trainer.sequence, parts)] if parts else []
 

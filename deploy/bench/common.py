@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from deploy.processes import ends_with_parent
 from embedding_store.errors import HeadraceError
 
 CHILD_SECONDS = 900.0  # a part that takes so much longer than it was told to (`seconds`) hangs
+STOP_SECONDS = 30.0  # for a benchmark to put away what it started
 
 
 class BenchError(HeadraceError):
@@ -55,6 +57,32 @@ def part_command(module: str, part: str, **arguments: Any) -> list[str]:
     return [sys.executable, "-m", module, part, json.dumps(arguments, default=str)]
 
 
+def run_bench(arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `headrace bench …` in a process of its own: what it said with --json. Raises BenchError with its last line.
+
+    It is in a session of its own, so that Ctrl-C comes to us alone; it is then stopped as by Ctrl-C, and has the time
+    to put away what it started.
+    """
+    words = [sys.executable, "-m", "deploy.cli", "bench", *arguments, "--json"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=ends_with_parent(),
+    ) as child:  # fmt: skip
+        try:
+            out, err = child.communicate()
+        except BaseException:
+            child.send_signal(signal.SIGINT)
+            try:
+                child.communicate(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            raise
+    if child.returncode:
+        said = err.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise BenchError(said[-1].removeprefix("headrace: "))
+    return json.loads(out.splitlines()[-1])
+
+
 @contextmanager
 def on_cores(cores: Sequence[int]) -> Iterator[None]:
     """This thread, and whatever it starts meanwhile, on these cores only."""
@@ -64,6 +92,23 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def bare_topics(bootstrap: str, partitions: Mapping[str, int]) -> Iterator[None]:
+    """Topics of one replica, with a broker's own settings, while they are needed."""
+    from kafka import KafkaAdminClient
+    from kafka.admin import NewTopic
+
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    try:
+        admin.create_topics([NewTopic(topic, count, 1) for topic, count in partitions.items()])
+        try:
+            yield
+        finally:
+            admin.delete_topics(list(partitions))
+    finally:
+        admin.close()
 
 
 def finish(result: dict[str, Any]) -> None:

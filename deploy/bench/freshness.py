@@ -55,23 +55,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 from prometheus_client import CollectorRegistry, generate_latest
 
 from deploy.bench.common import BenchError, finish, on_cores, part_command
 from deploy.bench.mix import timed_mix
+from deploy.bench.system import System, processor_s
 from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles, refund
 from deploy.freshness_metrics import SERVABLE, Probes
-from deploy.processes import ends_with_parent, free_port, listening, terminate
+from deploy.processes import ends_with_parent, terminate
 from deploy.prometheus import histogram, quantile
 from deploy.replica_figures import Model
-from deploy.settings import Settings, dump
-from deploy.workers import Worker
-from streams.topics import create_topics, delete_topics
+from deploy.settings import Settings
 
 CORES = 2
 PAGE = 10  # items of an impression
-READY_S, WARM_UP_S = 120.0, 15.0
+WARM_UP_S = 15.0
 BEHIND_S = 10.0  # for probes that are still under way at the end
 KEEPS_UP = 0.97  # of what is sent
 STAGES = ("hold", "join", "learn", "commit", "publish", "apply", "answer")
@@ -113,54 +111,31 @@ def bench_freshness(
             return asyncio.run(system.measure(rate, seconds, runs, warm_up, step))
 
 
-class _System:
-    """Topics and workers, what is sent to them, and what is seen of them."""
+class _System(System):
+    """What is sent to it, and what is seen of it."""
 
     def __init__(self, bootstrap: str, folder: Path, histogram: bool) -> None:
-        self._folder, self._freshness, self._seen = folder, Freshness(), list[Seen]()
-        self._settings = Settings([]).with_flags({
-            "data_dir": folder, "bootstrap": bootstrap, "serve.port": free_port(),
-            "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.", "model.guard.tasks": [],
-        })  # fmt: skip
-        self._url = f"http://127.0.0.1:{self._settings.serve.port}"
+        super().__init__(bootstrap, folder)
+        self._freshness, self._seen, self._model = Freshness(), list[Seen](), Model()
         self._registry = CollectorRegistry() if histogram else None
-        config = str(folder / "headrace.toml")
-        self._workers = [
-            Worker(name, [name, "--config", config], folder / f"{name}.log") for name in ("train", "serve", "join")
-        ]
-        self._model = Model()
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Topics and workers, to be left only when nothing is asked of them any more."""
-        settings = self._settings
-        with contextlib.ExitStack() as stack:
-            create_topics(settings.bootstrap, settings.topics)
-            stack.callback(delete_topics, settings.bootstrap, settings.topics)
-            (self._folder / "headrace.toml").write_text(dump(settings))
-            for worker in self._workers:
-                worker.load()
-                stack.callback(worker.stop, 5.0)
-                worker.go()
-            yield
 
     async def measure(
         self, rate: float, seconds: float, runs: int, warm_up: float, step: Callable[[], None]
     ) -> dict[str, Any]:
         """Load, probes and windows; then the stages."""
-        settings, topics = self._settings, self._settings.topics
+        settings, topics = self.settings, self.settings.topics
         async with contextlib.AsyncExitStack() as stack:
-            replica = await stack.enter_async_context(Follower(self._url))
+            replica = await stack.enter_async_context(Follower(self.url))
             prober = await stack.enter_async_context(
                 Prober(self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund)
             )
             tasks = [asyncio.create_task(self._follow(replica))]
             if self._registry is not None:
-                probes = Probes(settings.bootstrap, topics, self._url, self._registry, refund)
+                probes = Probes(settings.bootstrap, topics, self.url, self._registry, refund)
                 tasks += map(asyncio.create_task, (await stack.enter_async_context(probes)).tasks())
             tasks.append(asyncio.create_task(self._probe(prober)))
             try:
-                await self._until_ready()
+                await self.until(lambda: self._freshness.returned)  # all three workers do their part
                 gc.freeze()  # what measures must not stall over what is only loaded
                 with self._producer(rate, warm_up + runs * seconds + BEHIND_S) as producer:
                     await self._watch(warm_up, producer)
@@ -175,7 +150,7 @@ class _System:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        sent = [json.loads(line) for line in (self._folder / "sent.jsonl").read_text().splitlines()]
+        sent = [json.loads(line) for line in (self.folder / "sent.jsonl").read_text().splitlines()]
         journeys = await asyncio.to_thread(_Journeys, settings, self._seen)
         found = [self._figures(window, sent, journeys) for window in windows]
         median = sorted(found, key=lambda run: run["p99_ms"])[(len(found) - 1) // 2]
@@ -200,27 +175,11 @@ class _System:
             due = max(due + PROBE_S, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
 
-    async def _until_ready(self) -> None:
-        """The first probes have come back: all three workers do their part."""
-        end = time.monotonic() + READY_S
-        while not self._freshness.returned:
-            self._all_up()
-            if time.monotonic() > end:
-                last = "; ".join(f"{worker.name}: {worker.last_line()}" for worker in self._workers)
-                raise BenchError(f"nothing comes to the replica within {READY_S:.0f} s ({last})")
-            await asyncio.sleep(PROBE_S)
-
-    def _all_up(self) -> None:
-        for worker in self._workers:
-            worker.revive()  # raises where it has ended by itself
-            if worker.restarts:
-                raise BenchError(f"the {worker.name} worker was killed from outside: there is no figure")
-
     @contextlib.contextmanager
     def _producer(self, rate: float, seconds: float) -> Iterator[subprocess.Popen]:
-        topics = self._settings.topics
-        with (self._folder / "sent.jsonl").open("wb") as sent, subprocess.Popen(
-            part_command(__name__, "produce", bootstrap=self._settings.bootstrap, events=topics.events,
+        topics = self.settings.topics
+        with (self.folder / "sent.jsonl").open("wb") as sent, subprocess.Popen(
+            part_command(__name__, "produce", bootstrap=self.settings.bootstrap, events=topics.events,
                          items=topics.items, rate=rate, seconds=seconds),
             stdout=sent, preexec_fn=ends_with_parent(),
         ) as producer:  # fmt: skip
@@ -232,7 +191,7 @@ class _System:
     async def _watch(self, seconds: float, producer: subprocess.Popen) -> None:
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            self._all_up()
+            self.all_up()
             if producer.poll() is not None:
                 raise BenchError("the producer of the benchmark ended on the way: see what it said above")
             await asyncio.sleep(min(left, 0.5))
@@ -251,13 +210,7 @@ class _System:
 
     def _processor_s(self, producer: subprocess.Popen) -> dict[str, float]:
         """Processor time so far of all that takes part, s; Kafka's only where it can be seen."""
-        pids = {worker.name: worker.process.pid for worker in self._workers if worker.process is not None}
-        processes = {name: psutil.Process(pid) for name, pid in (pids | {"producer": producer.pid}).items()}
-        processes["probes"] = psutil.Process()
-        broker = listening(int(self._settings.bootstrap.rpartition(":")[2]))
-        if broker is not None:
-            processes["kafka"] = broker
-        return {name: sum(process.cpu_times()[:2]) for name, process in processes.items()}
+        return processor_s(self.processes(producer=producer.pid, probes=os.getpid()))
 
     async def _returned(self) -> None:
         """The probes under way have come back, or will not while it is of interest."""
@@ -266,7 +219,7 @@ class _System:
             await asyncio.sleep(PROBE_S)
 
     def _applies(self) -> dict[float, float]:
-        with urllib.request.urlopen(f"{self._url}/metrics", timeout=10) as answer:  # noqa: S310  # nosec B310 - our own
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:  # noqa: S310  # nosec B310 - our own
             return histogram(answer.read().decode(), APPLY_SECONDS)[1]
 
     def _histogram(self) -> dict[float, float]:
@@ -285,7 +238,7 @@ class _System:
         rate = _per_s([(at, count) for at, count in sent], window)
         probing = (len(probes) + window.histogram.get(math.inf, 0.0)) / (window.end - window.begin)  # events too
         handled = _per_s([(seen.at, seen.handled) for seen in self._seen], window) - probing
-        hold_ms, apply_ms = self._settings.join.join.disorder_ms, 1e3 * quantile(0.5, window.applies)
+        hold_ms, apply_ms = self.settings.join.join.disorder_ms, 1e3 * quantile(0.5, window.applies)
         stages = [journeys.stages(probe, hold_ms, apply_ms) for probe in probes]
         columns = {name: [stage[name] for stage in stages] for name in STAGES} if stages else {}
         total = sum(map(sum, columns.values()))

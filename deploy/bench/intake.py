@@ -17,14 +17,14 @@ import asyncio
 import json
 import os
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deploy.bench.common import finish, median, run_part
+from deploy.bench.common import bare_topics, finish, median, run_part
 from deploy.bench.mix import standard_mix
+from deploy.bench.stock_faust import run_stock_faust
 from streams.events import decode_many
 
 PARTITIONS = 4
@@ -37,16 +37,14 @@ def bench_intake(
 ) -> dict[str, Any]:
     """The figures of the command, medians of `runs`. `step` is called after each of the 3 * runs parts."""
     topic = f"bench-{uuid.uuid4().hex[:8]}"
-    _fill(bootstrap, topic, events)
     measured: dict[str, list[dict[str, Any]]] = {"faust": [], "client": [], "headrace": []}
-    try:
+    with bare_topics(bootstrap, {topic: PARTITIONS}):
+        _fill(bootstrap, topic, events)
         for _ in range(runs):
             for part, found in measured.items():
                 few = min(faust_events, events) if part == "faust" else events
                 found.append(run_part(__name__, part, bootstrap=bootstrap, topic=topic, events=few))
                 step()
-    finally:
-        _drop(bootstrap, topic)
     faust, client, ours = (median(measured[part], "per_s") for part in ("faust", "client", "headrace"))
     return {
         "faust_per_event_per_s": faust,
@@ -58,25 +56,13 @@ def bench_intake(
 
 
 def _fill(bootstrap: str, topic: str, events: int) -> None:
-    from kafka import KafkaAdminClient, KafkaProducer
-    from kafka.admin import NewTopic
+    from kafka import KafkaProducer
 
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
-    admin.create_topics([NewTopic(topic, PARTITIONS, 1)])
-    admin.close()
     producer = KafkaProducer(bootstrap_servers=bootstrap, linger_ms=50, batch_size=256 << 10)
     for i, raw in enumerate(standard_mix(events, page=1, span_ms=events)):
         # in turns of 100, so that the first `faust_events` of the partitions are alike
         producer.send(topic, raw, partition=i // 100 % PARTITIONS)
     producer.close()
-
-
-def _drop(bootstrap: str, topic: str) -> None:
-    from kafka import KafkaAdminClient
-
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
-    admin.delete_topics([topic])
-    admin.close()
 
 
 class _Clock:
@@ -105,26 +91,14 @@ def _end(clock: _Clock) -> None:
 
 
 def _faust(bootstrap: str, topic: str, events: int) -> None:
-    import faust
+    clock = _Clock(events)
 
-    async def main() -> None:
-        clock = _Clock(events)
-        app = faust.App(
-            f"{topic}-{uuid.uuid4().hex}", broker=f"kafka://{bootstrap}", value_serializer="json", web_enabled=False,
-            topic_disable_leader=True, topic_allow_declare=False, datadir=tempfile.mkdtemp(), stream_wait_empty=False,
-            consumer_auto_offset_reset="earliest", loop=asyncio.get_running_loop(),
-        )  # fmt: skip
+    async def take(stream: Any) -> None:
+        async for _ in stream:
+            if clock.saw(1):
+                _end(clock)
 
-        async def take(stream: Any) -> None:
-            async for _ in stream:
-                if clock.saw(1):
-                    _end(clock)
-
-        app.agent(app.topic(topic, value_serializer="json"))(take)
-        await app.start()
-        await asyncio.Event().wait()
-
-    asyncio.run(main())
+    run_stock_faust(bootstrap, topic, lambda app: app.agent(app.topic(topic, value_serializer="json"))(take))
 
 
 def _client(bootstrap: str, topic: str, events: int) -> None:

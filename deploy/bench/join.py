@@ -56,12 +56,14 @@ def bench_join(events: int, page: int, runs: int, step: Callable[[], None] = lam
     equal = all(a["digest"] == b["digest"] for a, b in zip(few + many, measured["reference"] + measured["ref_10x"],
                                                            strict=True))  # fmt: skip
     speed, reference = median(few, "events_per_s"), median(measured["reference"], "events_per_s")
+    cpu, reference_cpu = median(few, "events_per_cpu_s"), median(measured["reference"], "events_per_cpu_s")
     return {
         "events_per_s": speed,
         "reference_per_s": reference,
         "ratio": speed / reference,
-        "events_per_cpu_s": median(few, "events_per_cpu_s"),
-        "reference_per_cpu_s": median(measured["reference"], "events_per_cpu_s"),
+        "events_per_cpu_s": cpu,
+        "reference_per_cpu_s": reference_cpu,
+        "ratio_cpu": cpu / reference_cpu,
         "events_per_s_10x_open": median(many, "events_per_s"),
         "rss_growth_mb": median(few, "rss_growth_mb"),
         "rss_growth_mb_10x_open": median(many, "rss_growth_mb"),

@@ -27,12 +27,15 @@ def standard_mix(events: int, page: int, span_ms: int, seed: int = 1) -> Iterato
     return (record for _, _, record in timed_mix(events, page, START_MS, span_ms, seed))
 
 
-def timed_mix(events: int, page: int, start_ms: int, span_ms: int, seed: int = 1) -> Iterator[tuple[int, str, bytes]]:
+def timed_mix(
+    events: int, page: int, start_ms: int, span_ms: int, seed: int = 1, name: str = ""
+) -> Iterator[tuple[int, str, bytes]]:
     """(its time, its user, the record) of `events` events in all (to within one page), spread evenly over `span_ms` of
     event time from `start_ms` (ms UTC) on, in order.
 
     `page`: items of an impression. Of USERS users the n-th most active has a share of n^-0.7, the first one 0.9 %; of
     as many items the n-th of n^-1. An action is on an impression that was shown some seconds to `REMEMBERED_MS` before.
+    `name`: what the ids of events and requests begin with.
     """
     dice = random.Random(seed)
     users, goods = (_ranks(dice, exponent) for exponent in (0.7, 1.0))
@@ -46,12 +49,12 @@ def timed_mix(events: int, page: int, start_ms: int, span_ms: int, seed: int = 1
             shown.popleft()
         number += 1
         kind = dice.choices(kinds, weights)[0] if shown else "impression"
-        event: dict[str, object] = {"kind": kind, "event_id": f"e{number}", "ts": ts, "scenario": "live"}
+        event: dict[str, object] = {"kind": kind, "event_id": f"{name}e{number}", "ts": ts, "scenario": "live"}
         if kind == "impression":
             user = f"u{next(users)}"
             items = [f"i{next(goods)}" for _ in range(page)]
-            shown.append((ts, user, f"r{number}", items))
-            event |= {"user": user, "request_id": f"r{number}", "items": items}
+            shown.append((ts, user, f"{name}r{number}", items))
+            event |= {"user": user, "request_id": f"{name}r{number}", "items": items}
         else:
             back = int(len(shown) * min(dice.expovariate(8.0), 1.0))  # of REMEMBERED_MS an eighth, on the average
             _, user, request, items = shown[max(len(shown) - 1 - back, 0)]

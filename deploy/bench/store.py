@@ -43,9 +43,11 @@ AGAIN = 5  # one in so many events is of an id that was there before
 
 
 def bench_store(
-    rows: int, largest: int, touched: int, ids: int, memory: int, runs: int, step: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """The figures of the command, medians of `runs`. `step` is called after each of the 6 * runs parts."""
+    rows: int, largest: int, touched: int, ids: int, memory: int, runs: int, step: Callable[[], None] = lambda: None,
+    map_only: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of the command, medians of `runs`. `step` is called after each of the 6 * runs parts, or of the
+    2 * runs of the row map and the dict, if those are all (`map_only`)."""
     sizes = [largest // 100, largest // 10, largest]
     measured: dict[str, list[dict[str, Any]]] = {}
 
@@ -57,18 +59,18 @@ def bench_store(
     for _ in range(runs):
         part("map", "map", rows=rows)
         part("dict", "dict", rows=rows)
+        if map_only:
+            continue
         for size in sizes:
             part(f"{size}", "checkpoint", rows=size, touched=touched)
         part("tiers", "tiers", ids=ids, memory=memory)
+    if map_only:
+        return _map_figures(measured, rows)
     checkpoint_ms = {f"{size}": median(measured[f"{size}"], "checkpoint_ms") for size in sizes}
     checkpoint_cpu = {f"{size}": median(measured[f"{size}"], "checkpoint_cpu_ms") for size in sizes}
-    fast, plain, again, tiers = measured["map"], measured["dict"], measured[f"{sizes[1]}"], measured["tiers"]
+    again, tiers = measured[f"{sizes[1]}"], measured["tiers"]
     return {
-        **{name: median(fast, name) for name in ("lookup_per_s", "lookup_per_cpu_s")},
-        "dict_lookup_per_s": median(plain, "lookup_per_s"),
-        **{name: median(fast, name) for name in ("admit_per_s", "admit_per_cpu_s")},
-        "dict_admit_per_s": median(plain, "admit_per_s"),
-        "map_rows": rows,
+        **_map_figures(measured, rows),
         "checkpoint_ms": checkpoint_ms,
         "checkpoint_flatness": max(checkpoint_ms.values()) / min(checkpoint_ms.values()),
         "checkpoint_cpu_ms": checkpoint_cpu,
@@ -79,6 +81,13 @@ def bench_store(
         **{f"tier_{name}": median(tiers, name) for name in tiers[0] if name != "exact"},
         "tier_exact": all(run["exact"] for run in tiers),
     }
+
+
+def _map_figures(measured: dict[str, list[dict[str, Any]]], rows: int) -> dict[str, Any]:
+    """Of the row map, and of the dict beside it."""
+    names = [f"{done}_per_{unit}" for done in ("lookup", "admit") for unit in ("s", "cpu_s")]
+    ours = {name: median(measured["map"], name) for name in names}
+    return ours | {f"dict_{name}": median(measured["dict"], name) for name in names} | {"map_rows": rows}
 
 
 class _Watch:

@@ -16,25 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from deploy.bench.bare_torchrec import BareTables
 from deploy.bench.common import finish
 from deploy.bench.train import PARTS, STAGES
 from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import MOMENTUM, WEIGHTS
 from embedding_store.delta import Version, encode
 from embedding_store.ids import GOLDEN
-from embedding_store.optimizers import fuse
-from embedding_store.ranks import Ranks
 from embedding_store.specs import TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from streams.train_worker import COMMIT_SECONDS, COMMIT_SHARE
@@ -91,25 +83,7 @@ class BareTorchrec:
     """TorchRec and fbgemm as they come."""
 
     def __init__(self, ids: int) -> None:
-        Ranks()  # TorchRec wants a process group
-        configs = [EmbeddingConfig(num_embeddings=ids, embedding_dim=DIM, name=f, feature_names=[f]) for f in FEATURES]
-        collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
-        fuse("row_wise_adagrad", collection.parameters(), RATE, EPS)
-        sharder: Any = EmbeddingCollectionSharder()
-        plan = construct_module_sharding_plan(
-            collection, {f: row_wise(compute_kernel="fused") for f in FEATURES}, sharder=sharder,
-            local_size=1, world_size=1, device_type="cpu",
-        )  # fmt: skip
-        self._tables = DistributedModelParallel(
-            collection, env=ShardingEnv.from_process_group(dist.group.WORLD), device=torch.device("cpu"),
-            plan=ShardingPlan(plan={"": plan}), sharders=[sharder],
-        )  # fmt: skip
-        self.weights: dict[str, torch.Tensor] = {}
-        for kernel in (kernel for lookup in self._tables.module._lookups for kernel in lookup._emb_modules):
-            names = [config.name for config in kernel._config.embedding_tables]
-            self.weights |= zip(names, kernel.emb_module.split_embedding_weights(), strict=True)
-        for weights in self.weights.values():
-            weights.detach().zero_()
+        self._tables = BareTables({feature: [feature] for feature in FEATURES}, ids, DIM, RATE, EPS)
         self.dense = _Dense()
         self._lengths = torch.tensor([1] * BATCH * SINGLE + [LENGTH] * BATCH * HISTORIES, dtype=torch.int32)
 
@@ -124,7 +98,7 @@ class BareTorchrec:
 
     def row(self, feature: str, number: int) -> np.ndarray:
         """The weights float32 [DIM] of an id."""
-        return self.weights[feature][number].detach().numpy()
+        return self._tables.weights[feature][number].detach().numpy()
 
 
 class PureTorch:

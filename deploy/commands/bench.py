@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.commands import bench_growth
+from deploy.commands import bench_all, bench_growth
 from deploy.commands.common import BootstrapOption, JsonOption, Output, progress, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 app = typer.Typer(help="Figures, each beside a reference measured in the same run.")
-
-bench_growth.register(app)
 
 RunsOption = Annotated[int, typer.Option(min=1, help="Runs; the figures are their medians.")]
 
@@ -74,6 +72,7 @@ def store(
     touched: Annotated[int, typer.Option(min=1, help="Rows that a commit changes.")] = 50_000,
     ids: Annotated[int, typer.Option(min=10_000, help="Ids that go through memory.")] = 20_000_000,
     memory: Annotated[int, typer.Option(min=1_000, help="Rows of the table that they go through.")] = 2_000_000,
+    map_only: Annotated[bool, typer.Option("--map-only", help="The row map and nothing else: seconds.")] = False,
     runs: RunsOption = 1,
     json: JsonOption = False,
 ) -> None:
@@ -85,10 +84,10 @@ def store(
         from deploy.bench.common import BenchError
         from deploy.bench.store import bench_store
 
-        with progress("store", 6 * runs) as (bar, task):
-            result = bench_store(rows, largest, touched, ids, memory, runs, lambda: bar.advance(task))
+        with progress("store", (2 if map_only else 6) * runs) as (bar, task):
+            result = bench_store(rows, largest, touched, ids, memory, runs, lambda: bar.advance(task), map_only)
         out.result(result, _table("store", result))
-        if not result["tier_exact"]:
+        if not map_only and not result["tier_exact"]:
             raise BenchError("rows came back from the store as they were not learned: report it")
 
 
@@ -106,6 +105,40 @@ def train(
         with progress("train", 3 * runs) as (bar, task):
             result = bench_train(ids, steps, runs, lambda: bar.advance(task))
         out.result(result, _table("train", result))
+
+
+@app.command(epilog="Example: headrace bench publish --rows 200000 --dim 64 --runs 3")
+def publish(
+    rows: Annotated[int, typer.Option(min=1_000, help="Rows that are sent, 20,000 a version.")] = 400_000,
+    dim: Annotated[int, typer.Option(min=4, help="Weights of a row.")] = 64,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """Versions encoded and put together again, as fp32, fp16 and int8, beside safetensors alone, on one core."""
+    with Output(json) as out:
+        from deploy.bench.publish import bench_publish
+
+        with progress("publish", 2 * runs) as (bar, task):
+            result = bench_publish(rows, dim, runs, lambda: bar.advance(task))
+        out.result(result, _table("publish", result))
+
+
+@app.command(epilog="Example: headrace bench learners --events 100000 --runs 3")
+def learners(
+    events: Annotated[
+        int, typer.Option(min=5_000, help="Events in the log; some two in five become examples.")
+    ] = 100_000,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step; 512: a train worker's that is behind.")] = 512,
+    runs: RunsOption = 1,
+    json: JsonOption = False,
+) -> None:
+    """Headrace's step beside river and Vowpal Wabbit on the same examples, on one core."""
+    with Output(json) as out:
+        from deploy.bench.learners import bench_learners
+
+        with progress("learners", runs) as (bar, task):
+            result = bench_learners(events, batch, runs, lambda: bar.advance(task))
+        out.result(result, _table("learners", result))
 
 
 @app.command(epilog="Example: headrace bench scale --steps 200 --runs 3")
@@ -147,9 +180,7 @@ def serve(
 
         arrivals = "poisson" if poisson else "even"
         with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
-            result = bench_serve(
-                server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
-            )
+            result = bench_serve(server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task))
         out.result(result, _table("serve", result))
 
 
@@ -177,6 +208,35 @@ def freshness(
         out.result(result, _table("freshness", result))
         if not result["keeps_up"]:
             say(f"the system falls behind: of {result['rate']:,.0f} events/s it handles {result['handled_per_s']:,.0f}")
+
+
+@app.command(name="end_to_end", epilog="Example: headrace bench end_to_end --events 100000 --faust-events 20000")
+def end_to_end(
+    events: Annotated[int, typer.Option(min=10_000, help="Events of the standard mix.")] = 300_000,
+    faust_events: Annotated[int, typer.Option(min=1_000, help="How many of them plain Faust is sent.")] = 60_000,
+    runs: RunsOption = 1,
+    bootstrap: BootstrapOption = None,
+    json: JsonOption = False,
+) -> None:
+    """From Kafka to a replica on two cores, beside plain Faust, and beside joiner and TorchRec alone.
+
+    Without --bootstrap an embedded broker is started for it, and removed. Exit 1 if an example was lost or doubled.
+    """
+    with Output(json) as out:
+        from deploy.bench.common import BenchError
+        from deploy.bench.end_to_end import bench_end_to_end
+
+        with _broker(bootstrap) as server, progress("end_to_end", 4 * runs) as (bar, task):
+            result = bench_end_to_end(server, events, faust_events, runs, lambda: bar.advance(task))
+        out.result(result, _table("end_to_end", result))
+        if result["lost"] or result["duplicated"]:
+            raise BenchError(
+                f"{result['lost']} lost, {result['duplicated']} duplicated: the rates mean nothing; report it"
+            )
+
+
+bench_growth.register(app)
+bench_all.register(app)
 
 
 @contextmanager

@@ -38,7 +38,8 @@ def torture(
         from deploy.workers import WorkerFailed
 
         again = f"headrace torture --kills {kills} --seed {seed} --ranks {ranks}"
-        logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # the broker is to be away
+        for client in ("aiokafka", "kafka"):
+            logging.getLogger(client).setLevel(logging.CRITICAL)  # the broker is to be away
         with alone(home.parent / "torture.lock", "torture", "wait for it"):
             try:
                 result = Torture(kills, seed, home, say, ranks=ranks).run()

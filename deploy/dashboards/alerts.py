@@ -62,7 +62,10 @@ _REFUSED = (
     ' + sum(rate(headrace_join_kinds_total{kind!="tick"}[10m])))'
 )
 _ABSENT = " or ".join(f'absent(up{{job="{job}"}})' for job in ("join", "train", "serve"))
-_FAILED = 'sum(rate(headrace_serve_requests_total{status=~"5.."}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
+# 429 is the replica's own answer to overload: whoever gets it has nothing to show.
+_FAILED = (
+    'sum(rate(headrace_serve_requests_total{status=~"5..|429"}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
+)
 _SCORED = (
     "histogram_quantile(0.99, sum by (le, instance)"
     ' (rate(headrace_serve_request_seconds_bucket{route=~"/v1/(rank|recommend)"}[5m])))'
@@ -122,7 +125,8 @@ ALERTS: tuple[Alert, ...] = (
         "checkpoint-old", "page", "1m",
         f"headrace_train_checkpoint_age_seconds > {good.CHECKPOINT_AGE.high:g} and on (instance) {_WAITS}",
         "The trainer has not committed for {{ $value | humanizeDuration }} while examples wait",
-        "Is its disk full or away? Is the process stuck? Its log says so. Restarted it goes on from the last commit.",
+        "Is a rank stopped, is its disk very slow, does Kafka take versions? Its log says so. Restarted it goes on from"
+        " the last commit.",
         good.CHECKPOINT_AGE,
     ),
     Alert(
@@ -184,7 +188,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "serve-errors", "page", "2m", f"{_FAILED} > {good.SERVE_ERRORS.high:g}",
         "{{ $value | humanizePercentage }} of requests fail",
-        "503: overload, add replicas. 500: the replica's log has the request. Not ready: it has no version yet.",
+        "429, 503: overload, add replicas. 500: the replica's log has the request. Not ready: it has no version yet.",
         good.SERVE_ERRORS,
     ),
     Alert(

@@ -131,9 +131,10 @@ SERVING = Board(
                          f" (rate(headrace_serve_request_seconds_bucket{{{SCORING}}}[$__rate_interval])))",
                          f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99)], good.SERVE_SECONDS, log=True),
             Panel("Share of requests that failed", "percentunit",
-                  "Answered with 500 or more, overload (503) among them.",
-                  [Query('(sum(rate(headrace_serve_requests_total{status=~"5..",instance=~"$instance"}[$__rate_interval]))'
-                         " or vector(0)) / sum(rate(headrace_serve_requests_total{}[$__rate_interval]))", "failed")],
+                  "Answered with 500 or more, or turned away (429). 429 and 503 are overload.",
+                  [Query('(sum(rate(headrace_serve_requests_total{status=~"5..|429",instance=~"$instance"}'
+                         "[$__rate_interval])) or vector(0))"
+                         " / sum(rate(headrace_serve_requests_total{}[$__rate_interval]))", "failed")],
                   good.SERVE_ERRORS),
             Panel("Requests refused", "reqps",
                   "By the problem that was said, per second. too-many-waiting, waited-too-long: overload; add"

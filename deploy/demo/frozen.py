@@ -99,6 +99,8 @@ def run(settings: TwinSettings, start_ms: int, closed: threading.Event) -> None:
             sys.stdout.buffer.write(orjson.dumps(say) + b"\n")
             sys.stdout.buffer.flush()
             said += 1
+        while seconds and next(iter(seconds.values())) < said:  # nobody clicks these any more
+            del seconds[next(iter(seconds))]
 
 
 def _step_back() -> None:

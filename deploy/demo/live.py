@@ -38,7 +38,7 @@ class Live:
         """registry: for the metrics of probes and of what is sent."""
         self.settings, self.workers, self.boards = settings, workers, boards
         self.url = f"http://127.0.0.1:{settings.serve.port}"
-        self.freshness = Freshness()
+        self.freshness = Freshness(keep=0)
         topics = settings.topics
         self._replica = Watched()
         self.probes = Probes(settings.connection, topics, self.url, registry, moment=self._moment)

@@ -23,6 +23,7 @@ from streams.events import Click, Event, Item, units
 STEP_S = 0.02
 IN_FLIGHT = 64  # requests to the replica at a time; users beyond that go away
 ANSWER_S = 2.0  # so long a user waits
+FORGET_MS = 60_000  # well past CLICKS_COME_S
 
 
 def now_ms() -> int:
@@ -57,7 +58,7 @@ class ClosedLoop:
     def __init__(self, settings: SimulatorSettings, sink: KafkaSink, url: str, logged: bool = True) -> None:
         self.world, self.sink, self.clicks, self.sent = Marketplace(settings), sink, ClickRate(), Sent()
         self._url, self._logged = f"{url}/v1/recommend", logged
-        self._seconds: dict[str, int] = {}  # request → the second of the run it was shown in
+        self._shown: dict[str, tuple[int, int]] = {}  # request → when (ms UTC), the second of the run it counts for
         self._flying: set[asyncio.Task] = set()
         self._stepped: float | None = None  # when the last step began, time.monotonic(); None: it does not run
 
@@ -75,8 +76,9 @@ class ClosedLoop:
                 step = self.world.advance(now_ms())
                 for event in step.events:
                     if isinstance(event, Click):
-                        self.clicks.add(self._seconds[str(event.request_id)], clicked=1)
+                        self.clicks.add(self._shown[str(event.request_id)][1], clicked=1)
                     self.sent.add(event)
+                self._forget()
                 self._send([*step.items, *step.events])
                 for request in step.requests:
                     if len(self._flying) < IN_FLIGHT:
@@ -115,11 +117,19 @@ class ClosedLoop:
             model_version=answer["model_version"], feature_hash=answer["feature_hash"],
         )  # fmt: skip
         second = (request.ts - self.world.start_ms) // 1000
-        self._seconds[request.request_id] = second
+        self._shown[request.request_id] = (impression.ts, second)
         self.clicks.add(second, shown=len(items))
         self.sent.add(impression)
         if not self._logged:
             self._send([impression])
+
+    def _forget(self) -> None:
+        """What nobody clicks any more: all clicks up to now are counted."""
+        while self._shown:
+            request, (ts, _) = next(iter(self._shown.items()))
+            if ts >= self.world.now_ms - FORGET_MS:
+                break
+            del self._shown[request]
 
     def _send(self, records: Iterable[Event | Item]) -> None:
         for record in records:

@@ -13,26 +13,31 @@ ROOM = 2 << 30  # bytes; of memory it takes what is in it
 
 @dataclass
 class Disk:
-    """Over `path`, which is there and empty. Without the right to mount, `mounted` stays False and all else does
-    nothing."""
+    """Over `path`, which is there and empty, of `room` bytes. Without the right to mount, `mounted` stays False and all
+    else does nothing."""
 
     path: Path
     mounted: bool = False
+    room: int = ROOM
 
     def mount(self) -> None:
-        self.mounted = _mount("-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", str(self.path))
+        self.mounted = _mount("-t", "tmpfs", "-o", f"size={self.room}", "tmpfs", str(self.path))
 
     def fill(self) -> None:
         """No space left."""
+        self.leave(0)
+
+    def leave(self, space: int) -> None:
+        """So many bytes of space left. Raises OSError."""
         for _ in range(5):  # it can be made no smaller than what is in it, which may grow meanwhile
             room = os.statvfs(self.path)
-            if self._resize((room.f_blocks - room.f_bfree) * room.f_frsize):
+            if self._resize((room.f_blocks - room.f_bfree) * room.f_frsize + space):
                 return
         raise OSError(f"{self.path} could not be made smaller")
 
     def free(self) -> None:
         """Space again."""
-        self._resize(ROOM)
+        self._resize(self.room)
 
     def release(self) -> None:
         """What is on it goes to the disk beneath, under the same path. Nobody may use it any more."""

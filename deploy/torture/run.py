@@ -40,7 +40,7 @@ from streams.topics import end_offsets
 PARTITIONS = 2
 EVENTS_A_FAULT = 2_500
 FEWEST_EVENTS = 20_000
-SETTLE_S = 180.0  # so long the workers may take for what was sent
+SETTLE_S = 180.0  # without a row that is taken in or learned, or until the replicas have what was: something hangs
 STILL_S = 30.0  # more than a group of consumers needs to take in one that was killed and started again
 COPIES_S = 10.0  # between two snapshots; checkpoints are kept half as often
 JOIN = {
@@ -181,26 +181,23 @@ class Torture:
         """
         settings = cluster.settings
         ends = end_offsets(settings.connection, settings.topics.events)
-        deadline = time.monotonic() + SETTLE_S
-        rows, training, sequences = None, None, None
-        had, since = 0.0, time.monotonic()
-        while time.monotonic() < deadline:
+        rows, training, had, since = None, None, (0.0, 0.0), time.monotonic()
+        while (still_s := time.monotonic() - since) < SETTLE_S:
             cluster.revive()
-            rows = rows or _joined(settings, ends)
             training = cluster.training()
-            sequences = [replica.sequence for replica in cluster.replicas]
-            if training and rows and set(sequences) == {training["sequence"]}:
-                has = training["rows_total"] + training["pending_rows"]
-                whole = training["pending_rows"] < settings.model.batch_size
-                if whole and (has == rows or (has == had and time.monotonic() - since > STILL_S)):
-                    return
+            sequences = {replica.sequence for replica in cluster.replicas}
+            if training:
+                has = training["rows_total"], training["pending_rows"]
                 had, since = has, since if has == had else time.monotonic()
-            else:
-                since = time.monotonic()
+                if has[1] < settings.model.batch_size and sequences == {training["sequence"]}:
+                    if rows is None:
+                        rows, since = _joined(settings, ends), time.monotonic()
+                    elif sum(has) == rows or still_s > STILL_S:
+                        return
             time.sleep(0.25)
         raise WorkerFailed(
-            f"not settled within {SETTLE_S:.0f} s: {rows} rows joined, the trainer has {training}, the replicas "
-            f"{sequences}; see {settings.data_dir}"
+            f"nothing has moved for {SETTLE_S:.0f} s: {rows} rows joined, the trainer has learned {had[0]:.0f} and "
+            f"holds {had[1]:.0f}; see {settings.data_dir}"
         )
 
     def _story(self, settings: Settings) -> Story:

@@ -8,7 +8,7 @@ learned later: where that is so, predictions are made here from the model's own 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 from river import facto, linear_model, optim, reco
@@ -18,6 +18,8 @@ from online_model.batch import Candidates
 from online_model.catalogue import CatalogueItem
 from replay.comparison.sparse import Fields, hashed
 from replay.comparison.stream import Batch
+
+Lesson: TypeAlias = tuple[dict[int, float], bool]  # river's: feature → 1, and whether it was clicked
 
 
 class RiverLogistic:
@@ -39,11 +41,17 @@ class RiverLogistic:
         return np.array([predict(dict.fromkeys(row, 1.0))[True] for row in rows])
 
     def learn(self, batch: Batch) -> None:
+        self.learn_ready(self.ready(batch))
+
+    def ready(self, batch: Batch) -> list[Lesson]:
+        """The lessons of a batch, by what was known before it; its clicks are known from now on."""
+        return _lessons(self._fields, batch, crossed=True)
+
+    def learn_ready(self, lessons: Sequence[Lesson]) -> None:
+        """One by one."""
         learn = self._model.learn_one
-        rows = hashed(self._fields.of(batch.lessons.candidates), crossed=True)
-        for row, label in zip(rows, batch.lessons.label.tolist(), strict=True):
-            learn(dict.fromkeys(row, 1.0), label == 1)
-        self._fields.learn(batch)
+        for row, clicked in lessons:
+            learn(row, clicked)
 
 
 class _Fm(facto.FMClassifier):
@@ -94,11 +102,17 @@ class RiverFm:
         return _sigmoid(self._model.intercept + np.add.reduceat(linear, starts) + pairs.sum(1) / 2)
 
     def learn(self, batch: Batch) -> None:
+        self.learn_ready(self.ready(batch))
+
+    def ready(self, batch: Batch) -> list[Lesson]:
+        """As RiverLogistic's, without crosses."""
+        return _lessons(self._fields, batch, crossed=False)
+
+    def learn_ready(self, lessons: Sequence[Lesson]) -> None:
+        """One by one."""
         learn = self._model.learn_one
-        rows = hashed(self._fields.of(batch.lessons.candidates), crossed=False)
-        for row, label in zip(rows, batch.lessons.label.tolist(), strict=True):
-            learn(dict.fromkeys(row, 1.0), label == 1)
-        self._fields.learn(batch)
+        for row, clicked in lessons:
+            learn(row, clicked)
 
 
 class RiverBiasedMf:
@@ -164,10 +178,20 @@ class VowpalWabbit:
         return np.array([predict(line) for line in self._lines(candidates)], np.float64)
 
     def learn(self, batch: Batch) -> None:
-        learn, label = self._model.learn, batch.lessons.label.tolist()
-        for line, clicked in zip(self._lines(batch.lessons.candidates), label, strict=True):
-            learn(f"1{line}" if clicked else f"-1{line}")
+        self.learn_ready(self.ready(batch))
+
+    def ready(self, batch: Batch) -> list[str]:
+        """The lessons of a batch as text, by what was known before it; its clicks are known from now on."""
+        lines = zip(self._lines(batch.lessons.candidates), batch.lessons.label.tolist(), strict=True)
+        lessons = [f"1{line}" if clicked else f"-1{line}" for line, clicked in lines]
         self._fields.learn(batch)
+        return lessons
+
+    def learn_ready(self, lessons: Sequence[str]) -> None:
+        """One by one."""
+        learn = self._model.learn
+        for line in lessons:
+            learn(line)
 
     def _lines(self, candidates: Candidates) -> list[str]:
         """Vowpal Wabbit's text, without a label."""
@@ -179,6 +203,16 @@ class VowpalWabbit:
         )
         order = [list(fields).index(field) for names in self.SPACES.values() for field in names]
         return [form % values for values in zip(*(plain[place] for place in order), strict=True)]
+
+
+def _lessons(fields: Fields, batch: Batch, crossed: bool) -> list[Lesson]:
+    """What river's models learn of a batch; then `fields` learn it."""
+    rows = hashed(fields.of(batch.lessons.candidates), crossed)
+    lessons = [
+        (dict.fromkeys(row, 1.0), label == 1) for row, label in zip(rows, batch.lessons.label.tolist(), strict=True)
+    ]
+    fields.learn(batch)
+    return lessons
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -71,13 +71,13 @@ def _join(folder: Path) -> CollectorRegistry:
 async def _train(folder: Path) -> CollectorRegistry:
     settings = TrainWorkerSettings(bootstrap="127.0.0.1:1", data_dir=folder)
     (folder / "snapshots" / "1-1").mkdir(parents=True)
-    figures = TrainFigures(settings, {0: 1}, lambda: (0, 0))
+    figures = TrainFigures(settings, lambda: (0, 0))
     assert not [name for name, _ in _exported(figures.metrics.registry) if name == "headrace_train_loss"]
     trainer = open_trainer(SMALL, settings.store, lambda: 1)
     learn(trainer, mixed())
     trainer.commit()
     looking = asyncio.gather(*figures.tasks(trainer))
-    while "headrace_train_snapshot_age_seconds" not in dict(_exported(figures.metrics.registry)):
+    while "\nheadrace_train_checkpoint_bytes 0.0\n" in generate_latest(figures.metrics.registry).decode():
         await asyncio.sleep(0.01)
     looking.cancel()
     await asyncio.gather(looking, return_exceptions=True)

@@ -187,9 +187,9 @@ def test_arms_that_cannot_be_are_refused_in_one_line(text: str, says: str) -> No
 
 def test_the_join_worker_never_waits_for_torch() -> None:
     program = (
-        "import sys; from deploy.settings import load; s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, "
-        "{'bootstrap': 'a:1', 'train.threads': 1}); s.join; s.topics; s.simulator; s.demo; "
-        "assert 'torch' not in sys.modules"
+        "import sys, streams.join_worker; from deploy.settings import load; "
+        "s = load(None, {'HEADRACE_JOIN_WAIT_MS': '5'}, {'bootstrap': 'a:1', 'train.threads': 1}); "
+        "s.join; s.topics; s.simulator; s.demo; assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from embedding_store.checkpoint import CheckpointStore, Commit
+from embedding_store.codec import Message
 from embedding_store.columns import TOUCHED
-from embedding_store.errors import RankLost, UsageError
+from embedding_store.errors import CorruptRecord, RankLost, UsageError
 from embedding_store.expiry import GRAIN_MS
 from embedding_store.ranks import Ranks
 from embedding_store.specs import RowRules, TableSettings, TableSpec
@@ -29,9 +33,7 @@ STEPS = 100
 
 def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Runs `work(ranks, *arguments)` in a process for each rank; their exit codes."""
-    every = [
-        processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)
-    ]
+    every = [processes.Process(target=_run, args=(rank, size, meeting, work, *arguments)) for rank in range(size)]
     for process in every:
         process.start()
     for process in every:
@@ -129,7 +131,6 @@ class _Machine:
                 i: t // GRAIN_MS * GRAIN_MS for i, (_, t) in self.committed.rows.items()
             }
 
-
     def leave(self) -> None:
         """All is committed; another number of ranks may go on (`take_over`)."""
         self.commit()
@@ -187,6 +188,76 @@ def _sums(ranks: Ranks) -> None:
 
 def test_gradients_of_all_ranks_reach_the_rows_wherever_they_lie(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "meeting", _sums) == [0, 0]
+
+
+class _Harmful:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harm",)
+
+
+def _nothing_of_ours_is_pickled(ranks: Ranks, store: Path) -> None:
+    pickled: list[Any] = []
+    before = distributed_c10d._object_to_tensor
+
+    def seen(value: Any, *others: Any) -> Any:
+        pickled.append(value)
+        return before(value, *others)
+
+    distributed_c10d._object_to_tensor = seen  # all of torch's collectives of objects go through it
+    _random_calls(ranks, store, 1, goes_on=False)
+    assert ranks.every((ranks.rank, "a")) == [(0, "a"), (1, "a")]
+    assert ranks.at_first(ranks.rank) == ([0, 1] if ranks.rank == 0 else [])
+    assert ranks.least(3 - ranks.rank) == 2
+    assert {type(value).__name__ for value in pickled} <= {"bool", "ShardedTensorMetadata"}, "TorchRec's own alone"
+    os.chdir(store)
+    if ranks.rank == 0:
+        dist.broadcast_object_list([_Harmful()], 0)  # what a rank that was taken over could send
+    else:
+        with pytest.raises(CorruptRecord, match=r"posix\.mkdir: start all ranks"):
+            dist.broadcast_object_list([None], 0)
+    assert not (store / "harm").exists()
+
+
+def test_nothing_that_is_pickled_is_run_between_ranks(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "meeting", _nothing_of_ours_is_pickled, tmp_path) == [0, 0]
+
+
+def _forge(ranks: Ranks, message: np.ndarray) -> None:
+    """Rank 0 sends this for a message; what the other makes of it."""
+    if ranks.rank == 0:
+        dist.broadcast(torch.tensor([len(message)]), 0)
+        dist.broadcast(torch.from_numpy(message), 0)
+        return
+    with pytest.raises(CorruptRecord, match="damaged"):
+        ranks.from_first(lambda: None)
+
+
+def _what_others_send_is_not_believed(ranks: Ranks) -> None:
+    message = Message(["any", np.arange(100)]).bytes()
+    _forge(ranks, message[:-1])
+    _forge(ranks, np.full(40, 0xFF, np.uint8))
+    for size in (1 << 62, -1, 0):
+        if ranks.rank == 0:
+            dist.broadcast(torch.tensor([size]), 0)
+        else:
+            with pytest.raises(CorruptRecord, match=f"says that its message has {size} bytes"):
+                ranks.from_first(lambda: None)
+    if ranks.rank == 0:
+        for size in (1 << 62, 100):
+            with pytest.raises(CorruptRecord, match="bytes" if size > 100 else "damaged"):
+                ranks.at_first(None)
+        with pytest.raises(TypeError, match="cannot be sent"):
+            ranks.from_first(object)
+        return
+    dist.send(torch.tensor([1 << 62]), 0)
+    dist.send(torch.tensor([100]), 0)
+    dist.send(torch.full((100,), 0xFF, dtype=torch.uint8), 0)
+    with pytest.raises(RankLost):  # the first has nothing to send, and ends
+        ranks.from_first(lambda: None)
+
+
+def test_what_other_ranks_send_is_not_believed(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "meeting", _what_others_send_is_not_believed) == [0, 0]
 
 
 def _lost(ranks: Ranks) -> None:

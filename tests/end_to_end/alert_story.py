@@ -1,43 +1,53 @@
 """A running demo under a real Prometheus: things go wrong in it, alerts fire; things are put right, they clear.
 
-    stopped trainer   SIGSTOP of the train worker                        target-down, freshness-stalled
-    dead replica      SIGKILL of the replica, which the demo starts anew  target-down
-    poisoned model    a crowd that clicks on all it is shown              guard-tripped
-    garbage           records that are no events                          dead-letters
+`story` says what goes wrong and which alerts that causes, all that there are; alert_causes.py how it is done. First and
+last none fires.
 
-The rules are those that users get, with all windows and durations divided by 60 (`SCALE`); bounds are not scaled.
+The rules are those that users get, with all windows and durations divided by 60 (`SCALE`). Bounds are not scaled, but
+for that of `snapshot-old`, with the interval that it is twice of. The windows of `freshness-burn-slow` are divided by
+360 (`DAYS_SCALE`): they are of days, and what the test does to freshness would be in them to its end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kafka import KafkaProducer
+import yaml
 
-from deploy.dashboards.alerts import ALERTS
-from deploy.dashboards.files import RULES, build
+from deploy.dashboards.alerts import ALERTS, Alert, rule_file
+from deploy.dashboards.objectives import SNAPSHOT_AGE
 from deploy.dashboards.validate import Report, validate
-from streams.events import Click, Event, Impression, encode
+from deploy.torture.disk import Disk, unmount
 from tests.deploy.dashboards.prometheus import Prometheus, prometheus
+from tests.end_to_end import alert_causes as wrong
 from tests.end_to_end.demos import Demo, demo
 
-SCALE = 1 / 60
+SCALE, DAYS_SCALE = 1 / 60, 1 / 360
+DAYS = "freshness-burn-slow"
+EVENTS_PER_S = 200
 ANSWERS_S = 180  # until every series is there
 WINDOW_S, RATE = 60, "20s"  # looked back; for $__rate_interval
-FIRES_S, CLEARS_S = 120, 240  # at most; a machine that others use takes its time
-CROWD_PER_S = 200
-SETTINGS = """
+FIRES_S, CLEARS_S = 240, 300  # at most; a machine that others use takes its time
+QUIET_S = 20  # without any alert, before and after all that goes wrong
+ROOM = 64 << 30  # bytes; of the demo's disk, where we may mount one: it takes memory for what is in it only
+ON_DISK = {"disk-low", "disk-filling"}
+SETTINGS = f"""
+[model]
+window = 10000
+
 [model.guard]
 examples = 400
-min_calibration = 0.6
-max_calibration = 1.7
+min_calibration = 0.4
+
+[train]
+ranks = 2
+snapshot_interval_s = {900 * SCALE:g}
 """
 TITLES = {alert.name: alert.title for alert in ALERTS}
 
@@ -55,10 +65,11 @@ class Told:
 
 @dataclass
 class Watched:
-    """The demo and the Prometheus that scrapes it."""
+    """The demo, the Prometheus that scrapes it, and the disk that it is on."""
 
     demo: Demo
     prometheus: Prometheus
+    disk: Disk
     told: list[Told] = field(default_factory=list)
 
     def firing(self, alert: str, **labels: str) -> list[dict]:
@@ -68,6 +79,17 @@ class Watched:
         """Of an expression with one series; 0 without."""
         result = self.prometheus.ask("query", query=promql)["result"]
         return float(result[0]["value"][1]) if result else 0.0
+
+    def quiet(self) -> None:
+        """No alert whatever for QUIET_S."""
+        fired = f'count_over_time(ALERTS{{alertstate="firing"}}[{QUIET_S}s])'
+        asked = lambda: self.prometheus.ask("query", query=fired)["result"]  # noqa: E731
+        time.sleep(QUIET_S)  # so long there must have been none
+        try:
+            self.prometheus.until(lambda: not asked(), CLEARS_S, f"no alert fires for {QUIET_S} s")
+        except AssertionError as error:
+            names = sorted({one["metric"]["alertname"] for one in asked()})
+            raise AssertionError(f"{error}: {', '.join(names)}") from None
 
     def caused(self, cause: str, alerts: dict[str, dict[str, str]], under: contextlib.AbstractContextManager) -> None:
         """All `alerts` (with labels) are quiet, fire while `under` lasts, and are quiet again after it."""
@@ -94,17 +116,37 @@ class Watched:
 def watched(folder: Path) -> Iterator[Watched]:
     """A demo that learns, scraped once a second, with our rules."""
     folder.mkdir(exist_ok=True)
-    config = folder / "headrace.toml"
+    config, home = folder / "headrace.toml", folder / "demo"
     config.write_text(SETTINGS)
-    build(folder / "rules", scale=SCALE)
-    home = folder / "demo"
-    arguments = ("--config", config, "--seconds", 0, "--rate", 200, "--no-page")
-    with demo(home, *arguments) as running, prometheus(
-        folder / "prometheus", home / "targets.json", [folder / "rules" / RULES]
-    ) as server:
-        found = Watched(running, server)
-        server.until(lambda: found.value("headrace_train_rows_total") > 1_000, 180, "the demo learns")
-        yield found
+    home.mkdir()
+    disk = Disk(home, room=ROOM)
+    disk.mount()
+    arguments = ("--config", config, "--seconds", 0, "--rate", EVENTS_PER_S, "--no-page")
+    try:
+        with demo(home, *arguments) as running, prometheus(
+            folder / "prometheus", home / "targets.json", _rules(folder)
+        ) as server:
+            found = Watched(running, server, disk)
+            server.until(lambda: found.value("headrace_train_rows_total") > 1_000, 180, "the demo learns")
+            yield found
+    finally:
+        unmount(home)
+
+
+def _rules(folder: Path) -> list[Path]:
+    """Our rules as files, one for each scale."""
+    bound = f"> {SNAPSHOT_AGE.high:g}"
+
+    def fitted(alert: Alert) -> Alert:
+        assert (bound in alert.expr) == (alert.name == "snapshot-old")
+        return replace(alert, expr=alert.expr.replace(bound, f"> {(SNAPSHOT_AGE.high or 0) * SCALE:g}"))
+
+    files = []
+    for scale in (SCALE, DAYS_SCALE):
+        files.append(folder / f"{len(files)}.rules.yml")
+        chosen = [fitted(alert) for alert in ALERTS if (alert.name == DAYS) == (scale == DAYS_SCALE)]
+        files[-1].write_text(yaml.safe_dump(rule_file(chosen, scale)), "utf-8")
+    return files
 
 
 def answered(found: Watched) -> Report:
@@ -118,64 +160,82 @@ def answered(found: Watched) -> Report:
     return report
 
 
+def possible(found: Watched) -> set[str]:
+    """The alerts that `story` causes: all, but those of a disk where none may be mounted."""
+    return {alert.name for alert in ALERTS} - (set() if found.disk.mounted else ON_DISK)
+
+
 def story(found: Watched) -> list[Told]:
-    """All of it, one after the other."""
-    found.caused("the train worker is stopped",
-                 {"target-down": {"job": "train"}, "freshness-stalled": {}}, stopped(found, "train"))  # fmt: skip
-    found.caused("the replica is killed", {"target-down": {"job": "serve"}}, killed(found, "serve"))
-    found.caused("records that are no events", {"dead-letters": {}}, sent(found, lambda n, now: [b"{"]))
-    found.caused("a crowd that clicks on everything", {"guard-tripped": {}}, sent(found, clicked))
+    """All of it: one after the other, or at the same time where one does not touch the other."""
+    found.quiet()
+    with ThreadPoolExecutor() as threads:
+        for chapter in CHAPTERS:
+            for under_way in [threads.submit(part, found) for part in chapter]:
+                under_way.result()
+    found.quiet()
     return found.told
 
 
-@contextmanager
-def stopped(found: Watched, worker: str) -> Iterator[None]:
-    """The worker does not move."""
-    process = found.demo.until(lambda: found.demo.worker(worker))
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
+def _stopped_trainer(found: Watched) -> None:
+    found.caused("the train worker stands still",
+                 {"target-down": {"job": "train"}, "freshness-stalled": {}},
+                 wrong.stopped_worker(found.demo, "train"))  # fmt: skip
 
 
-@contextmanager
-def killed(found: Watched, worker: str) -> Iterator[None]:
-    """The worker dies; the demo starts another, which takes some seconds."""
-    found.demo.kill(worker)
-    yield
+def _slow_trainer(found: Watched) -> None:
+    found.caused("the train worker stands still most of the time",
+                 {"freshness-burn-fast": {}, "freshness-burn-slow": {}}, wrong.slowed(found.demo, "train"))  # fmt: skip
 
 
-@contextmanager
-def sent(found: Watched, records: Callable[[int, int], list[bytes]]) -> Iterator[None]:
-    """Into `events`, CROWD_PER_S times a second: what `records` makes of a number and the time (ms UTC)."""
-    settings, ended = found.demo.settings, threading.Event()
-    topic, partitions = settings["topics"]["prefix"] + "events", settings["topics"]["partitions"]
-    producer = KafkaProducer(bootstrap_servers=settings["bootstrap"])
-
-    def send() -> None:
-        n = 0
-        while not ended.wait(0.1):
-            for _ in range(CROWD_PER_S // 10):
-                for value in records(n, time.time_ns() // 1_000_000):
-                    producer.send(topic, value, partition=n % partitions)
-                n += 1
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        producer.close()
+def _killed_replica(found: Watched) -> None:
+    found.caused("the replica is killed", {"target-down": {"job": "serve"}}, wrong.killed(found.demo, "serve"))
 
 
-def clicked(n: int, now: int) -> list[bytes]:
-    """What somebody is shown, and the click on it."""
-    shown = {"user": f"crowd-{n % 400}", "request_id": f"crowd-{n}"}
-    events: list[Event] = [
-        Impression(event_id=f"crowd-{n}-shown", ts=now, items=[n % 50], **shown),
-        Click(event_id=f"crowd-{n}-click", ts=now, item=n % 50, **shown),
-    ]
-    return [encode(event) for event in events]
+def _no_snapshots(found: Watched) -> None:
+    found.caused("the place of snapshots is away, and Kafka has deleted versions that the replica had not read",
+                 {"snapshot-old": {}, "replica-stale": {"job": "serve"}},
+                 wrong.at_once(wrong.snapshots_away(found.demo), wrong.lost_versions(found.demo)))  # fmt: skip
+
+
+def _no_time(found: Watched) -> None:
+    found.caused("the process that sends probes stands still, and a source sends whose clock does",
+                 {"probes-missing": {}, "watermark-stalled": {"partition": "0"}},
+                 wrong.clock_stands_still(found.demo))  # fmt: skip
+
+
+def _flood(found: Watched) -> None:
+    found.caused("a source sends a large page again and again", {"join-lag-growing": {}}, wrong.flooded(found.demo))
+
+
+def _stopped_rank(found: Watched) -> None:
+    found.caused("the second rank of the train worker stands still",
+                 {"checkpoint-old": {}, "train-lag-growing": {}}, wrong.stopped_rank(found.demo))  # fmt: skip
+
+
+def _full_disk(found: Watched) -> None:
+    if found.disk.mounted:
+        found.caused("the disk becomes full", {"disk-low": {}, "disk-filling": {}}, wrong.filling(found.disk))
+
+
+def _garbage(found: Watched) -> None:
+    found.caused("records that are no events", {"dead-letters": {}}, wrong.sent(found.demo, lambda n, now: [b"{"]))
+
+
+def _overload(found: Watched) -> None:
+    found.caused("more clients than may wait", {"serve-errors": {}, "serve-slow": {}}, wrong.overloaded(found.demo))
+
+
+def _crowd(found: Watched) -> None:
+    found.caused("a crowd that clicks on everything", {"guard-tripped": {}}, wrong.sent(found.demo, wrong.clicked))
+
+
+def _not_learning(found: Watched) -> None:
+    found.caused("a crowd that clicks on everything, while learning rates are far too small",
+                 {"calibration-off": {"task": "click"}},
+                 wrong.at_once(wrong.not_learning(found.demo), wrong.sent(found.demo, wrong.clicked)))  # fmt: skip
+
+
+CHAPTERS = (
+    [_stopped_trainer], [_killed_replica], [_slow_trainer], [_no_time], [_no_snapshots], [_flood],
+    [_stopped_rank, _full_disk], [_garbage, _overload], [_crowd], [_not_learning],
+)  # fmt: skip

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy.dashboards.alerts import ALERTS
 from tests.deploy.dashboards.prometheus import with_prometheus
-from tests.end_to_end.alert_story import answered, story, watched
+from tests.end_to_end.alert_story import answered, possible, story, watched
 
 
 @pytest.mark.nightly
 @pytest.mark.broker
-@pytest.mark.timeout(1_200)
+@pytest.mark.timeout(2_400)
 @with_prometheus
 def test_every_query_has_an_answer_and_alerts_fire_and_clear(tmp_path: Path) -> None:
     with watched(tmp_path) as found:
@@ -21,10 +20,7 @@ def test_every_query_has_an_answer_and_alerts_fire_and_clear(tmp_path: Path) -> 
         assert (report.empty, report.errors) == ([], [])
         assert report.queries_run > 200
         told = story(found)
-    assert [one.alert for one in told] == [
-        "target-down", "freshness-stalled", "target-down", "dead-letters", "guard-tripped"
-    ]  # fmt: skip
-    assert {one.alert for one in told} <= {alert.name for alert in ALERTS}
+    assert {one.alert for one in told} == possible(found)
     for one in told:
         assert "error" not in one.summary
         assert "{{" not in one.summary

@@ -25,6 +25,7 @@ from tests.figures import (
     compare,
     off_policy,
     operations,
+    proof,
     publish,
     replay,
     replica,
@@ -38,9 +39,9 @@ from tests.figures.common import Bench, FigureError, Line, Row, say
 
 MODULES: dict[str, dict[str, Line]] = {
     "ablation": ablation.LINES, "backfill": backfill.LINES, "compare": compare.LINES, "offpolicy": off_policy.LINES,
-    "operations": operations.LINES, "publish": publish.LINES, "replay": replay.LINES, "replica": replica.LINES,
-    "retrieval": retrieval.LINES, "serve": serve.LINES, "store": store.LINES, "streams": streams.LINES,
-    "train": train.LINES,
+    "operations": operations.LINES, "proof": proof.LINES, "publish": publish.LINES, "replay": replay.LINES,
+    "replica": replica.LINES, "retrieval": retrieval.LINES, "serve": serve.LINES, "store": store.LINES,
+    "streams": streams.LINES, "train": train.LINES,
 }  # fmt: skip
 
 

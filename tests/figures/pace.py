@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from deploy.bench.alone import together
 from tests.figures.common import Bench, FigureError, Row, at_least, headrace, program, public, say, started
 
 CORES = 2
@@ -58,24 +59,19 @@ print(json.dumps({}))
 """
 
 _PARTS = """
-import itertools, json, os, sys, time
+import json, os, sys
 from pathlib import Path
+import torch
+from deploy.bench.alone import join_alone, train_alone
 from deploy.settings import load
-from online_model.trainer import open_trainer
 from replay.joining import partition_of
 from replay.readers import in_time_order, open_log
-from streams.app import settle
 from streams.catalogue import catalogue_item
 from streams.events import Item, Tick, encode, units
-from streams.join_lane import MAX_SLICE
-from streams.joiner import Joiner, Record
-from streams.settings import LARGEST_BATCHES
-import numpy as np
-import torch
 
 name, path, config = sys.argv[1:4]
 settings = load(Path(config))
-join, model, partitions = settings.join.join, settings.model, settings.topics.partitions
+join, partitions = settings.join.join, settings.topics.partitions
 torch.set_num_threads(settings.train.threads)
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])
 lanes, items, events, last = [[] for _ in range(partitions)], [], 0, 0
@@ -87,34 +83,10 @@ for record in in_time_order(open_log(name, path)):
         events, last = events + units(record), max(last, record.ts)
 for lane in lanes:
     lane.append(encode(Tick(event_id="last", ts=last + join.closing_ms)))
-settle()
-def clocks():
-    return np.array([time.perf_counter(), time.process_time()])
-joiners, blocks, took = [Joiner(join, p) for p in range(partitions)], [], np.zeros(2)
-for start in range(0, max(map(len, lanes)), MAX_SLICE):
-    for partition, lane in enumerate(lanes):
-        if values := lane[start : start + MAX_SLICE]:
-            records = [Record(start + n, None, value) for n, value in enumerate(values)]
-            began = clocks()
-            blocks.append(joiners[partition].process(records).block)
-            took += clocks() - began
-joined, rows = took, sum(len(block.examples) for block in blocks)
-trainer = open_trainer(model, None, lambda: 0)
-trainer.catalogue(items)
-most, learned, counted, took = LARGEST_BATCHES * model.batch_size, 0, 0, np.zeros(2)
-for number, block in enumerate(blocks):
-    trainer.offer(block, number)
-    while trainer.pending >= most or (number + 1 == len(blocks) and trainer.pending):
-        began = clocks()
-        done = trainer.step(rows=most)
-        if learned > 20 * most:  # what is compiled and laid out at first is over
-            took += clocks() - began
-            counted += done
-        learned += done
-        if not done:
-            break
-print(json.dumps({"events": events, "rows": rows, "learned": learned, "join_s": list(joined),
-                  "train_s": list(took * rows / max(1, counted))}))
+blocks, join_s = join_alone(join, lanes)
+learned, train_s = train_alone(settings.model, blocks, items)
+print(json.dumps({"events": events, "rows": sum(len(block.examples) for block in blocks), "learned": learned,
+                  "join_s": join_s, "train_s": train_s}))
 """
 
 
@@ -193,8 +165,7 @@ def _run(bench: Bench, name: str, path: Path) -> dict[str, Any]:
 
 def _reference(t_join: float, t_train: float) -> dict[str, float]:
     """Events/s of both on CORES; t_join, t_train: seconds an event, here in µs."""
-    both = min(CORES / (t_join + t_train), 1 / t_join, 1 / t_train)
-    return {"reference": both, "join": 1e6 * t_join, "train": 1e6 * t_train}
+    return {"reference": together(CORES, t_join, t_train), "join": 1e6 * t_join, "train": 1e6 * t_train}
 
 
 def _cpu_s(pid: int) -> float:

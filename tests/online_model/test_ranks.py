@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from embedding_store.errors import RankLost, UsageError
+from embedding_store.errors import CorruptRecord, RankLost, UsageError
 from embedding_store.ranks import Launch, Ranks, launched
-from online_model.ranks import Followers
+from online_model.ranks import Followers, begin_again, follow, let_go, on_all_ranks
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
+from tests.embedding_store.test_ranks import on_ranks
 from tests.online_model.logs import START, make_blocks, make_rows
 from tests.processes import processes
 
@@ -32,7 +33,6 @@ SMALL = TrainerSettings(
 TIGHT = TrainerSettings(
     features=FeatureSettings(dim=8, users=600, items=8_000, categories=1_000), batch_size=64, window=1_000
 )
-
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -141,6 +141,48 @@ def _not_finite(store: Path) -> None:
 
 def test_a_batch_that_is_not_finite_is_left_out_on_all_ranks(tmp_path: Path) -> None:
     alone(_not_finite, tmp_path / "s")
+
+
+class _Counter:
+    """Something that all ranks have."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.number, self.secret = ranks, 0, 0
+
+    @on_all_ranks
+    def add(self, number: int, *, times: int = 1) -> int:
+        self.number += number * times
+        return self.number
+
+    def not_for_all(self) -> None:
+        self.secret += 1
+
+
+def _only_what_is_for_all(ranks: Ranks) -> None:
+    counter = _Counter(ranks)
+    name = _Counter.add.__qualname__
+    forged: list[Any] = [
+        ("_Counter.not_for_all", (), {}), ("not_for_all", (), {}), ("add", (2,), {}), ("__init__", (None,), {}),
+        (name, [2], {}), (name, (2,)), ([name], (2,), {}), name, None, (b"", (), {}),
+    ]  # fmt: skip
+    if ranks.rank == 0:
+        assert counter.add(2, times=3) == 6
+        let_go(ranks)
+        for call in forged:
+            ranks.from_first(lambda call=call: call)  # type: ignore[misc]
+        begin_again(ranks)
+        return
+    assert follow(counter) is False
+    assert counter.number == 6
+    for _ in forged:
+        with pytest.raises(CorruptRecord, match="calls what is not for all"):
+            follow(counter)
+    assert follow(counter) is True
+    assert (counter.number, counter.secret) == (6, 0)
+
+
+def test_the_first_rank_can_only_call_what_is_for_all_of_them(tmp_path: Path) -> None:
+    assert on_ranks(2, tmp_path / "meeting", _only_what_is_for_all) == [0, 0]
 
 
 def _loses_a_rank(store: Path) -> tuple[str, int]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from embedding_store.errors import CorruptRecord
 from online_model.examples import COLUMNS, Block, Counts
 from streams import block_sizes, blocks
-from streams.block_sizes import check_sizes
-from streams.blocks import decode_block, encode_block
+from streams.block_sizes import pack
+from streams.blocks import decode_block, encode_block, handled_in
 from streams.events import Click, encode
 from streams.joiner import Joiner, JoinSettings, Record
 from tests.streams.logs import SETTINGS, logs
@@ -45,7 +45,8 @@ def test_an_empty_block_comes_back():
 
 
 def test_any_arrow_reader_opens_a_block():
-    source = pa.BufferReader(encode_block(Block(1, 2, 3, 3, 77)))
+    raw = encode_block(Block(1, 2, 3, 3, 77))
+    source = pa.BufferReader(pa.CompressedInputStream(pa.BufferReader(raw), "zstd").read())
     rows = pa.ipc.open_stream(source)
     assert json.loads(rows.schema.metadata[b"headrace.block"])["watermark"] == 77
     assert rows.read_all().column_names == list(COLUMNS)
@@ -60,7 +61,7 @@ def some_block() -> Block:
 
 def test_each_truncation_is_corrupt():
     raw = encode_block(some_block())
-    for length in range(len(raw) - 8):  # the last 8 bytes only say that it ends
+    for length in range(len(raw)):
         with pytest.raises(CorruptRecord):
             decode_block(raw[:length])
 
@@ -80,18 +81,21 @@ def test_each_bent_byte_is_corrupt_or_in_a_number():
     assert corrupt > 1_000
 
 
-@pytest.mark.parametrize("raw", [b"", b"x", b"{}", bytes(50), b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\n" * 1_000])
+@pytest.mark.parametrize("raw", [b"", b"x", b"{}", bytes(50), b"\x28\xb5\x2f\xfd", b"\n" * 1_000])
 def test_what_is_no_block_is_named_so_in_one_line(raw):
     with pytest.raises(CorruptRecord, match=r"^not a block of examples \(.*\): look at what writes to this topic$"):
         decode_block(raw)
 
 
 def test_another_format_is_refused(monkeypatch):
-    monkeypatch.setattr(blocks, "FORMAT", 1)
-    raw = encode_block(Block(1, 2, 3, 3, 77))
+    monkeypatch.setattr(blocks, "FORMAT", 5)
+    newer = encode_block(Block(1, 2, 3, 3, 77))
     monkeypatch.undo()
-    with pytest.raises(CorruptRecord, match="a block of format 1 where 3 is read: run join and train workers"):
-        decode_block(raw)
+    older = pa.CompressedInputStream(pa.BufferReader(newer), "zstd").read()  # was not packed as a whole
+    for raw, which in ((newer, "5"), (older, "3 or before")):
+        for read in (decode_block, handled_in):
+            with pytest.raises(CorruptRecord, match=f"a block of format {which} where 4 is read: run join and train"):
+                read(raw)
 
 
 def test_another_table_is_not_a_block():
@@ -99,34 +103,54 @@ def test_another_table_is_not_a_block():
     with pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])) as writer:
         writer.write_table(pa.table({"a": [1]}))
     with pytest.raises(CorruptRecord, match="no block header"):
-        decode_block(sink.getvalue().to_pybytes())
+        decode_block(pack(sink.getvalue()))
 
 
-def packed(rows: int) -> bytes:
-    """A block whose first column has so many zeros: it is small whatever they are."""
-    column = pa.array(np.zeros(rows, np.int64))
-    sink = pa.BufferOutputStream()
+def streams(rows: int, packed: bool) -> pa.Buffer:
+    """Two streams of so many zeros, the buffers in them packed or as they are."""
+    column, sink = pa.array(np.zeros(rows, np.int64)), pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if packed else None)
     for schema in (pa.schema([("zeros", pa.int64())]), pa.schema([("user", pa.int64())])):
-        with pa.ipc.new_stream(sink, schema, options=blocks._OPTIONS) as writer:
+        with pa.ipc.new_stream(sink, schema, options=options) as writer:
             writer.write_batch(pa.record_batch([column], schema=schema))
-    return sink.getvalue().to_pybytes()
+    return sink.getvalue()
 
 
 def test_a_small_block_that_unpacks_to_gigabytes_is_refused_before_it_does(monkeypatch):
-    small, large = packed(100_000), packed(20_000_000)
-    check_sizes(small)
-    assert len(large) < 20_000
-    with pytest.raises(CorruptRecord, match="320,000,000 bytes, more than 268,435,456"):
-        check_sizes(large)
-    for said in (1 << 33, 1 << 62):
-        bent = small.replace(struct.pack("<q", 800_000), struct.pack("<q", said))
+    small, large = pack(streams(100_000, packed=False)), pack(streams(20_000_000, packed=False))
+    assert len(large) < 40_000
+    with pytest.raises(CorruptRecord, match="no block header"):  # it was unpacked
+        decode_block(small)
+    for read in (decode_block, handled_in):
+        with pytest.raises(CorruptRecord, match=r"320,000,[0-9]{3} bytes, more than 268,435,456"):
+            read(large)
+    said = struct.pack("<I", len(streams(100_000, packed=False)))
+    for says, why in ((1 << 31, "unpacks to"), (1 << 20, "not a block")):
+        bent = small.replace(said, struct.pack("<I", says), 1)
         assert bent != small
-        with pytest.raises(CorruptRecord, match="unpacks to"):
+        with pytest.raises(CorruptRecord, match=why):
             decode_block(bent)
     whole = encode_block(some_block())
     monkeypatch.setattr(block_sizes, "MAX_UNPACKED_BYTES", 1_000)
     with pytest.raises(CorruptRecord, match="unpacks to"):
         decode_block(whole)
+
+
+def test_buffers_that_are_packed_once_more_are_refused_before_they_are_unpacked():
+    bomb = pack(streams(20_000_000, packed=True))
+    assert len(bomb) < 20_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(CorruptRecord, match="its buffers are packed"):
+        decode_block(bomb)
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+def test_a_frame_may_say_its_size_in_each_of_the_ways_there_are():
+    for rows in (0, 1, 100, 10_000):
+        plain = streams(rows, packed=False)
+        assert block_sizes.unpack(pack(plain)).equals(plain)
+    tiny = pack(pa.py_buffer(b"abc"))
+    assert block_sizes.unpack(tiny).to_pybytes() == b"abc"
 
 
 SOME = encode_block(some_block())

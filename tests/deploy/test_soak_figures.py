@@ -1,0 +1,101 @@
+"""`make figures ONLY=proof.soak`: it finds what grows, and the knee; nightly it runs for ten minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.figures import soak
+from tests.figures.common import Bench, FigureError
+from tests.figures.curves import drawing
+
+
+def made(name: str, *, growth: float = 0.0, noise: float = 0.0, level: float = 500.0) -> soak.Samples:
+    """Two hours of a figure that begins at `level` and grows by so much after the settling."""
+    rng = np.random.default_rng(1)
+    at = np.arange(0.0, 7_200.0, 10.0)
+    values = level + growth * at / (7_200 - soak.SETTLE_S) + noise * rng.standard_normal(len(at))
+    return soak.Samples([{"seconds": t, name: v} for t, v in zip(at.tolist(), values.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("name", ["rss_mb train", "disk_mb train", "fresh_ms p99"])
+def test_what_grows_is_found_and_noise_is_not(name: str) -> None:
+    (leaks,) = soak.trends(made(name, growth=60.0, noise=20.0, level=400.0), soak.SETTLE_S, 1_000)
+    assert not leaks.flat
+    assert leaks.growth == pytest.approx(60, abs=8)
+    (flat,) = soak.trends(made(name, noise=40.0), soak.SETTLE_S, 1_000)
+    assert flat.flat
+
+
+def test_a_spike_and_the_beginning_are_no_growth() -> None:
+    samples = made("rss_mb serve")
+    for row in samples.rows[-30:]:
+        row["rss_mb serve"] += 300
+    for row in samples.rows[:80]:
+        row["rss_mb serve"] = 100
+    (trend,) = soak.trends(samples, soak.SETTLE_S, 1_000)
+    assert trend.flat
+    assert trend.growth == pytest.approx(0, abs=1)
+
+
+def test_few_files_that_stay_open_are_found() -> None:
+    (leaks,) = soak.trends(made("files join", growth=20.0, level=60.0), soak.SETTLE_S, 1_000)
+    assert not leaks.flat
+
+
+def test_a_jvm_may_take_its_heap_and_no_more() -> None:
+    def grown(growth: float) -> soak.Trend:
+        return soak.trends(made("rss_mb kafka", growth=growth, level=400.0), soak.SETTLE_S, 1_000)[0]
+
+    assert grown(200).flat
+    assert not grown(1_000).flat
+
+
+def test_what_grows_for_a_reason_is_said_and_not_judged() -> None:
+    for name in ("rows train", "disk_mb kafka", "open join"):
+        assert soak.trends(made(name, growth=1_000.0), soak.SETTLE_S, 1_000) == []
+        assert soak.is_only_said(name)
+
+
+def test_the_knee_is_the_largest_rate_that_is_kept_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def keeps_up(_: Bench, rate: float) -> bool:
+        asked.append(rate)
+        return rate <= 2_700
+
+    monkeypatch.setattr(soak, "_keeps_up", keeps_up)
+    assert soak.find_knee(Bench(tmp_path)) == 2_500
+    assert asked == [500, 1_000, 2_000, 4_000, 3_000, 2_500]
+    monkeypatch.setattr(soak, "_keeps_up", lambda *_: False)
+    with pytest.raises(FigureError, match="does not keep up with 500"):
+        soak.find_knee(Bench(tmp_path))
+    monkeypatch.setattr(soak, "_keeps_up", lambda *_: True)
+    assert soak.find_knee(Bench(tmp_path)) == soak.MOST_RATE
+
+
+def test_curves_are_drawn_in_their_panels() -> None:
+    svg = drawing({"a <b>": (np.arange(3.0), np.array([0.0, 1.0, 2.0])), "none": (np.empty(0), np.empty(0))})
+    assert svg.count("<polyline") == 1
+    assert "a &lt;b&gt;: up to 2, 2 s" in svg
+    assert 'points="22.0,98.0 160.0,60.0 298.0,22.0"' in svg
+
+
+@pytest.mark.nightly
+@pytest.mark.broker
+@pytest.mark.timeout(2_400)
+def test_ten_minutes_of_the_demo_are_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate that any machine keeps up with. Freshness and lag are the machine's matter in so short a run."""
+    for name, value in (("SECONDS", "600"), ("RATE", "500"), ("OUT", str(tmp_path / "out"))):
+        monkeypatch.setenv(f"SOAK_{name}", value)
+    (tmp_path / "bench").mkdir()
+    rows = soak.soak(Bench(tmp_path / "bench"))
+    assert not [row for row in rows if row.fails and row.what.split()[0] not in ("fresh_ms", "lag")]
+    told = json.loads((tmp_path / "out" / "soak.json").read_text("utf-8"))
+    assert {"rss_mb train", "rss_mb join", "rss_mb serve", "rss_mb demo", "rss_mb twin", "rss_mb kafka"} <= {
+        trend["name"] for trend in told["trends"]
+    }
+    assert (tmp_path / "out" / "soak.svg").read_text("utf-8").startswith("<svg")
