@@ -34,7 +34,7 @@ STEP_ROWS, COMMIT_STEPS, STEPS, WARM_STEPS = 128, 40, 120, 40
 RANK_ROWS, RANK_STEPS, RANK_WARM = 1_024, 24, 6
 ITEMS, USERS = 20_000, 5_000  # of a replica whose candidates grow
 REQUESTS, WARM_REQUESTS = 40, 8
-VERSIONS = 20
+VERSIONS = 60
 
 
 def _blocks() -> Iterator[Block]:
