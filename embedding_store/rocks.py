@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from rocksdict import (
     AccessType,
+    BlockBasedIndexType,
     BlockBasedOptions,
     BottommostLevelCompaction,
     Cache,
@@ -363,6 +364,10 @@ def _options(cache: Cache, memory: int) -> Options:
     blocks = BlockBasedOptions()
     blocks.set_block_cache(cache)
     blocks.set_cache_index_and_filter_blocks(bool(memory))
+    if memory:  # an index of a file whole is hundreds of KB: where the cache holds few, a look-up would read one each
+        blocks.set_index_type(BlockBasedIndexType.two_level_index_search())
+        blocks.set_partition_filters(True)
+        blocks.set_pin_top_level_index_and_filter(True)
     blocks.set_bloom_filter(10, False)  # a new id is looked up once, and missing: 0.4 µs
     options.set_block_based_table_factory(blocks)
     return options

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+NEEDED = {"ids", "memory", "users", "candidates", "replicas", "ranks"}  # axes that the constants come from
 USED = 0.6  # of a core, a disk or a memory, so that a peak finds room
 
 
@@ -20,7 +21,7 @@ class Constants:
     join_us: float  # an event in the join worker
     rows_an_event: float  # rows that leave it
     train_us: float  # a row, on one rank
-    rank_0_us: float  # of what several ranks spend on a row, what rank 0 spends whatever their number
+    rank_0_us: float  # a row, in rank 0 of several: all go in step, so this bounds any number of them
     touched_a_row: float  # rows of tables that a commit writes for a row learned
     commit_us: float  # a touched row: read, encoded, written, compacted
     apply_us: float  # a touched row, in a replica
@@ -46,29 +47,28 @@ class Load:
 
 
 def constants_of(result: dict[str, Any]) -> Constants:
-    """From what `headrace bench growth` found on all axes. Raises KeyError where one of them was left out."""
+    """From what `headrace bench growth` found. All of NEEDED must be among them."""
 
     def last(axis: str) -> dict[str, Any]:
         return list(result["axes"][axis]["points"].values())[-1]
 
     sizes, memory, ranks = result["constants"], last("memory"), result["axes"]["ranks"]["points"]
     one, several = next(iter(ranks.values())), last("ranks")
-    further = several["further_rank_us"]
     candidates, readers = last("candidates"), last("replicas")
-    more = max(1, int(list(result["axes"]["replicas"]["points"])[-1]))
+    more = int(list(result["axes"]["replicas"]["points"])[-1])
     users, items = 0.9, 0.1
     return Constants(
         join_us=last("users")["cpu_us"],
         rows_an_event=last("users")["rows_an_event"],
         train_us=one["cpu_us"],
-        rank_0_us=several["rank_0_us"] if further is None else max(several["rank_0_us"] - further, 0.0),
+        rank_0_us=several["rank_0_us"],
         touched_a_row=memory["rows_touched_a_row"],
         commit_us=memory["commit_us_a_touched_row"] + last("ids")["commit_us_a_row"],
         apply_us=candidates["apply_us_a_row"],
         event_bytes=sizes["event_bytes"],
         block_bytes=last("users")["block_bytes_a_row"],
         version_bytes=memory["version_bytes_a_touched_row"],
-        broker_us=readers["broker_us"] / more / (readers["version_bytes"] / 1e6),
+        broker_us=max(readers["broker_us"] - readers["broker_alone_us"], 0.0) / more / (readers["version_bytes"] / 1e6),
         join_bytes=sizes["join_bytes_a_user"],
         store_bytes=users * sizes["store_bytes"]["user"] + items * sizes["store_bytes"]["item"],
         replica_bytes=users * candidates["replica_bytes"]["user"] + items * candidates["replica_bytes"]["item"],
@@ -111,7 +111,8 @@ def breaks(c: Constants, load: Load) -> list[tuple[str, float]]:
     alone = {
         "the trainer's store has one writer (events/s)": 1e6 * USED / (row * c.touched_a_row * c.commit_us),
         "a replica applies all versions (events/s)": 1e6 * USED / (row * c.touched_a_row * c.apply_us),
-        "rank 0 feeds all ranks (events/s)": 1e6 * USED / (row * c.rank_0_us) if c.rank_0_us else math.inf,
+        "one rank learns all rows (events/s)": 1e6 * USED / (row * c.train_us),
+        "several ranks go in step, rank 0 with them (events/s)": 1e6 * USED / (row * c.rank_0_us),
     }
     shares = [(what, limit, limit / load.events_per_s) for what, limit in alone.items()]
     held = load.machine_gb * 1e9 * USED / c.replica_bytes

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.bench.capacity import Load, as_rows, breaks, constants_of, needs
+from deploy.bench.capacity import NEEDED, Constants, Load, as_rows, breaks, constants_of, needs
 from deploy.bench.growth import AXES, Axis
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 16, 36, 48
@@ -49,16 +49,14 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
 def filled(page: str, result: dict[str, Any]) -> str:
     """The page with its tables between `<!-- NAME:begin -->` and `<!-- NAME:end -->` made anew."""
     parts = {"growth": growth_table(result), "machine": f"On {result['machine']}."}
-    try:
+    if result["axes"].keys() >= NEEDED:  # else what the model says stays as an earlier run had it
         constants = constants_of(result)
-    except KeyError:  # an axis was left out: what the model says is of another run
-        pass
-    else:
-        parts |= {"constants": constants_table(result), "capacity": capacity_table(constants)}
+        parts |= {"constants": constants_table(constants), "capacity": capacity_table(constants)}
     parts |= {f"axis-{name}": axis_table(AXES[name], found) for name, found in result["axes"].items()}
     for name, text in parts.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        page = re.sub(f"{begin}.*?{end}", lambda _, t=f"{begin}\n{text}\n{end}": t, page, flags=re.DOTALL)
+        new = f"{begin}\n{text}\n{end}".replace("\\", "\\\\")  # a template, in which a backslash is none
+        page = re.sub(f"{begin}.*?{end}", new, page, flags=re.DOTALL)
     return page
 
 
@@ -70,7 +68,7 @@ def growth_table(result: dict[str, Any]) -> str:
         first, last = (list(points.items())[at] for at in (0, -1))
         steepest = max(found["slopes"], default=None)
         rows.append((
-            name, f"{int(first[0]):,} … {int(last[0]):,} {axis.x}", f"µs a {axis.per}", _number(first[1]["cpu_us"]),
+            name, f"{int(first[0]):,} … {int(last[0]):,} {axis.x}", f"µs per {axis.per}", _number(first[1]["cpu_us"]),
             _number(last[1]["cpu_us"]), ("flat", "in proportion")[axis.expected], _number(found["slope"]),
             _number(steepest), "–" if found["knee"] is None else f"{found['knee']:,}",
             f"{first[1]['rss_mb']:,.0f} … {last[1]['rss_mb']:,.0f}",
@@ -87,14 +85,12 @@ def axis_table(axis: Axis, found: dict[str, Any]) -> str:
     return table((axis.x, *(name.replace("_", " ") for name in names)), rows)
 
 
-def constants_table(result: dict[str, Any]) -> str:
+def constants_table(constants: Constants) -> str:
     """The constants of the model."""
-    return table(
-        ("constant", "value"), [(f"`{name}`", _number(value)) for name, value in as_rows(constants_of(result))]
-    )
+    return table(("constant", "value"), [(f"`{name}`", _number(value)) for name, value in as_rows(constants)])
 
 
-def capacity_table(constants: Any) -> str:
+def capacity_table(constants: Constants) -> str:
     """What loads need, and what breaks first."""
     loads = {
         "10 k events/s, 1e7 ids, 2 replicas": Load(1e4, 1e7, replicas=2),
@@ -116,7 +112,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def plot(axis: Axis, found: dict[str, Any]) -> str:
     """Cost, and the axis' other series, over x, both logarithmic."""
     points = {int(x): point for x, point in found["points"].items()}
-    names = {"cpu_us": f"µs a {axis.per}", **{n: n.removesuffix("_us").replace("_", " ") for n in axis.series}}
+    names = {"cpu_us": f"µs per {axis.per}", **{n: n.removesuffix("_us").replace("_", " ") for n in axis.series}}
     series = {name: [(x, p[name]) for x, p in points.items() if p.get(name)] for name in names}
     low, high = _decades([y for line in series.values() for _, y in line])
     left, right = math.log10(min(points)), math.log10(max(points))
@@ -138,9 +134,9 @@ def plot(axis: Axis, found: dict[str, Any]) -> str:
     for x in points:
         parts.append(f'<text x="{at(x, 1)[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(x)}</text>')
     if found["knee"] is not None:
-        x = at(found["knee"], 1)[0]
-        parts.append(f'<path class="knee" d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{x - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
+        bend = at(found["knee"], 1)[0]
+        parts.append(f'<path class="knee" d="M{bend:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text x="{bend - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
     for number, (name, line) in enumerate(series.items()):
         parts += _line([at(*point) for point in line], number, names[name])
     body = "\n".join(parts)
@@ -180,4 +176,4 @@ def _number(value: float | None) -> str:
 
 
 def _whole(value: float) -> str:
-    return "never" if math.isinf(value) else f"{value:,.0f}"
+    return f"{value:,.0f}"

@@ -34,7 +34,7 @@ STEP_ROWS, COMMIT_STEPS, STEPS, WARM_STEPS = 128, 40, 120, 40
 RANK_ROWS, RANK_STEPS, RANK_WARM = 1_024, 24, 6
 ITEMS, USERS = 20_000, 5_000  # of a replica whose candidates grow
 REQUESTS, WARM_REQUESTS = 40, 8
-VERSIONS = 20
+VERSIONS = 60
 
 
 def _blocks() -> Iterator[Block]:
@@ -201,18 +201,21 @@ def replicas_point(folder: str, x: int, bootstrap: str, broker: int, seconds: fl
 
     model = Model(ITEMS, USERS)
     versions = [encode(model.delta(2 + n, dense=n % 5 == 0)) for n in range(VERSIONS)]
-    used = asyncio.run(_published(bootstrap, versions, x, psutil.Process(broker)))
-    size = sum(len(part) for parts in versions for part in parts)
+    process = psutil.Process(broker)
+    alone = asyncio.run(_published(bootstrap, versions, 0, process))
+    used = asyncio.run(_published(bootstrap, versions, x, process))
+    reader = max(used["own_us"] - alone["own_us"], 0.0) / x
     return {
-        "cpu_us": (used["broker_us"] + used["trainer_us"] + x * used["reader_us"]), **used, "rss_mb": rss_mb(),
-        "version_bytes": size / VERSIONS,
+        "cpu_us": used["broker_us"] + used["own_us"], "clock_us": used["clock_us"], "rss_mb": rss_mb(),
+        "producer_us": alone["own_us"], "broker_us": used["broker_us"], "broker_alone_us": alone["broker_us"],
+        "reader_us": reader, "version_bytes": sum(len(part) for parts in versions for part in parts) / VERSIONS,
     }  # fmt: skip
 
 
 async def _published(
     bootstrap: str, versions: list[list[bytes]], readers: int, broker: psutil.Process
 ) -> dict[str, Any]:
-    """µs a version: of the broker, of who sends them, of a reader."""
+    """µs a version: of the broker, and of this process, in which are who sends them and all readers."""
     from aiokafka import AIOKafkaConsumer, TopicPartition
 
     from embedding_store.delta import Assembler
@@ -234,21 +237,18 @@ async def _published(
         consumer.assign([place])
         await consumer.seek_to_beginning()
     cpu, of_broker, clock = time.process_time(), _of(broker), time.perf_counter()
-    producing = 0.0
 
     async def read(consumer: AIOKafkaConsumer) -> list[Version]:
-        assembler, whole = Assembler(), []
+        assembler = Assembler()
+        whole: list[Version] = []
         while len(whole) < sent:
             for records in (await consumer.getmany(timeout_ms=1_000)).values():
                 whole += [version for record in records if (version := assembler.add(record.value)) is not None]
         return whole
 
     async def publish() -> None:
-        nonlocal producing
         for parts in versions:
-            began = time.thread_time()
             await outlet.send([Message(topic, part, partition=0) for part in parts])
-            producing += time.thread_time() - began
             await asyncio.sleep(0.02)  # the trainer's pace, made quicker
 
     await asyncio.gather(publish(), *(read(consumer) for consumer in consumers))
@@ -256,11 +256,7 @@ async def _published(
     for client in consumers:
         await client.stop()
     await outlet.stop()
-    alone = 0.0 if readers else cpu
-    return {
-        "broker_us": of_broker / sent * 1e6, "trainer_us": alone / sent * 1e6,
-        "reader_us": cpu / max(readers, 1) / sent * 1e6 if readers else 0.0, "clock_us": clock / sent * 1e6,
-    }  # fmt: skip
+    return {"broker_us": of_broker / sent * 1e6, "own_us": cpu / sent * 1e6, "clock_us": clock / sent * 1e6}
 
 
 async def _made(bootstrap: str, topic: str) -> None:

@@ -77,8 +77,11 @@ def _filled(store: CheckpointStore, rows: int) -> tuple[float, float]:
         if not half and start >= rows // 2:
             half, cpu, clock = start, time.process_time(), time.perf_counter()
         ids = spread(np.arange(start, min(start + size, rows)))
-        weights = np.repeat((ids % 1000 / 1000).astype(np.float32)[:, None], DIM, axis=1)
-        columns = {WEIGHTS: weights, MOMENTUM: np.ones(len(ids), np.float32), COUNT: np.ones(len(ids), np.int64)}
+        columns: dict[str, np.ndarray] = {
+            WEIGHTS: np.repeat((ids % 1000 / 1000).astype(np.float32)[:, None], DIM, axis=1),
+            MOMENTUM: np.ones(len(ids), np.float32),
+            COUNT: np.ones(len(ids), np.int64),
+        }
         store.commit(Commit(1, number, b"", rows={TABLE: TableRows(ids, columns)}))
     done = rows - half
     return (time.process_time() - cpu) / done * 1e6, (time.perf_counter() - clock) / done * 1e6
