@@ -29,7 +29,6 @@ from deploy.bench.common import finish, rss_mb
 from deploy.bench.mix import SHARES, START_MS
 
 if TYPE_CHECKING:
-    from online_model.examples import Examples
     from streams.joiner import Joined, JoinSettings
 
 SLICE = 2_000  # records, as the worker joins them
@@ -280,11 +279,6 @@ def partitions_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any
 def hash_of(value: bytes) -> int:
     """Of a record's user, as a producer's partitioner."""
     return int(orjson.loads(value)["user"][1:])
-
-
-def history_bytes(examples: Examples) -> int:
-    """Of the states in rows, each counted once for each row."""
-    return examples.history.nbytes
 
 
 if __name__ == "__main__":
