@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -431,14 +432,18 @@ class TrainWorker:
         return versions
 
     def _rows_a_step(self) -> int:
-        """The more wait the more are learned at once: a step costs the same for many rows as for few, and where it
-        falls behind freshness is worth more than that each batch knows the one before. Not more than there is room
-        for without a commit."""
-        size = self.settings.model.batch_size
-        rows = size if self.settings.deterministic else min(self._trainer.pending // 2, LARGEST_BATCHES * size)
+        """The more wait the more are learned at once: a step costs nearly the same for many rows as for few, and where
+        it falls behind freshness is worth more than that each batch knows the one before. What waits is cut in steps
+        alike: the few rows that would be left over cost a whole one. Not more than there is room for without a commit.
+        """
+        size, waiting = self.settings.model.batch_size, self._trainer.pending
+        if self.settings.deterministic:
+            return size
+        most = min(max(2 * size, waiting // 2), LARGEST_BATCHES * size)
+        rows = math.ceil(waiting / math.ceil(waiting / most))
         while rows > size and self._trainer.commit_due(rows):
             rows //= 2
-        return max(rows, size)
+        return max(rows, min(size, waiting))
 
     def _commit(self, everything: bool = False) -> list[tuple[int, list[bytes]]]:
         """(sequence, parts) of the version, if anything has changed. `everything`: also all that replicas wait for."""
