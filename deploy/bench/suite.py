@@ -206,11 +206,31 @@ FRESHNESS_SLOW = Bench(
     _freshness(None, 700),
     full=("--rate", "100", "--runs", "3"), broker=True,
 )  # fmt: skip
+END_TO_END = Bench(
+    "end_to_end", "end_to_end",
+    (
+        Figure("events/s", "events_per_s", "plain Faust, an event at a time", "faust_per_event_per_s",
+               "ratio_to_faust", Limit(5)),
+        Figure("events/s", "events_per_s", "plain Faust, batches of 256", "faust_batches_per_s",
+               "ratio_to_faust_batches"),
+        Figure("events/s", "events_per_s", "joiner and bare TorchRec on the same cores", "reference_per_s",
+               "ratio_to_reference", Limit(0.4)),
+        Figure("the same three ratios by processor time: {}", "ratios_cpu"),
+        Figure("joiner alone, µs an event", "joiner_us"),
+        Figure("bare TorchRec, µs an event", "bare_us"),
+        Figure("processor time of {}, s", "cpu_s.headrace"),
+        Figure("lost", "lost", wanted=Limit(0, most=True)),
+        Figure("duplicated", "duplicated", wanted=Limit(0, most=True)),
+    ),
+    full=("--runs", "3"), quick=("--events", "60000", "--faust-events", "5000"), broker=True,
+)  # fmt: skip
 
 BENCHES = {
     bench.name: bench
-    for bench in (INTAKE, JOIN, STORE, TRAIN, PUBLISH, LEARNERS, SCALE, SERVE, SOAK, FRESHNESS, FRESHNESS_SLOW)
-}
+    for bench in (
+        INTAKE, JOIN, STORE, TRAIN, PUBLISH, LEARNERS, SCALE, SERVE, SOAK, FRESHNESS, FRESHNESS_SLOW, END_TO_END,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
