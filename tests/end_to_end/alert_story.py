@@ -73,6 +73,7 @@ class Watched:
     prometheus: Prometheus
     disk: Disk
     told: list[Told] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # what was to happen and did not
 
     def firing(self, alert: str, **labels: str) -> list[dict]:
         return self.prometheus.firing(TITLES[alert], **labels)
@@ -178,13 +179,15 @@ def possible(found: Watched) -> set[str]:
 
 
 def story(found: Watched) -> list[Told]:
-    """All of it: one after the other, or at the same time where one does not touch the other."""
-    found.quiet()
+    """All of it: one after the other, or at the same time where one does not touch the other. What fails is noted, and
+    the rest goes on."""
     with ThreadPoolExecutor() as threads:
-        for chapter in CHAPTERS:
+        for chapter in ([Watched.quiet], *CHAPTERS, [Watched.quiet]):
             for under_way in [threads.submit(part, found) for part in chapter]:
-                under_way.result()
-    found.quiet()
+                try:
+                    under_way.result()
+                except AssertionError as error:
+                    found.failed.append(str(error).splitlines()[0])
     return found.told
 
 

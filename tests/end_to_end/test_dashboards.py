@@ -20,6 +20,7 @@ def test_every_query_has_an_answer_and_alerts_fire_and_clear(tmp_path: Path) -> 
         assert (report.empty, report.errors) == ([], [])
         assert report.queries_run > 200
         told = story(found)
+        assert found.failed == []
     assert {one.alert for one in told} == possible(found)
     for one in told:
         assert "error" not in one.summary

@@ -51,7 +51,10 @@ def _run(bench: Bench) -> tuple[Report, list[Told]]:
         with watched(bench.empty("dashboards")) as found:
             report = answered(found)
             say("alerts: causing them")
-            return report, story(found)
+            told = story(found)
+            for line in found.failed:
+                say(f"alerts: {line}")
+            return report, told
     except AssertionError as error:
         raise FigureError(str(error).splitlines()[0]) from None
 
