@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from threading import Lock
@@ -97,9 +98,11 @@ def run(
 
         def end() -> None:
             stop.set()
-            loop.call_later(STOP_SECONDS, die, HeadraceError(
-                f"not drained after {STOP_SECONDS:.0f} s, is Kafka away? What was committed is kept; start it again"
-            ))  # fmt: skip
+            why = f"not drained after {STOP_SECONDS:.0f} s, is Kafka away? What was committed is kept; start it again"
+            # Not of the loop: Faust waits in it for its thread, which may in turn wait for the loop.
+            last = threading.Timer(STOP_SECONDS, die, [HeadraceError(why)])
+            last.daemon = True
+            last.start()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)

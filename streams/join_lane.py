@@ -122,12 +122,19 @@ class Lane:
         self._hole: int | None = None
         self._closing = False
         self._running: asyncio.Task | None = None
+        self._opening = asyncio.Lock()
 
     async def open(self) -> None:
-        """Fence the old owner, open the store, send what it had committed but perhaps not sent.
+        """Fence the old owner, open the store, send what it had committed but perhaps not sent. A lane that is closed
+        meanwhile, as the group has moved on, may have been opened first or not; it keeps nothing.
 
         Raises StoreLocked, StoreError, BrokerError, FencedError.
         """
+        async with self._opening:
+            if not self._closing:
+                await self._open()
+
+    async def _open(self) -> None:
         self._store = await self._open_store()
         await self._outlet.start()  # only now is the group's offset final: an unfinished transaction is undone
         self._group_offset, self._aside = await self._worker.group_position(self.partition)
@@ -183,6 +190,8 @@ class Lane:
         self._closing = True
         async with self._changed:
             self._changed.notify_all()
+        async with self._opening:  # what is being opened is to be let go of when it is open
+            pass
         if self._running is not None:
             await self._running
             if self._purging is not None:

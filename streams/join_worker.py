@@ -119,7 +119,8 @@ class JoinWorker:
         await asyncio.gather(*(lane.open() for lane in new.values()))
         if new:
             log.info("joining partitions %s", ", ".join(map(str, sorted(self.lanes))))
-        return {p: self.lanes[p].expected for p in partitions}
+        # The group may have moved on while they were opened: what was closed meanwhile is not to be read.
+        return {p: lane.expected for p in partitions if (lane := self.lanes.get(p)) is not None}
 
     async def take(self, partition: int, records: list[ConsumerRecord]) -> int | None:
         lane = self.lanes.get(partition)

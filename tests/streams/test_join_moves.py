@@ -259,6 +259,28 @@ def test_newest_first_books_the_gap_as_set_aside_once_and_for_all(
     assert verdict.balance == {name: sum(getattr(c, name) for c in counts) for name in verdict.balance}
 
 
+def test_a_partition_that_is_taken_away_while_it_is_opened_is_let_go_of(
+    broker: str, topics: TopicSettings, tmp_path: Path
+) -> None:
+    settings = _settings(broker, topics, tmp_path, data_dir=str(tmp_path / "here"))
+
+    async def open_and_close() -> None:
+        first, second = (JoinWorker(convert(settings, JoinWorkerSettings)) for _ in range(2))
+        await first.start()
+        await second.start()
+        opening = asyncio.create_task(first.open({0, 1}))
+        await asyncio.sleep(0)  # it has begun
+        await first.close({0})
+        assert (await opening).keys() == {1}
+        assert (await second.open({0})).keys() == {0}  # its store is free
+        await first.close({1})
+        await second.close({0})
+        await first.stop()
+        await second.stop()
+
+    asyncio.run(open_and_close())
+
+
 def test_what_kafka_did_not_take_and_what_it_perhaps_took_are_there_once(
     broker: str, topics: TopicSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -35,11 +35,12 @@ def _behind(items: int, rows: int) -> tuple[TrainerSettings, Trainer]:
 @pytest.mark.parametrize(
     ("room_for", "rows", "deterministic", "wanted"),
     [
-        (4 * SIZE, 1_000, False, 4 * SIZE),
-        (2 * SIZE, 1_000, False, 2 * SIZE),
+        (4 * SIZE, 1_000, False, 1_000 // 4),
+        (2 * SIZE, 1_000, False, 1_000 // 8),
         (SIZE, 1_000, False, SIZE),
         (4 * SIZE, 3 * SIZE, False, 3 * SIZE // 2),
-        (4 * SIZE, 50, False, SIZE),
+        (4 * SIZE, 50, False, 50),
+        (4 * SIZE, SIZE + 6, False, SIZE + 6),
         (4 * SIZE, 1_000, True, SIZE),
     ],
 )
