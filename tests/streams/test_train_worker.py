@@ -300,9 +300,11 @@ def test_the_catalogue_is_learned_before_the_examples(
 def test_rows_go_at_once_and_dense_weights_once_an_interval_also_when_nothing_more_comes(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
-    blocks = _made_blocks(0, 1_200)
+    blocks = _made_blocks(0, 2_400)
     with running("train", tmp_path / "log", **settings, dense_interval_s=1.5) as child:
-        _send(broker, topics, blocks, pause=0.1)
+        _send(broker, topics, blocks[:1])
+        wait_for(lambda: _versions(broker, topics), 60, child)  # it has loaded
+        _send(broker, topics, blocks[1:], pause=0.15)
 
         def all_sent() -> Version | None:
             versions = [v for v in _versions(broker, topics) if _learned(v) == {0: _sum(blocks)}]
