@@ -190,7 +190,7 @@ class Cluster:
 def _further_ranks(pid: int) -> list[psutil.Process]:
     """Those that a train worker has started (beside them it has Python's tracker of what they share)."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [child for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        return [child for child in psutil.Process(pid).children() if "online_model.follower" in child.cmdline()]
     return []
 
 

@@ -59,7 +59,7 @@ def stopped_rank(demo: Demo) -> Iterator[None]:
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    return any("spawn_main" in part for part in process.cmdline())
+    return "online_model.follower" in process.cmdline()
 
 
 @contextmanager
