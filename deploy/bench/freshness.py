@@ -138,6 +138,7 @@ class _System(System):
                 await self.until(lambda: self._freshness.returned)  # all three workers do their part
                 gc.freeze()  # what measures must not stall over what is only loaded
                 with self._producer(rate, warm_up + runs * seconds + BEHIND_S) as producer:
+                    await self._sending(producer)
                     await self._watch(warm_up, producer)
                     step()
                     windows = []
@@ -187,6 +188,12 @@ class _System(System):
                 yield producer
             finally:
                 terminate(producer)
+
+    async def _sending(self, producer: subprocess.Popen) -> None:
+        """It has loaded, which takes seconds on a busy machine, and sent something."""
+        while not (self.folder / "sent.jsonl").stat().st_size and producer.poll() is None:
+            self.all_up()
+            await asyncio.sleep(PROBE_S)  # what is waited for is in another process
 
     async def _watch(self, seconds: float, producer: subprocess.Popen) -> None:
         end = time.monotonic() + seconds
