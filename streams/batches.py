@@ -54,6 +54,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.transport.utils import DefaultSchedulingStrategy
 from faust.types import TP
 from faust.types.auth import CredentialsT
+from mode.threads import ServiceThread, WorkerThread
 
 from embedding_store.errors import StoreError, UsageError
 from streams.app import die
@@ -113,9 +114,18 @@ class Batches(DefaultSchedulingStrategy):
         yield from super().iterate(others)
 
 
+class _Thread(WorkerThread):
+    """Keeps no process alive: one that is stopped while it starts would else wait for it for ever."""
+
+    def __init__(self, service: ServiceThread, **more: Any) -> None:
+        super().__init__(service, **more)
+        self.daemon = True
+
+
 class BatchConsumerThread(driver.AIOKafkaConsumerThread):
     """Faust's consumer thread, on an aiokafka consumer whose fetch sizes and isolation level are ours."""
 
+    Worker = _Thread
     app: BatchApp
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
