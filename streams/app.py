@@ -99,7 +99,7 @@ def run(
         def end() -> None:
             stop.set()
             why = f"not drained after {STOP_SECONDS:.0f} s, is Kafka away? What was committed is kept; start it again"
-            # Not of the loop: Faust waits in it for its thread, which may in turn wait for the loop.
+            # Not of the loop: the process is to end also where that stands still, or is over and threads are left.
             last = threading.Timer(STOP_SECONDS, die, [HeadraceError(why)])
             last.daemon = True
             last.start()

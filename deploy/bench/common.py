@@ -83,6 +83,14 @@ def run_bench(arguments: Sequence[str]) -> dict[str, Any]:
     return json.loads(out.splitlines()[-1])
 
 
+def plots_folder(folder: Path) -> None:
+    """Makes plots/ in a folder for pages. Raises HeadraceError where that cannot be: before an hour is measured."""
+    try:
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HeadraceError(f"{folder} cannot be used: {error.strerror}; choose another folder with --out") from None
+
+
 @contextmanager
 def on_cores(cores: Sequence[int]) -> Iterator[None]:
     """This thread, and whatever it starts meanwhile, on these cores only."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from deploy.bench.common import BenchError, machine, run_bench
+from deploy.bench.common import BenchError, machine, plots_folder, run_bench
 from deploy.bench.plots import figures_svg, ratios_svg, said
 from deploy.bench.suite import BENCHES, Bench, Limit, Row, rows_of
 from deploy.processes import write_atomically
@@ -121,8 +121,8 @@ class Report:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._json, self._page = folder, folder / "benchmarks.json", folder / "benchmarks.md"
+        plots_folder(folder)
         try:
-            (folder / "plots").mkdir(parents=True, exist_ok=True)
             self.entries: dict[str, Any] = json.loads(self._json.read_text("utf-8")) if self._json.exists() else {}
         except OSError as error:
             raise HeadraceError(

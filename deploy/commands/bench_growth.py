@@ -38,10 +38,13 @@ def growth(
     All axes as they stand: half an hour on a quiet machine, 10 GB of disk, 5 GB of memory.
     """  # fmt: skip
     with Output(json) as output:
+        from deploy.bench.common import plots_folder
         from deploy.bench.growth import bench_growth, chosen, points_of
         from deploy.bench.growth_report import growth_table, write
 
         axes = chosen(axis or (), largest)
+        if out is not None:
+            plots_folder(out)
         count = 1 + sum(len(points_of(one, largest)) for one in axes)
         with _server() as server, progress("growth", count) as (bar, task):
             result = bench_growth(axes, largest, folder, server, lambda: bar.advance(task))
