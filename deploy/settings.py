@@ -46,8 +46,10 @@ ABOUT = {
     "http": "who may ask the replica, and /metrics of all workers",
     "demo": "headrace demo",
 }
-# Of the command itself, of the embedded Kafka, of tests.
-NOT_SETTINGS = {"HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT", "HEADRACE_DATA"}
+# Of the command itself, of the embedded Kafka, of tests, of deploy/compose.
+NOT_SETTINGS = {
+    "HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT", "HEADRACE_DATA", "HEADRACE_ARTEFACTS", "HEADRACE_SECRETS",
+}  # fmt: skip
 
 
 class General(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -97,13 +97,15 @@ class Home:
         self.folder = folder
         self._port = free_port()
         self._running: list[subprocess.Popen[bytes]] = []
+        self._answered = False  # curl, once
 
     def start(self, words: list[str], log: str) -> subprocess.Popen[bytes]:
         words = [word.replace("8080", str(self._port)) for word in words]
         if words[0] == "headrace":
             words = [sys.executable, "-m", "deploy.cli", *words[1:]]
         else:
-            words += ["--retry", "600", "--retry-delay", "1", "--retry-all-errors", "--fail-with-body"]
+            retries = "5" if self._answered else "600"  # the first one waits for the replica
+            words += ["--retry", retries, "--retry-delay", "1", "--retry-all-errors", "--fail-with-body"]
         with (self.folder / log).open("wb") as out:
             return subprocess.Popen(words, cwd=self.folder, env=environment(), stdout=out, stderr=subprocess.STDOUT)
 
@@ -114,6 +116,7 @@ class Home:
             self._running.append(self.start(words[:-1], log))
             return
         code = self.start(words, log).wait(900)
+        self._answered |= words[0] == "curl"
         assert code == 0, f"{shlex.join(words)}: exit {code}\n{(self.folder / log).read_text()[-2_000:]}"
 
     def stop(self) -> list[int]:

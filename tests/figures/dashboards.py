@@ -7,7 +7,19 @@ import shutil
 from deploy.dashboards.alerts import ALERTS
 from deploy.dashboards.boards import BOARDS
 from deploy.dashboards.validate import Report
-from tests.end_to_end.alert_story import CLEARS_S, DAYS, DAYS_SCALE, FIRES_S, SCALE, Told, answered, story, watched
+from tests.end_to_end.alert_story import (
+    CHAPTERS,
+    CLEARS_S,
+    DAYS,
+    DAYS_SCALE,
+    FIRES_S,
+    OF_RANKS,
+    SCALE,
+    Told,
+    answered,
+    story,
+    watched,
+)
 from tests.figures.common import Bench, FigureError, Row, at_least, at_most, equal, say
 
 
@@ -51,10 +63,12 @@ def _run(bench: Bench) -> tuple[Report, list[Told]]:
         with watched(bench.empty("dashboards")) as found:
             report = answered(found)
             say("alerts: causing them")
-            told = story(found)
-            for line in found.failed:
-                say(f"alerts: {line}")
-            return report, told
+            told = story(found, CHAPTERS)
+        with watched(bench.empty("ranks"), ranks=2) as of_ranks:
+            told += story(of_ranks, OF_RANKS)
     except AssertionError as error:
         raise FigureError(str(error).splitlines()[0]) from None
+    for line in found.failed + of_ranks.failed:
+        say(f"alerts: {line}")
+    return report, told
 
