@@ -119,8 +119,8 @@ ALERTS: tuple[Alert, ...] = (
         f"headrace_train_lag_records > {good.TRAIN_LAG.high:g} and deriv(headrace_train_lag_records[10m]) > 0",
         "{{ $value | humanize }} blocks of examples wait for the trainer in partition {{ $labels.partition }}, and they"
         " become more",
-        "Open Model quality, Training: where does a step's time go? A smaller ranker, fewer negatives, larger batches, or a"
-        " GPU.",
+        "Open Model quality, Training: where does a step's time go? A smaller ranker, fewer negatives, larger batches,"
+        " or a GPU.",
         good.TRAIN_LAG,
     ),
     Alert(
