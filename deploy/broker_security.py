@@ -107,7 +107,7 @@ def _write_certificates(folder: Path, valid: datetime.timedelta) -> None:
     try:
         import trustme
     except ImportError:
-        raise BrokerError("certificates need the package trustme: pip install 'headrace[secure]'") from None
+        raise BrokerError("certificates need the package trustme: pip install trustme") from None
     until = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) + valid
     authority = trustme.CA(organization_name="Headrace", organization_unit_name="embedded Kafka")
     _write_server(folder / "server.pem", authority.issue_cert("127.0.0.1", not_after=until))

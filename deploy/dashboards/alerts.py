@@ -96,7 +96,8 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "probes-missing", "ticket", "5m",
         "absent(headrace_freshness_probes_total) or sum(rate(headrace_freshness_probes_total[5m])) == 0",
-        "Nobody measures freshness", "Start `headrace monitor`, or have Prometheus scrape it.", good.PROBES,
+        "Nobody measures freshness",
+        "Start `headrace monitor` with --metrics-port, and have Prometheus scrape it.", good.PROBES,
     ),
     Alert(
         "watermark-stalled", "page", "1m",
@@ -118,7 +119,8 @@ ALERTS: tuple[Alert, ...] = (
         f"headrace_train_lag_records > {good.TRAIN_LAG.high:g} and deriv(headrace_train_lag_records[10m]) > 0",
         "{{ $value | humanize }} blocks of examples wait for the trainer in partition {{ $labels.partition }}, and they"
         " become more",
-        "Open Model quality, Training: where does a step's time go? More ranks, a larger batch, or a smaller ranker.",
+        "Open Model quality, Training: where does a step's time go? A smaller ranker, fewer negatives, larger batches,"
+        " or a GPU.",
         good.TRAIN_LAG,
     ),
     Alert(
@@ -194,7 +196,7 @@ ALERTS: tuple[Alert, ...] = (
     Alert(
         "serve-slow", "ticket", "10m", f"{_SCORED} > {good.SERVE_SECONDS.high:g}",
         "One in a hundred requests to {{ $labels.instance }} takes longer than {{ $value | humanizeDuration }}",
-        "Fewer candidates, more replicas, or [serve] deadlines: see docs/serving.md.", good.SERVE_SECONDS,
+        "Fewer candidates, more replicas, or a lower [serve.limits] deadline_ms.", good.SERVE_SECONDS,
     ),
 )  # fmt: skip
 

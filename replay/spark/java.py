@@ -35,6 +35,6 @@ def java_for_spark() -> tuple[str, str]:
 def check_spark() -> str:
     """What there is for Spark, in a line. Raises UsageError where something is missing, with what to do."""
     if find_spec("pyspark") is None:
-        raise UsageError("the package pyspark is not installed: pip install 'headrace[spark]', or use --engine local")
+        raise UsageError("the package pyspark is not installed: pip install pyspark pandas, or use --engine local")
     version, java = java_for_spark()
     return f"Java {version} at {java}"

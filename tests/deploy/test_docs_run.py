@@ -55,7 +55,7 @@ curl -s 127.0.0.1:8080/v1/recommend -d '{"user": "u1", "scenario": "shelf", "k":
 curl -s 127.0.0.1:8080/v1/rank -d '{"user": "u1", "candidates": ["i1", 42]}'
 curl -s 127.0.0.1:8080/v1/rank -d '{"user": "u1", "scenario": "search", "context": {"query": "red shoes"}, "candidates": [1, 2, 3], "shown": 2, "explain": true}'
 curl -s 127.0.0.1:8080/v1/recommend -d '{"user": "u1", "filters": {"unseen": true, "categories": [1, 2], "blocked": [7]}, "log": false}'
-curl -s '127.0.0.1:8080/v1/items/7/similar?k=5'
+curl -s '127.0.0.1:8080/v1/items/i7/similar?k=5'
 curl -s 127.0.0.1:8080/v1/model
 curl -s '127.0.0.1:8080/v1/model?newer_than=0&wait_ms=1000'
 curl -s 127.0.0.1:8080/healthz

@@ -32,9 +32,9 @@ EACH = [
 
 
 def known_items() -> Replica:
-    """A replica that knows the item of the examples too."""
+    """A replica that knows the items of the examples too, of the description and of the docs."""
     made = world()
-    made.blobs["card"] |= cards(["tea-7"])
+    made.blobs["card"] |= cards(["tea-7", "i7"])
     return replica(made)
 
 
@@ -98,7 +98,7 @@ def test_the_curl_lines_of_the_docs_are_answered(words):
 
 def test_the_docs_tell_of_every_route_and_every_problem():
     text = (ROOT / "docs" / "serving.md").read_text()
-    asked = {words[2].partition("/")[2].partition("?")[0].replace("items/7/", "items/{id}/") for words in curls()}
+    asked = {words[2].partition("/")[2].partition("?")[0].replace("items/i7/", "items/{id}/") for words in curls()}
     assert asked == {operation.path[1:] for operation in OPERATIONS}
     for kind in KINDS:
         assert f"| {kind.status} | `{kind.type}` |" in text
