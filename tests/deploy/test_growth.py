@@ -14,6 +14,7 @@ import pytest
 
 from deploy.bench import growth, growth_join, growth_report
 from deploy.bench.capacity import USED, Constants, Load, breaks, needs
+from deploy.bench.common import BenchError
 from deploy.bench.growth import AXES, judged
 from deploy.cli import run
 
@@ -123,6 +124,26 @@ def test_the_made_log_is_of_the_standard_mix() -> None:
             kinds[raw["kind"]] += len(raw.get("items", [0]))
     assert kinds["impression"] / log.events == pytest.approx(0.8, abs=0.02)
     assert kinds["click"] / log.events == pytest.approx(0.15, abs=0.02)
+
+
+def test_actions_are_on_what_is_remembered_and_no_older() -> None:
+    log, shown = growth_join.Log(1_000, remembered=50), list[str]()
+    for event in (json.loads(raw) for _ in range(3) for raw in log.slice()):
+        if event["kind"] == "impression":
+            shown.append(event["request_id"])
+        else:
+            assert event["request_id"] in shown[-50:]
+    assert len(shown) > 1_000
+
+
+def test_a_log_that_is_refused_gives_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks without an id were refused once, and nothing of a visit was joined in it."""
+    joining = growth_join.Joining(tmp_path / "store", growth_join._settings())
+    joining.join([b'{"kind": "tick", "ts": 1}'])
+    with pytest.raises(BenchError, match="refused 1 "):
+        joining.close()
+    monkeypatch.setattr(growth_join, "VISITS", 2)
+    assert growth_join.busiest_point(str(tmp_path / "busiest"), 3)["cpu_us"] > 0
 
 
 @pytest.mark.nightly
