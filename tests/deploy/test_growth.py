@@ -21,8 +21,8 @@ from deploy.cli import run
 DOCS = Path(__file__).parents[2] / "docs"
 CONSTANTS = Constants(
     join_us=10, rows_an_event=0.9, train_us=60, rank_0_us=20, touched_a_row=0.5, commit_us=3, apply_us=1,
-    event_bytes=40, block_bytes=80, version_bytes=400, broker_in_us=8_000, broker_us=1_000, join_bytes=740, store_bytes=500,
-    replica_bytes=550,
+    event_bytes=40, block_bytes=80, version_bytes=400, broker_in_us=8_000, broker_us=1_000, join_bytes=740,
+    store_bytes=500, replica_bytes=550,
 )  # fmt: skip
 
 
