@@ -1,7 +1,7 @@
 """The axes of `headrace bench growth` behind the joiner: trainer, Kafka, replicas. A process a point, on one core.
 
 - memory:     tables with room for `x` users and `x` items in memory, with a store, learn the same rows in steps of
-  STEP_ROWS, commits every COMMIT_STEPS. Per row.
+  STEP_ROWS, commits every COMMIT_STEPS, and where little room is left. Per row.
 - ranks:      `x` ranks learn the same rows (steps of RANK_ROWS, no store): the processor time of all of them, per row.
 - candidates: a replica ranks `x` candidates. Per request; it should be in proportion to them.
 - catalogue:  a replica recommends from `x` items. Per request.
@@ -73,15 +73,12 @@ def memory_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
             cpu = clock = commit = 0.0
             rows, committed, sent = 0, trainer.delta_rows, 0
         began, began_clock = time.process_time(), time.perf_counter()
-        if trainer.commit_due():
-            trainer.commit()
-        rows += trainer.step()
-        if step % COMMIT_STEPS == COMMIT_STEPS - 1:
-            before = time.process_time()
+        if trainer.commit_due() or (step and step % COMMIT_STEPS == 0):
             parts = trainer.commit(dense=False) or []
             trainer.store.acknowledge(trainer.sequence)
-            commit += time.process_time() - before
+            commit += time.process_time() - began
             sent += sum(map(len, parts))
+        rows += trainer.step()
         cpu += time.process_time() - began
         clock += time.perf_counter() - began_clock
     touched = trainer.delta_rows - committed
