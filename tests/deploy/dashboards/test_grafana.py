@@ -179,6 +179,7 @@ def test_what_is_no_grafana_is_one_line_with_a_remedy() -> None:
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
+            self.send_header("Content-Type", "text/html")
             self.end_headers()
             self.wfile.write(b"<html>")
 
