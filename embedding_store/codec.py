@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from types import UnionType
 from typing import Any, TypeAlias, get_origin, get_type_hints
 
 import msgspec
@@ -41,15 +42,25 @@ _fields: dict[type, dict[str, type]] = {}  # of these: name → its type, as far
 
 
 def may_be_sent(*classes: type) -> None:
-    """Dataclasses and msgspec.Structs, made of values that can be sent. Their names must differ."""
+    """Dataclasses and msgspec.Structs, made of values that can be sent; each field of one class, or of any (Any).
+
+    Their names must differ. Raises ValueError.
+    """
     for cls in classes:
-        if _classes.setdefault(cls.__name__, cls) is not cls:
-            raise ValueError(f"another class of the name {cls.__name__} may be sent already")
         hints = get_type_hints(cls)
         names = [field.name for field in (fields(cls) if is_dataclass(cls) else msgspec.structs.fields(cls))]
-        _fields[cls] = {
-            name: object if hints[name] is Any else get_origin(hints[name]) or hints[name] for name in names
-        }
+        known = {name: _looked_at(cls, name, hints[name]) for name in names}
+        if _classes.setdefault(cls.__name__, cls) is not cls:
+            raise ValueError(f"another class of the name {cls.__name__} may be sent already")
+        _fields[cls] = known
+
+
+def _looked_at(cls: type, name: str, hint: Any) -> type:
+    """What a field of this hint must be an instance of."""
+    kind = object if hint is Any else get_origin(hint) or hint
+    if not isinstance(kind, type) or kind is UnionType:  # else each of these would be refused where it arrives
+        raise ValueError(f"{name} of {cls.__name__} is of no one class: {hint}")
+    return kind
 
 
 class Message:

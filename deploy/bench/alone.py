@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from deploy.bench.common import BenchError
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Block
 from online_model.settings import TrainerSettings
@@ -18,6 +19,8 @@ from streams.app import settle
 from streams.join_lane import MAX_SLICE
 from streams.joiner import Joiner, JoinSettings, Record
 from streams.settings import LARGEST_BATCHES
+
+WARM_UP = 20  # batches
 
 
 class Stopwatch:
@@ -49,10 +52,13 @@ def join_alone(settings: JoinSettings, lanes: Sequence[Sequence[bytes]]) -> tupl
 
 
 def train_alone(
-    model: TrainerSettings, blocks: Sequence[Block], items: Sequence[CatalogueItem]
+    model: TrainerSettings, blocks: Sequence[Block], items: Sequence[CatalogueItem], warm_up: int = WARM_UP
 ) -> tuple[int, list[float]]:
     """(rows learned, seconds for all of them) of `Trainer.step` on these blocks, batches as the worker's where it is
-    behind: no store, no commits. Timed is what comes after the first 20 batches: what is compiled and laid out then."""
+    behind: no store, no commits. Timed is what comes after `warm_up` batches: what is compiled and laid out then.
+
+    Raises BenchError where that is nothing.
+    """
     from online_model.trainer import open_trainer
 
     trainer = open_trainer(model, None, lambda: 0)
@@ -61,14 +67,16 @@ def train_alone(
     for number, block in enumerate(blocks):
         trainer.offer(block, number)
         while trainer.pending >= most or (number + 1 == len(blocks) and trainer.pending):
-            warm = learned > 20 * most
+            warm = learned >= warm_up * most
             with (watch if warm else Stopwatch()).running():
                 done = trainer.step(rows=most)
             counted += done if warm else 0
             learned += done
             if not done:
                 break
-    return learned, list(watch.seconds * learned / max(1, counted))
+    if not counted:
+        raise BenchError(f"{learned:,} rows are no more than the warm-up: take a longer log")
+    return learned, list(watch.seconds * learned / counted)
 
 
 def largest_batch(model: TrainerSettings) -> int:

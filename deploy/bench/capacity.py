@@ -28,7 +28,8 @@ class Constants:
     event_bytes: float
     block_bytes: float  # a row in `examples`
     version_bytes: float  # a touched row in `parameters`
-    broker_us: float  # of the broker, for a version's megabyte to one reader
+    broker_in_us: float  # of the broker, for a version's megabyte that it takes
+    broker_us: float  # … that it gives to one reader
     join_bytes: float  # a user in a join worker's store
     store_bytes: float  # an id in the trainer's store
     replica_bytes: float  # an id in a replica's memory
@@ -56,6 +57,7 @@ def constants_of(result: dict[str, Any]) -> Constants:
     one, several = next(iter(ranks.values())), last("ranks")
     candidates, readers = last("candidates"), last("replicas")
     more = int(list(result["axes"]["replicas"]["points"])[-1])
+    megabytes = readers["version_bytes"] / 1e6
     users, items = 0.9, 0.1
     return Constants(
         join_us=last("users")["cpu_us"],
@@ -68,7 +70,8 @@ def constants_of(result: dict[str, Any]) -> Constants:
         event_bytes=sizes["event_bytes"],
         block_bytes=last("users")["block_bytes_a_row"],
         version_bytes=memory["version_bytes_a_touched_row"],
-        broker_us=max(readers["broker_us"] - readers["broker_alone_us"], 0.0) / more / (readers["version_bytes"] / 1e6),
+        broker_in_us=readers["broker_alone_us"] / megabytes,
+        broker_us=max(readers["broker_us"] - readers["broker_alone_us"], 0.0) / more / megabytes,
         join_bytes=sizes["join_bytes_a_user"],
         store_bytes=users * sizes["store_bytes"]["user"] + items * sizes["store_bytes"]["item"],
         replica_bytes=users * candidates["replica_bytes"]["user"] + items * candidates["replica_bytes"]["item"],
@@ -83,7 +86,7 @@ def needs(c: Constants, load: Load) -> dict[str, float]:
     versions = touched * c.version_bytes / 1e6
     blocks, events = rows * c.block_bytes / 1e6, load.events_per_s * c.event_bytes / 1e6
     join = load.events_per_s * c.join_us / 1e6 / USED
-    out = events * (1 + load.replicas) + blocks + versions * load.replicas
+    into, out = events + blocks + versions, events * (1 + load.replicas) + blocks + versions * load.replicas
     return {
         "join_cores": join,
         "partitions": math.ceil(join),
@@ -95,9 +98,9 @@ def needs(c: Constants, load: Load) -> dict[str, float]:
         "one_store_writer_cores": touched * c.commit_us / 1e6 / USED,
         "train_memory_gb": load.ids * load.hot_share * (c.store_bytes + 80) / 1e9 / USED,  # 80: the map of ids
         "store_disk_gb": load.ids * c.store_bytes / 1e9 / USED,
-        "kafka_in_mb_per_s": events + blocks + versions,
+        "kafka_in_mb_per_s": into,
         "kafka_out_mb_per_s": out,
-        "kafka_cores": out * c.broker_us / 1e6 / USED,
+        "kafka_cores": (into * c.broker_in_us + out * c.broker_us) / 1e6 / USED,
         "one_replica_apply_cores": touched * c.apply_us / 1e6 / USED,
         "replica_memory_gb": load.ids * c.replica_bytes / 1e9 / USED,
         "replica_in_mb_per_s": events + versions,

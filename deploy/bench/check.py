@@ -112,7 +112,7 @@ def kept_in(file: Path) -> dict[str, float]:
     """The kept ratios. Raises HeadraceError where there are none."""
     try:
         return json.loads(file.read_text("utf-8"))["ratios"]
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise HeadraceError(f"{file} has no ratios ({error}): `headrace bench check --keep` makes it") from None
 
 

@@ -66,11 +66,10 @@ def bench_end_to_end(
 
     faust_events: that plain Faust is sent. `step` is called after each of the 4 · runs parts.
     """
-    cores = sorted(os.sched_getaffinity(0))[:CORES]
     found = []
     for _ in range(runs):
         run: dict[str, Any] = {}
-        with on_cores(cores):
+        with on_cores(cores()):
             run["headrace"] = _headrace(bootstrap, events)
             step()
             for name, take in (("faust_per_event", 0), ("faust_batches", TAKE)):
@@ -115,6 +114,11 @@ def bench_end_to_end(
         "faust_rows": middle["faust_per_event"]["rows"],
         "median_of": runs,
     }  # fmt: skip
+
+
+def cores() -> list[int]:
+    """Those on which all of it is to be, a broker of our own too."""
+    return sorted(os.sched_getaffinity(0))[:CORES]
 
 
 def _reference(part: dict[str, Any]) -> dict[str, float]:

@@ -124,12 +124,14 @@ class Report:
         plots_folder(folder)
         try:
             self.entries: dict[str, Any] = json.loads(self._json.read_text("utf-8")) if self._json.exists() else {}
+            if not all("result" in entry for entry in self.entries.values()):
+                raise ValueError("it is of something else")
         except OSError as error:
             raise HeadraceError(
                 f"{folder} cannot be used: {error.strerror}; choose another folder with --out"
             ) from None
-        except ValueError:
-            raise HeadraceError(f"{self._json} is not JSON: put it right, or remove it") from None
+        except (ValueError, TypeError, AttributeError):
+            raise HeadraceError(f"{self._json} is not JSON of benchmarks: put it right, or remove it") from None
 
     def add(self, name: str, entry: Mapping[str, Any]) -> None:
         """An entry of bench_all: its figures are in all files afterwards."""

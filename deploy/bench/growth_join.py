@@ -1,12 +1,15 @@
 """The axes of `headrace bench growth` that grow what the joiner keeps; a process a point, the store as workers have it.
 
-The log is made on the way, slices of SLICE records of the standard mix: neither that nor what fills the store before is
-timed. Timed, per event, are decode, join, features, `encode_block`, `JoinStore.commit` and `trim`.
+The log is slices of SLICE records of the standard mix: neither how they are made nor what fills the store before is
+timed. Timed, per event, are decode, join, features, `encode_block`, `JoinStore.commit` and `trim`. All slices of the
+measured part are made before it: what RocksDB's threads do then is done while somebody looks.
 
 - users:    `x` users are in the store, each with a full history; the n-th has a share of the events of n^-0.7.
-- windows:  impressions stay open until `x` examples are open at any time; so many were opened before.
-- history:  each of PLENTY users has done `x` things. Then the same rows go to a trainer (steps of BATCH, no store): a
-  step's time is per row.
+- windows:  impressions stay open until `x` examples are open at any time; so many were opened before. Actions are on
+  what is open, and nearly all of them come after the wait, whatever `x` is: else more would be joined the longer the
+  window is.
+- history:  each of PLENTY // 10 users has done `x` things. Then the same rows go to a trainer (steps of BATCH, no
+  store): a step's time is per row.
 - busiest:  one user has `x` impressions open, nothing of it in memory. A visit is one click of that user that names no
   request, so that all of them must be looked at. An event is a visit.
 - partitions: `x` joiners with stores of their own in one process share the records: what a partition costs by itself.
@@ -17,7 +20,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from deploy.bench.common import finish, rss_mb
+from deploy.bench.common import BenchError, finish, rss_mb
 from deploy.bench.mix import SHARES, START_MS
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ PAGE, ITEMS, PER_S = 10, 100_000, 1_000  # items of an impression; of all; event
 REMEMBERED = 20_000  # impressions that actions are on, the newer the likelier
 PLENTY = 100_000  # users, where something else grows
 WARM_UP, MEASURED = 10, 30  # slices
+WAIT_MS = 100  # of `windows`
 VISITS = 20
 PARTITION_SLICES = 60  # of all partitions together, SLICE records each
 BATCH, STEPS, WARM_STEPS = 1_024, 40, 10
@@ -44,10 +47,11 @@ BATCH, STEPS, WARM_STEPS = 1_024, 40, 10
 class Log:
     """Slices of the standard mix, for as long as they are asked for."""
 
-    def __init__(self, users: int, seed: int = 1) -> None:
+    def __init__(self, users: int, seed: int = 1, remembered: int = REMEMBERED) -> None:
+        """remembered: impressions that actions are on."""
         self._users, self._dice = users, np.random.default_rng(seed)
-        self._shown: deque[tuple[str, str, list[str]]] = deque(maxlen=REMEMBERED)
-        self._made = self.events = 0
+        self._shown = np.zeros((remembered, 2 + PAGE), np.int32)  # user, number, items; the n-th at n mod remembered
+        self._made = self._impressions = self.events = 0
 
     def slice(self) -> list[bytes]:
         """The next SLICE records."""
@@ -65,14 +69,17 @@ class Log:
         self._made += 1
         ts = START_MS + 1000 * self.events // PER_S
         event: dict[str, object] = {"kind": kind, "event_id": f"e{self._made}", "ts": ts, "scenario": "live"}
-        if kind == "impression" or not self._shown:
+        if kind == "impression" or not self._impressions:
             page = [f"i{item}" for item in items]
             event |= {"kind": "impression", "user": f"u{user}", "request_id": f"r{self._made}", "items": page}
-            self._shown.append((f"u{user}", f"r{self._made}", page))
+            self._shown[self._impressions % len(self._shown)] = (user, self._made, *items)
+            self._impressions += 1
             self.events += PAGE
             return event
-        name, request, page = self._shown[-1 - int(back * (len(self._shown) - 1))]
-        event |= {"user": name, "request_id": request, "item": page[items[0] % PAGE]}
+        known = min(self._impressions, len(self._shown))
+        place = self._impressions - 1 - int(back * (known - 1))
+        user, request, *shown = self._shown[place % len(self._shown)].tolist()
+        event |= {"user": f"u{user}", "request_id": f"r{request}", "item": f"i{shown[items[0] % PAGE]}"}
         if kind == "watch":
             event |= {"play_ms": 1_000 * (items[1] % 30), "duration_ms": 30_000}
         self.events += 1
@@ -127,7 +134,10 @@ class Joining:
         self._joiner.trim(0)
 
     def close(self) -> None:
+        """Raises BenchError where something of the log was refused: what was timed is less than what was meant."""
         self._store.close()
+        if refused := self._joiner.counts.rejected:
+            raise BenchError(f"the joiner refused {refused} events of the benchmark's own log: report it")
 
     def figures(self) -> dict[str, Any]:
         return {"cpu_us": self.cpu / self.events * 1e6, "clock_us": self.clock / self.events * 1e6, "rss_mb": rss_mb()}
@@ -141,6 +151,7 @@ def _settings(open_ms: int = 300_000, wait_ms: int = 5_000) -> JoinSettings:
 
 def _filled(folder: Path, users: int, actions: int) -> Path:
     """A store in which users 0 … users − 1 have done so many things."""
+    from deploy.bench.growth_store import rest
     from embedding_store.ids import feature_id, feature_ids
     from embedding_store.rocks import keys_of, open_db
     from online_model.history import Kind, UserHistory
@@ -159,6 +170,7 @@ def _filled(folder: Path, users: int, actions: int) -> Path:
         batch = db.batch()
         batch.put_all(HISTORIES, keys_of(ids), [value] * len(ids))
         db.write(batch, sync=False)
+    rest(db, HISTORIES)
     db.close()
     return path
 
@@ -169,9 +181,10 @@ def users_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     joining = Joining(path, _settings())
     for _ in range(WARM_UP):
         joining.join(log.slice())
+    slices = [log.slice() for _ in range(MEASURED)]
     joining.reset()
-    for _ in range(MEASURED):
-        joining.join(log.slice())
+    for values in slices:
+        joining.join(values)
     joining.close()
     disk = sum(file.stat().st_size for file in path.iterdir())
     return {**joining.figures(), "disk_mb": disk / 1e6, "block_bytes_a_row": joining.bytes / joining.rows,
@@ -181,12 +194,16 @@ def users_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
 def windows_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     """µs an event with `x` examples open."""
     open_ms = round(x / SHARES["impression"] / PER_S * 1000)
-    joining, log = Joining(Path(folder) / "store", _settings(open_ms)), Log(PLENTY)
+    joining = Joining(Path(folder) / "store", _settings(open_ms, WAIT_MS))
+    log = Log(PLENTY, remembered=max(1, x // PAGE))
+    for _ in range(WARM_UP):
+        joining.join(log.slice())
     while log.events * SHARES["impression"] < 1.1 * x:
         joining.join(log.slice())
+    slices = [log.slice() for _ in range(MEASURED)]
     joining.reset()
-    for _ in range(MEASURED):
-        joining.join(log.slice())
+    for values in slices:
+        joining.join(values)
     joining.close()
     return joining.figures()
 
@@ -197,8 +214,9 @@ def history_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     joining, log = Joining(_filled(Path(folder), users, x), _settings()), Log(users)
     for _ in range(WARM_UP // 2):
         joining.join(log.slice())
+    slices = [log.slice() for _ in range(MEASURED // 2)]
     joining.reset()
-    blocks = [joining.join(log.slice()).block for _ in range(MEASURED // 2)]
+    blocks = [joining.join(values).block for values in slices]
     joining.close()
     train, train_clock = _trained(blocks)
     return {**joining.figures(), "train_us_a_row": train, "train_clock_us_a_row": train_clock}
@@ -242,7 +260,7 @@ def busiest_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     for start in range(0, x, SLICE):
         joining.join([orjson.dumps(event) for event in shown[start : start + SLICE]])
     at += 10 * x + 10_000
-    joining.join([orjson.dumps({"kind": "tick", "ts": at})])
+    joining.join([tick(at)])
     cpu = clock = 0.0
     for visit in range(VISITS):
         joining.put_aside()
@@ -250,25 +268,30 @@ def busiest_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
         item = shown[int(dice.integers(x))]["items"][0]  # type: ignore[index]
         click = {"kind": "click", "event_id": f"c{visit}", "ts": at + 1_000 * visit, "scenario": "live", "user": "u1",
                  "item": item}  # fmt: skip
-        joining.join([orjson.dumps(click), orjson.dumps({"kind": "tick", "ts": at + 1_000 * visit + 500})])
+        joining.join([orjson.dumps(click), tick(at + 1_000 * visit + 500)])
         cpu, clock = cpu + joining.cpu, clock + joining.clock
     joining.close()
     return {"cpu_us": cpu / VISITS * 1e6, "clock_us": clock / VISITS * 1e6, "rss_mb": rss_mb()}
+
+
+def tick(ts: int) -> bytes:
+    """The record that carries time on."""
+    from streams.events import Tick, encode
+
+    return encode(Tick(event_id=f"t{ts}", ts=ts))
 
 
 def partitions_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     """µs an event where `x` partitions share what one worker joins."""
     log = Log(PLENTY)
     lanes = [Joining(Path(folder) / f"{n}", _settings(), n) for n in range(x)]
-    for number in range(2 * PARTITION_SLICES):
-        if number == PARTITION_SLICES:
-            for lane in lanes:
-                lane.reset()
-        by_lane: list[list[bytes]] = [[] for _ in lanes]
-        for value in log.slice():
-            by_lane[hash_of(value) % x].append(value)
-        for lane, values in zip(lanes, by_lane, strict=True):
-            lane.join(values)
+    for _ in range(2):  # the second time counts
+        slices = [_by_lane(log.slice(), x) for _ in range(PARTITION_SLICES)]
+        for lane in lanes:
+            lane.reset()
+        for by_lane in slices:
+            for lane, values in zip(lanes, by_lane, strict=True):
+                lane.join(values)
     for lane in lanes:
         lane.close()
     events = sum(lane.events for lane in lanes)
@@ -276,9 +299,12 @@ def partitions_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any
     return {"cpu_us": cpu / events * 1e6, "clock_us": clock / events * 1e6, "rss_mb": rss_mb()}
 
 
-def hash_of(value: bytes) -> int:
-    """Of a record's user, as a producer's partitioner."""
-    return int(orjson.loads(value)["user"][1:])
+def _by_lane(values: list[bytes], lanes: int) -> list[list[bytes]]:
+    """Records by their users, as a producer's partitioner does it."""
+    by_lane: list[list[bytes]] = [[] for _ in range(lanes)]
+    for value in values:
+        by_lane[int(orjson.loads(value)["user"][1:]) % lanes].append(value)
+    return by_lane
 
 
 if __name__ == "__main__":

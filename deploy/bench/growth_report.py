@@ -31,10 +31,11 @@ FILE = "growth.json"
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
     """The figures and a plot of each axis into `folder`/plots, the tables into `folder`/scale.md where that is there:
-    what was written."""
+    what was written. Axes that were measured on the same machine before, and not now, stay."""
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     written = [plots / FILE]
+    result = _with_earlier(result, written[0])
     written[0].write_text(json.dumps(result, indent=1) + "\n")
     for name, found in result["axes"].items():
         written.append(plots / f"growth-{name}.svg")
@@ -44,6 +45,17 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
         page.write_text(filled(page.read_text(), result))
         written.append(page)
     return written
+
+
+def _with_earlier(result: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The figures, with the axes of `file` that are not among them; another machine's are not."""
+    try:
+        earlier = json.loads(file.read_text())
+        same = earlier["machine"] == result["machine"]
+        axes = earlier["axes"] | result["axes"] if same else result["axes"]
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or it is another's
+        axes = result["axes"]
+    return {**result, "axes": {name: axes[name] for name in AXES if name in axes}}
 
 
 def filled(page: str, result: dict[str, Any]) -> str:
@@ -80,7 +92,8 @@ def growth_table(result: dict[str, Any]) -> str:
 def axis_table(axis: Axis, found: dict[str, Any]) -> str:
     """A point a row: all its figures."""
     points = found["points"]
-    names = [name for name, value in next(iter(points.values())).items() if isinstance(value, int | float)]
+    figures = [figure for point in points.values() for figure in point.items()]
+    names = list(dict.fromkeys(name for name, value in figures if isinstance(value, int | float)))
     rows = [(f"{int(x):,}", *(_number(point.get(name)) for name in names)) for x, point in points.items()]
     return table((axis.x, *(name.replace("_", " ") for name in names)), rows)
 

@@ -27,6 +27,7 @@ from embedding_store.ids import GOLDEN
 
 if TYPE_CHECKING:
     from embedding_store.checkpoint import CheckpointStore
+    from embedding_store.rocks import Db
 
 TABLE, COUNT = "item", "learned"
 DIM = 16
@@ -45,7 +46,7 @@ def ids_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     spec = TableSpec(TABLE, (TABLE,), TableSettings(dim=DIM, capacity=MEMORY), {COUNT: ("<i8", ())})
     with CheckpointStore(Path(folder) / "store", {TABLE: spec.layout}) as store:
         row_us, row_clock_us = _filled(store, x)
-        _rest(store)
+        rest(store.db, f"rows.{TABLE}")
         tables = EmbeddingTables([spec], store=store)
         tables.restore()
         stream = _Stream(tables, store, x)
@@ -87,12 +88,12 @@ def _filled(store: CheckpointStore, rows: int) -> tuple[float, float]:
     return (time.process_time() - cpu) / done * 1e6, (time.perf_counter() - clock) / done * 1e6
 
 
-def _rest(store: CheckpointStore) -> None:
-    """Until RocksDB has nothing to compact."""
+def rest(db: Db, name: str) -> None:
+    """Until RocksDB has nothing to compact in a family, or for REST_S."""
     end = time.monotonic() + REST_S
     names = ("rocksdb.compaction-pending", "rocksdb.num-running-compactions", "rocksdb.num-running-flushes")
-    store.db.flush()
-    family = store.db.family(f"rows.{TABLE}")
+    db.flush()
+    family = db.family(name)
     while any(family.property_int_value(name) for name in names) and time.monotonic() < end:
         time.sleep(0.2)  # RocksDB tells nobody when it is done
 

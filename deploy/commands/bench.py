@@ -223,10 +223,10 @@ def end_to_end(
     Without --bootstrap an embedded broker is started for it, and removed. Exit 1 if an example was lost or doubled.
     """
     with Output(json) as out:
-        from deploy.bench.common import BenchError
-        from deploy.bench.end_to_end import bench_end_to_end
+        from deploy.bench.common import BenchError, on_cores
+        from deploy.bench.end_to_end import bench_end_to_end, cores
 
-        with _broker(bootstrap) as server, progress("end_to_end", 4 * runs) as (bar, task):
+        with on_cores(cores()), _broker(bootstrap) as server, progress("end_to_end", 4 * runs) as (bar, task):
             result = bench_end_to_end(server, events, faust_events, runs, lambda: bar.advance(task))
         out.result(result, _table("end_to_end", result))
         if result["lost"] or result["duplicated"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from deploy.commands.common import JsonOption, Output, progress
+from embedding_store.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -43,6 +45,8 @@ def growth(
         from deploy.bench.growth_report import growth_table, write
 
         axes = chosen(axis or (), largest)
+        if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"{folder} is no folder that can be written to: choose another with --folder")
         if out is not None:
             plots_folder(out)
         count = 1 + sum(len(points_of(one, largest)) for one in axes)

@@ -7,6 +7,7 @@
     files       all of it as files
     grafana     all of it onto a server: plan, push
     validate    every query of it asked of a Prometheus
+    addresses   of servers, as users give them
 
 The SDK is imported when JSON is made, not before.
 """

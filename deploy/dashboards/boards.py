@@ -76,10 +76,11 @@ STREAMS = Board(
         "Events": [
             Panel(
                 "Events by outcome", "short",
-                "Per second; they must balance: events_in is the sum of the others. Many late: the disorder of the"
-                " sources is larger than [join] disorder_ms.",
-                [Query('sum by (outcome) (rate(headrace_join_events{outcome!="open"}[$__rate_interval]))',
-                       "{{outcome}}")],
+                "Per second; they must balance: events_in is the sum of the others and of what became open, but for"
+                " rows (what came of them) and skew_… (impressions whose features were checked). Many late: the"
+                " disorder of the sources is larger than [join] disorder_ms.",
+                [Query('sum by (outcome) (rate(headrace_join_events{outcome!="open",instance=~"$instance"}'
+                       "[$__rate_interval]))", "{{outcome}}")],
             ),
             Panel(
                 "Events by kind", "short", "Per second. A kind that is missing has lost its source.",

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
+from deploy.dashboards.addresses import checked
 from deploy.dashboards.alerts import ALERTS, EVERY_S, FOLDER_UID, GROUP, RUNBOOKS, grafana_rules
 from deploy.dashboards.boards import BOARDS
 from deploy.dashboards.panels import SOURCE_UID, grafana_json
-from embedding_store.errors import HeadraceError, UsageError
+from embedding_store.errors import HeadraceError
 
 if TYPE_CHECKING:
     from grafana_client import GrafanaApi
@@ -177,9 +177,7 @@ def _obsolete(grafana: GrafanaApi) -> list[Change]:
 def _api(url: str, token: str) -> GrafanaApi:
     from grafana_client import GrafanaApi, TokenAuth
 
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-        raise UsageError(f"{url!r} is not the address of a server: give it as http://HOST:PORT")
-    return GrafanaApi.from_url(url, credential=TokenAuth(token), timeout=TIMEOUT_S)
+    return GrafanaApi.from_url(checked(url), credential=TokenAuth(token), timeout=TIMEOUT_S)
 
 
 @contextmanager
@@ -199,15 +197,18 @@ def _said(url: str) -> Iterator[None]:
 
 
 def _or_none(read: Callable[[], Any]) -> Any:
-    """What is read; None if the server does not have it."""
+    """What is read; None if the server does not have it. Raises HeadraceError where it answers as Grafana does not."""
     from grafana_client.client import GrafanaClientError
 
     try:
-        return read()
+        found = read()
     except GrafanaClientError as error:
         if error.status_code != NOT_FOUND:
             raise
         return None
+    if not isinstance(found, dict):
+        raise HeadraceError("what answers there is no Grafana: check --url")
+    return found
 
 
 def _only(found: Any, wanted: Any) -> Any:

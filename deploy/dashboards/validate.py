@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import httpx
 
+from deploy.dashboards.addresses import checked
 from deploy.dashboards.alerts import ALERTS
 from deploy.dashboards.boards import BOARDS
 from deploy.dashboards.panels import Query
-from embedding_store.errors import HeadraceError, UsageError
+from embedding_store.errors import HeadraceError
 
 if TYPE_CHECKING:
     from promql_parser import VectorSelector
@@ -45,11 +45,10 @@ def validate(prometheus: str, window_s: int = 300, rate_interval: str = "1m") ->
 
     Raises UsageError for an address that is none, HeadraceError if no Prometheus answers there.
     """
-    if urlsplit(prometheus).scheme not in ("http", "https") or not urlsplit(prometheus).hostname:
-        raise UsageError(f"{prometheus!r} is not the address of a server: give it as http://HOST:PORT")
+    server = checked(prometheus).rstrip("/")
     variables = {"$__rate_interval": rate_interval, "$instance": ".*"}
     report = Report()
-    with httpx.Client(base_url=prometheus.rstrip("/"), timeout=TIMEOUT_S) as client:
+    with httpx.Client(base_url=server, timeout=TIMEOUT_S) as client:
         ask = _Asker(client, report, window_s)
         for board in BOARDS:
             for panel in board.panels:
@@ -132,14 +131,16 @@ class _Asker:
         try:
             answer = self._client.post(path, data=data)
             told = answer.json()
+            if not isinstance(told, dict):
+                raise ValueError("it is of something else")
         except httpx.HTTPError as error:
             raise HeadraceError(
                 f"no Prometheus answers at {self._client.base_url} ({type(error).__name__}); check --prometheus"
             ) from None
         except ValueError:
             raise HeadraceError(
-                f"{self._client.base_url} answers {path} with HTTP {answer.status_code} and no JSON: is it a"
-                f" Prometheus?"
+                f"{self._client.base_url} answers {path} with HTTP {answer.status_code}, and not as a"
+                f" Prometheus does: is it one?"
             ) from None
         if told.get("status") != "success":
             self._report.errors.append(f"{where}: {told.get('error', answer.status_code)}: {promql}")

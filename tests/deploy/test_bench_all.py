@@ -24,6 +24,7 @@ from deploy.bench.plots import figures_svg, ratios_svg, said
 from deploy.bench.suite import BENCHES, Bench, Figure, Limit, rows_of
 from deploy.cli import run
 from deploy.commands import bench as command
+from embedding_store.errors import HeadraceError
 
 TINY = ["--rows", "1000", "--dim", "64"]
 PUBLISHED = Bench("publish", "publish", suite.PUBLISH.figures, quick=tuple(TINY), check=tuple(TINY))
@@ -235,6 +236,19 @@ def test_the_command_says_which_ratios_are_worse(
 def test_without_kept_ratios_it_says_how_to_keep_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "check", "--kept", str(tmp_path / "none.json")]) == 1
     assert "--keep" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("inside", ["[]", "{}", "null", '{"join": 1}', "{"])
+def test_a_file_of_something_else_is_said(inside: str, tmp_path: Path) -> None:
+    file = tmp_path / "benchmarks.json"
+    file.write_text(inside)
+    with pytest.raises(HeadraceError, match="--keep"):
+        checks.kept_in(file)
+    if inside == "{}":
+        assert Report(tmp_path).entries == {}
+        return
+    with pytest.raises(HeadraceError, match="put it right"):
+        Report(tmp_path)
 
 
 def test_the_kept_ratios_of_this_version_are_those_that_are_checked() -> None:

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from deploy.bench.alone import join_alone, together, train_alone
+from deploy.bench.common import BenchError
 from deploy.bench.mix import START_MS, timed_mix
 from deploy.bench.plain_faust import PlainJoin, PlainTrain, batch_of
 from deploy.bench.plain_ranker import PlainRanker
@@ -127,9 +128,12 @@ def test_two_parts_share_two_cores() -> None:
 
 
 def test_the_bare_step_learns_all_rows(block: Block, one_thread: None) -> None:
-    learned, (clock, _) = train_alone(MODEL, [block], [])
+    learned, (clock, cpu) = train_alone(MODEL, [block], [], warm_up=1)
     assert learned == len(block.examples)
-    assert clock >= 0
+    assert clock > 0
+    assert cpu > 0
+    with pytest.raises(BenchError, match="no more than the warm-up"):
+        train_alone(MODEL, [block], [], warm_up=1_000)
 
 
 @pytest.mark.nightly

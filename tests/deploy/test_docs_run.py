@@ -115,17 +115,26 @@ class Home:
         if words[-1] == "&":
             self._running.append(self.start(words[:-1], log))
             return
-        code = self.start(words, log).wait(900)
+        with self.start(words, log) as process:
+            try:
+                code = process.wait(900)
+            except BaseException:
+                process.kill()
+                raise
         self._answered |= words[0] == "curl"
         assert code == 0, f"{shlex.join(words)}: exit {code}\n{(self.folder / log).read_text()[-2_000:]}"
 
     def stop(self) -> list[int]:
-        """SIGTERM to what runs in the background: their exit codes."""
-        for process in self._running:
+        """SIGTERM to what runs in the background: their exit codes. What does not end is killed."""
+        running, self._running = self._running, []
+        for process in running:
             process.send_signal(signal.SIGTERM)
-        codes = [process.wait(120) for process in self._running]
-        self._running.clear()
-        return codes
+        for process in running:
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        return [process.wait() for process in running]
 
 
 @pytest.fixture

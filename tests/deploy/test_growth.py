@@ -14,14 +14,15 @@ import pytest
 
 from deploy.bench import growth, growth_join, growth_report
 from deploy.bench.capacity import USED, Constants, Load, breaks, needs
+from deploy.bench.common import BenchError
 from deploy.bench.growth import AXES, judged
 from deploy.cli import run
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONSTANTS = Constants(
     join_us=10, rows_an_event=0.9, train_us=60, rank_0_us=20, touched_a_row=0.5, commit_us=3, apply_us=1,
-    event_bytes=40, block_bytes=80, version_bytes=400, broker_us=1_000, join_bytes=740, store_bytes=500,
-    replica_bytes=550,
+    event_bytes=40, block_bytes=80, version_bytes=400, broker_in_us=8_000, broker_us=1_000, join_bytes=740,
+    store_bytes=500, replica_bytes=550,
 )  # fmt: skip
 
 
@@ -53,12 +54,12 @@ def test_an_axis_that_is_not_there_or_begins_too_high_is_wrong_usage(capfd: pyte
 
 
 def test_the_help_names_all_axes() -> None:
-    import inspect
+    from typing import get_type_hints
 
     from deploy.commands import bench_growth
 
-    source = inspect.getsource(bench_growth)
-    assert all(name in source for name in AXES)
+    said = get_type_hints(bench_growth.growth, include_extras=True)["axis"].__metadata__[0].help
+    assert said.removeprefix("One of: ").partition(".")[0].split(", ") == list(AXES)
 
 
 def test_a_plot_is_small_sound_and_the_same_each_time() -> None:
@@ -86,6 +87,23 @@ def test_the_page_says_what_the_figures_say() -> None:
         assert f"plots/growth-{name}.svg" in page
 
 
+def test_axes_of_before_stay_unless_they_are_of_another_machine(tmp_path: Path) -> None:
+    def found(machine: str, **axes: float) -> dict[str, Any]:
+        points = {name: _points({10: cost}) for name, cost in axes.items()}
+        return {"machine": machine, "axes": {n: {"points": p, **judged(p, 0)} for n, p in points.items()}}
+
+    def written(result: dict[str, Any]) -> dict[str, float]:
+        growth_report.write(result, tmp_path)
+        told = json.loads((tmp_path / "plots" / growth_report.FILE).read_text())
+        return {name: one["points"]["10"]["cpu_us"] for name, one in told["axes"].items()}
+
+    (tmp_path / "scale.md").write_text("<!-- growth:begin -->\n<!-- growth:end -->\n")
+    assert written(found("a", history=1.0, ranks=2.0)) == {"history": 1.0, "ranks": 2.0}
+    assert written(found("a", history=3.0, users=4.0)) == {"users": 4.0, "history": 3.0, "ranks": 2.0}
+    assert "| ranks |" in (tmp_path / "scale.md").read_text()
+    assert written(found("b", ranks=5.0)) == {"ranks": 5.0}
+
+
 def test_twice_the_load_needs_twice_as_much() -> None:
     load = Load(events_per_s=1e4, ids=1e7)
     once, twice = (needs(CONSTANTS, Load(f * 1e4, f * 1e7)) for f in (1, 2))
@@ -97,6 +115,10 @@ def test_twice_the_load_needs_twice_as_much() -> None:
     assert once["train_memory_gb"] == pytest.approx(1e7 * load.hot_share * 580 / 1e9 / USED)
     more = needs(CONSTANTS, replace(load, replicas=2 * load.replicas))
     assert more["kafka_in_mb_per_s"] == once["kafka_in_mb_per_s"]
+    given = more["kafka_out_mb_per_s"] - once["kafka_out_mb_per_s"]
+    assert more["kafka_cores"] - once["kafka_cores"] == pytest.approx(given * 1_000e-6 / USED)
+    taken = once["kafka_cores"] - once["kafka_out_mb_per_s"] * 1_000e-6 / USED
+    assert taken == pytest.approx(once["kafka_in_mb_per_s"] * 8_000e-6 / USED)
     assert more["kafka_out_mb_per_s"] - once["kafka_out_mb_per_s"] == pytest.approx(
         load.replicas * once["replica_in_mb_per_s"]
     )
@@ -123,6 +145,26 @@ def test_the_made_log_is_of_the_standard_mix() -> None:
             kinds[raw["kind"]] += len(raw.get("items", [0]))
     assert kinds["impression"] / log.events == pytest.approx(0.8, abs=0.02)
     assert kinds["click"] / log.events == pytest.approx(0.15, abs=0.02)
+
+
+def test_actions_are_on_what_is_remembered_and_no_older() -> None:
+    log, shown = growth_join.Log(1_000, remembered=50), list[str]()
+    for event in (json.loads(raw) for _ in range(3) for raw in log.slice()):
+        if event["kind"] == "impression":
+            shown.append(event["request_id"])
+        else:
+            assert event["request_id"] in shown[-50:]
+    assert len(shown) > 1_000
+
+
+def test_a_log_that_is_refused_gives_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticks without an id were refused once, and nothing of a visit was joined in it."""
+    joining = growth_join.Joining(tmp_path / "store", growth_join._settings())
+    joining.join([b'{"kind": "tick", "ts": 1}'])
+    with pytest.raises(BenchError, match="refused 1 "):
+        joining.close()
+    monkeypatch.setattr(growth_join, "VISITS", 2)
+    assert growth_join.busiest_point(str(tmp_path / "busiest"), 3)["cpu_us"] > 0
 
 
 @pytest.mark.nightly

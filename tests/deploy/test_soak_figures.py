@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from tests.end_to_end.demos import Demo
 from tests.figures import soak
 from tests.figures.common import Bench, FigureError
 from tests.figures.curves import drawing
@@ -39,6 +45,50 @@ def test_a_spike_and_the_beginning_are_no_growth() -> None:
     (trend,) = soak.trends(samples, soak.SETTLE_S, 1_000)
     assert trend.flat
     assert trend.growth == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize("name", ["rss_mb train", "disk_mb train", "files join", "threads serve"])
+@pytest.mark.parametrize("at", [0.4, 0.5, 0.6])
+def test_what_rises_once_and_stays_is_found(name: str, at: float) -> None:
+    """As a table that doubles its room does: the slopes between most pairs of samples are then 0."""
+    samples = made(name, level=400.0)
+    for row in samples.rows:
+        row[name] += 300.0 * (row["seconds"] >= soak.SETTLE_S + at * (soak.SECONDS - soak.SETTLE_S))
+    (trend,) = soak.trends(samples, soak.SETTLE_S, 1_000)
+    assert not trend.flat
+    assert trend.growth >= 300
+
+
+def test_lags_are_of_records_and_of_blocks() -> None:
+    for name, growth in (("lag join", 2_000.0), ("lag train", 300.0)):
+        (trend,) = soak.trends(made(name, growth=growth, level=0.0), soak.SETTLE_S, 1_000)
+        assert not trend.flat
+        (trend,) = soak.trends(made(name, noise=50.0, level=0.0), soak.SETTLE_S, 1_000)
+        assert trend.flat
+
+
+def test_processes_of_a_name_count_together_and_an_answer_that_is_late_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two children, named alike, of this test stand for the demo's; its /metrics answers every second time."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True) as process:
+        running = Demo(process, tmp_path)
+        running.until(lambda: psutil.Process(process.pid).children(), 30)
+        (tmp_path / "targets.json").write_text(
+            json.dumps([{"labels": {"job": job}, "targets": [job]} for job in ("demo", "join", "train")])
+        )
+        (tmp_path / "demo").mkdir()
+        answers = itertools.cycle([(5.0, {1.0: 5.0, float("inf"): 5.0}), (0.0, {}), (9.0, {1.0: 9.0, math.inf: 9.0})])
+        monkeypatch.setattr(soak, "_fresh", lambda *_: next(answers))
+        monkeypatch.setattr(soak, "_metrics", lambda *_: "")
+        monkeypatch.setattr(soak, "SAMPLE_S", 0.05)
+        rows = list(soak._sampled(running, 0.6))
+        process.communicate("\n")
+    assert len(rows) > 3
+    assert any("fresh_ms p50" in row for row in rows)
+    (name,) = {key.partition(" ")[2] for key in rows[0] if key.startswith("rss_mb")}
+    assert rows[0][f"threads {name}"] == 2
 
 
 def test_few_files_that_stay_open_are_found() -> None:

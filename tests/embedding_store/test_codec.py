@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -156,6 +156,13 @@ def test_names_of_classes_differ() -> None:
     may_be_sent(Sent)  # once more
     with pytest.raises(ValueError, match="another class of the name Sent"):
         may_be_sent(dataclass(type("Sent", (), {})))
+
+
+@pytest.mark.parametrize("hint", [int | None, Literal[1], "np.ndarray | None"])
+def test_a_field_of_several_classes_is_refused_before_anything_is_sent(hint: Any) -> None:
+    """It would be found damaged by every other rank."""
+    with pytest.raises(ValueError, match="field of Many is of no one class"):
+        may_be_sent(make_dataclass("Many", [("field", hint)], namespace={"__module__": __name__}))
 
 
 def test_what_is_nested_as_deep_as_may_be_is_sent() -> None:

@@ -10,8 +10,10 @@ come back soon (KEEPS_UP).
 Every SAMPLE_S seconds: resident memory, open files and threads of every process of the demo (Kafka and the twin among
 them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics. The first SETTLE_S
 seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of the slopes between all
-pairs of samples, times the span is what a figure has grown. It is flat where that is less than 5 % of its median, or
-less than what the allocator, a compaction or a busy machine shift about (ALLOWED).
+pairs of samples, times the span is what a figure has grown; of memory, disk, files and threads (STAY) also the median
+of the last quarter less that of the first, if it is more, as half of the pairs see nothing of a single step. It is
+flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a busy machine shift
+about (ALLOWED).
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
@@ -57,6 +59,8 @@ KEEPS_UP = {"sent": 0.9, "unanswered": 0.01, "p95_ms": 2_000.0}
 GROWTH = 0.05  # of the median, over the span
 ALLOWED = {"rss_mb": 10.0, "files": 4.0, "threads": 2.0, "disk_mb": 32.0, "lag_s": 1.0, "fresh_ms": 50.0}
 ALLOWED["files kafka"] = 40.0  # three segments more or less of each partition
+ALLOWED["lag train"] = 100.0  # blocks, not events: a second or two of them
+STAY = {"rss_mb", "disk_mb", "files", "threads"}  # what has risen by a step does not come down again by itself
 KAFKA_BESIDE_MB = 400.0  # of a JVM, beside its heap
 GRACE_S = 600.0  # to drain, to recount, and for the twin, which leaves the others the processor, to catch up
 
@@ -135,7 +139,11 @@ def find_knee(bench: Bench) -> float:
 
 def _keeps_up(bench: Bench, rate: float) -> bool:
     with demo(bench.empty("knee"), "--no-page", "--seconds", KNEE_S, "--rate", rate) as running:
-        found = running.result(KNEE_S + GRACE_S)
+        try:
+            found = running.result(KNEE_S + GRACE_S)
+        except (subprocess.TimeoutExpired, AssertionError) as error:
+            say(f"knee: {rate:,.0f} events/s: the demo came to no good end: {error}")
+            return False
     pages = rate / EVENTS_PER_REQUEST * KNEE_S
     away, p95 = sum(found["unanswered"].values()) / pages, found["freshness_ms"]["p95"] or float("inf")
     sent = found["events_per_s"] / rate
@@ -153,11 +161,11 @@ def run(bench: Bench, seconds: float, rate: float, out: Path) -> tuple[dict[str,
     say(f"soak: {seconds:,.0f} s at {rate:,.0f} events/s")
     with demo(home / "data", "--config", config, "--seconds", seconds, "--rate", rate) as running:
         samples = Samples()
-        for row in _sampled(running, seconds):
-            samples.rows.append(row)
-            _draw(out, samples)
-        say("soak: the end of it: what was sent is learned, the twin catches up, the log is recounted")
         try:
+            for row in _sampled(running, seconds):
+                samples.rows.append(row)
+                _draw(out, samples)
+            say("soak: the end of it: what was sent is learned, the twin catches up, the log is recounted")
             return running.result(GRACE_S + seconds), samples
         except (subprocess.TimeoutExpired, AssertionError) as error:
             raise FigureError(f"the demo came to no good end: {error}") from None
@@ -178,9 +186,9 @@ def _sampled(running: Demo, seconds: float) -> Iterator[dict[str, float]]:
             meanwhile = {bound: count - before.get(bound, 0.0) for bound, count in buckets.items()}
             row = {"seconds": round(now, 1)} | _processes(running) | _disk(running.data_dir / "demo")
             row |= _told(client, ports)
-            if before and meanwhile[float("inf")] > 0:
+            if before and meanwhile.get(float("inf"), 0.0) > 0:
                 row |= {f"fresh_ms p{100 * q:g}": 1e3 * quantile(q, meanwhile) for q in (0.5, 0.99)}
-            before = buckets
+            before = buckets or before  # it did not answer in time: the next answer has both
             yield row
             due = max(due + SAMPLE_S, time.monotonic())
             time.sleep(due - time.monotonic())  # the pace of the samples
@@ -198,17 +206,18 @@ def _metrics(client: httpx.Client, address: str) -> str:
 
 
 def _processes(running: Demo) -> dict[str, float]:
-    parent, row = psutil.Process(running.process.pid), {}
-    for process in [parent, *parent.children(recursive=True)]:
-        try:
-            with process.oneshot():
+    """Of all processes of a name together."""
+    row: dict[str, float] = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(running.process.pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error), process.oneshot():  # it may have ended meanwhile
                 name = _name(process.cmdline())
-                row |= {
-                    f"rss_mb {name}": process.memory_info().rss / 1e6, f"files {name}": float(process.num_fds()),
-                    f"threads {name}": float(process.num_threads()),
+                seen = {
+                    "rss_mb": process.memory_info().rss / 1e6, "files": float(process.num_fds()),
+                    "threads": float(process.num_threads()),
                 }  # fmt: skip
-        except psutil.Error:  # it has ended meanwhile
-            pass
+                row |= {f"{kind} {name}": value + row.get(f"{kind} {name}", 0.0) for kind, value in seen.items()}
     return row
 
 
@@ -249,7 +258,7 @@ def _told(client: httpx.Client, ports: dict[str, str]) -> dict[str, float]:
 
 
 def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
-    """Of all figures that can be flat. A lag may grow by what is sent in a second."""
+    """Of all figures that can be flat. The lag of the join worker may grow by what is sent in a second."""
     found = []
     for name in samples.names:
         kind = name.split()[0]
@@ -258,10 +267,12 @@ def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
         at, values = samples.series(name, from_s)
         if len(at) < max(3, len(samples.rows) / 2):
             continue  # a copy that is being made
-        allowed = ALLOWED["lag_s"] * rate if kind == "lag" else ALLOWED.get(name, ALLOWED[kind])
+        allowed = ALLOWED["lag_s"] * rate if name == "lag join" else ALLOWED.get(name) or ALLOWED[kind]
         if name == "rss_mb kafka":
             allowed = max(allowed, MAX_HEAP_MB + KAFKA_BESIDE_MB - float(np.median(values)))
-        found.append(Trend(name, float(np.median(values)), slope(at, values) * float(at[-1] - at[0]), allowed))
+        growth = slope(at, values) * float(at[-1] - at[0])
+        growth = max(growth, step(values)) if kind in STAY else growth
+        found.append(Trend(name, float(np.median(values)), growth, allowed))
     return found
 
 
@@ -278,6 +289,16 @@ def slope(at: np.ndarray, values: np.ndarray) -> float:
     """
     first, second = np.triu_indices(len(at), 1)
     return float(np.median((values[second] - values[first]) / (at[second] - at[first])))
+
+
+def step(values: np.ndarray) -> float:
+    """The median of the last quarter less that of the first.
+
+    >>> step(np.repeat([1.0, 5.0], 8))
+    4.0
+    """
+    quarter = -(-len(values) // 4)
+    return float(np.median(values[-quarter:]) - np.median(values[:quarter]))
 
 
 def keep(out: Path, found: list[Trend], result: dict[str, Any], knee: float | None) -> None:

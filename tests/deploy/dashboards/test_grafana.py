@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -171,6 +173,28 @@ def test_a_server_that_is_not_there_is_one_line_with_a_remedy() -> None:
         plan("http://127.0.0.1:9", TOKEN, PROMETHEUS)
     with pytest.raises(UsageError, match="address of a server"):
         plan("127.0.0.1", TOKEN, PROMETHEUS)
+
+
+def test_what_is_no_grafana_is_one_line_with_a_remedy() -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(HeadraceError, match="no Grafana: check --url"):
+                plan(f"http://127.0.0.1:{other.server_port}", TOKEN, PROMETHEUS)
+        finally:
+            other.shutdown()
+            thread.join()
 
 
 def test_the_command_says_what_changed(server: Grafana, capfd: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,8 @@ def test_what_is_no_prometheus_is_one_line_with_a_remedy(tmp_path: Path) -> None
         validate("http://127.0.0.1:9")
     with pytest.raises(UsageError, match="address of a server"):
         validate("127.0.0.1:9090")
+    with pytest.raises(UsageError, match="address of a server"):
+        validate("http://127.0.0.1:port")
 
 
 def test_each_selection_of_an_expression_is_found_once() -> None:
