@@ -148,6 +148,7 @@ def test_intake_reports_its_keys_from_one_run(broker: str, capfd: pytest.Capture
 
 
 @pytest.mark.broker
+@pytest.mark.nightly
 def test_serve_reports_its_keys_under_versions_that_come(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
     sizes = ["--items", "2000", "--users", "2000", "--rate", "10", "--seconds", "3", "--runs", "1"]
     assert run(["bench", "serve", *sizes, "--bootstrap", broker, "--json"]) == 0

@@ -191,10 +191,10 @@ def test_init_writes_settings_that_load_and_fit(capfd: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("name", "format_", "rows", "implicit"),
     [
-        (KUAIRAND, "kuairand", 41_828, False),
+        pytest.param(KUAIRAND, "kuairand", 41_828, False, marks=pytest.mark.nightly),
         pytest.param("ml-100k/ml-100k.inter.gz", "movielens", 100_000, False, marks=pytest.mark.nightly),
         ("open-bandit/random_men.csv.gz", "openbandit", 10_000, False),
-        ("ga-merch-store/all_sessions.csv.gz", "gamerch", 15_134, False),
+        pytest.param("ga-merch-store/all_sessions.csv.gz", "gamerch", 15_134, False, marks=pytest.mark.nightly),
         ("yoochoose/yoochoose-clicks-100k_train_full.tsv.gz", "yoochoose", 70_278, True),
         pytest.param("amazon-grocery/train.csv.gz", "generic", 121_892, True, marks=pytest.mark.nightly),
     ],

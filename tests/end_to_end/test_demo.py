@@ -126,6 +126,7 @@ def dead_letters(bootstrap: str, topic: str, expected: int) -> list[str] | None:
         consumer.close()
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not TAOBAO.exists(), reason="the Taobao log is not beside the checkout")
 def test_a_real_log_comes_out_exactly_with_train_and_join_killed_in_the_middle(tmp_path: Path) -> None:
     with demo(tmp_path, "--log", "taobao", "--path", TAOBAO, "--no-page") as running:
@@ -162,7 +163,10 @@ def one_line(stderr: str) -> bool:
     return len(stderr.strip().splitlines()) == 1 and "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", pytest.param("truncated", marks=pytest.mark.nightly), "bytes"])
+LONG = [pytest.param(kind, marks=pytest.mark.nightly) for kind in ("truncated", "bytes")]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", *LONG])
 def test_a_log_that_cannot_be_read_is_said_in_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"{kind}.csv.gz"
     row = b"1,2,3,pv,1511658000\n"

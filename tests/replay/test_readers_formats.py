@@ -64,9 +64,12 @@ PUBLIC = {
         {"Item": 8_780, "Impression": 14_785 + 134 + 137, "Click": 134 + 137, "Cart": 37, "Purchase": 9}, 0,
     ),
 }  # fmt: skip
+LARGE = "online-retail"
 
 
-@pytest.mark.parametrize("place", PUBLIC)
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.nightly) if place.startswith(LARGE) else place for place in PUBLIC]
+)
 def test_a_public_log_comes_out_row_for_row(place: str, public_log: Finder) -> None:
     name, rows, set_aside, kinds, again = PUBLIC[place]
     path = public_log(place)

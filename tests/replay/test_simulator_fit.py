@@ -45,7 +45,8 @@ def figures(name: str, path: Path, split: str) -> dict:
 # --- the held-out half of public logs: the figures of docs/simulator.md
 
 
-@pytest.mark.parametrize("split", [pytest.param("time", marks=pytest.mark.nightly), "alternate"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("split", ["time", "alternate"])
 def test_kuairand_s_clicks_and_watch_times(public_log: Callable[[str], Path], split: str) -> None:
     found = figures("kuairand", public_log(KUAIRAND), split)
     assert found["click_rate"] == pytest.approx(found["held_out_click_rate"], rel=0.05)
@@ -55,8 +56,8 @@ def test_kuairand_s_clicks_and_watch_times(public_log: Callable[[str], Path], sp
     assert found["even"]["popularity_ks"] > 0.5, "the figure says something: even popularity is far off"
 
 
-@pytest.mark.parametrize("path", [BANDIT, BANDIT_RANDOM])
-@pytest.mark.parametrize("split", ["time", "alternate"])
+@pytest.mark.parametrize("path", [BANDIT, pytest.param(BANDIT_RANDOM, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("split", [pytest.param("time", marks=pytest.mark.nightly), "alternate"])
 def test_open_bandit_s_clicks(public_log: Callable[[str], Path], path: str, split: str) -> None:
     """Some 20 to 40 clicks in a half. The world has the rate that it was fitted to, which is the held-out one as far
     as so few clicks can tell. (By time, bts' own first half is above the interval of its second: 42 clicks, then 27.)
@@ -69,7 +70,9 @@ def test_open_bandit_s_clicks(public_log: Callable[[str], Path], path: str, spli
         assert low <= found["true_ctr"] <= high
 
 
-@pytest.mark.parametrize(("name", "path"), [("kuairand", KUAIRAND), ("openbandit", BANDIT)])
+@pytest.mark.parametrize(
+    ("name", "path"), [pytest.param("kuairand", KUAIRAND, marks=pytest.mark.nightly), ("openbandit", BANDIT)]
+)
 def test_the_ranks_of_popularity_are_those_of_the_held_out_half(
     public_log: Callable[[str], Path], name: str, path: str
 ) -> None:
@@ -79,6 +82,7 @@ def test_the_ranks_of_popularity_are_those_of_the_held_out_half(
     assert found["rank_correlation"] <= found["ceiling"]["parts"] + 0.02
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("name", "path", "share"), [("kuairand", KUAIRAND, 0.75), ("openbandit", BANDIT, 0.95)])
 def test_popularity_of_a_later_time_moves_and_a_good_part_of_what_stays_is_found(
     public_log: Callable[[str], Path], name: str, path: str, share: float
