@@ -19,7 +19,7 @@ from embedding_store.errors import UsageError
 from replay.readers import in_time_order, open_log
 from streams.events import Item
 from tests.deploy.test_cli import environment
-from tests.replay.conftest import DATA, KUAIRAND, TAOBAO_BY_USER
+from tests.public_logs import DATA, KUAIRAND, TAOBAO_BY_USER
 
 KEYS = {"rows", "rejected", "kinds", "from", "to", "ordered", "duplicates"}  # of every command, as documented
 BY_USER = "1,10,3,pv,1511600005\n1,11,3,buy,1511600009\n2,10,3,pv,1511600001\n2,10,3,cart,1511600002\n"

@@ -17,8 +17,9 @@ from typing import Any
 
 import psutil
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-TAOBAO = SHARED / "taobao-userbehavior" / "time_ordered_96k.csv.gz"
+from tests.public_logs import DATA, TAOBAO_BY_TIME
+
+TAOBAO = DATA / TAOBAO_BY_TIME
 
 
 @dataclass

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tests.public_logs import DATA
+
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("HEADRACE_DATA", ROOT.parent / "shared" / "data")).resolve()
 STOP_SECONDS = 30  # for a worker to drain after SIGTERM
 READY_SECONDS = 120  # for a worker to say that it has joined its group; torch alone takes seconds to load
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +9,7 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from streams.topics import TopicSettings, create_topics, end_offsets
-
-DATA = Path(os.environ.get("HEADRACE_DATA", Path(__file__).parents[3] / "shared" / "data"))
-TAOBAO_BY_TIME = "taobao-userbehavior/time_ordered_96k.csv.gz"
-TAOBAO_BY_USER = "taobao-userbehavior/by_user_100k.csv.gz"
-KUAIRAND = "kuairand/kuairand27k_explicit_feedback_kcore15.tsv.gz"
+from tests.public_logs import DATA
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from replay.sinks import KafkaSink
 from streams.events import Item
 from streams.joiner import JoinSettings
 from streams.topics import TopicSettings, create_topics
+from tests.public_logs import KUAIRAND, TAOBAO_BY_USER
 from tests.replay import replay_child
-from tests.replay.conftest import KUAIRAND, TAOBAO_BY_USER
 from tests.streams.children import processes
 
 KILLS = 10

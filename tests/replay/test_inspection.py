@@ -25,7 +25,7 @@ from replay.readers.guessing import guess_columns
 from replay.readers.settings import ColumnMapping, LogSettings
 from streams.events import Click, Impression, Item, Purchase, Tick
 from streams.settings import LARGEST_BATCHES
-from tests.replay.conftest import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
+from tests.public_logs import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
 
 Finder = Callable[[str], Path]
 

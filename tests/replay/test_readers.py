@@ -13,7 +13,7 @@ import pytest
 from embedding_store.errors import LogError, UsageError
 from replay.readers import READERS, BadRow, ColumnMapping, Record, SetAside, TableReader, in_time_order, open_log
 from streams.events import Click, Impression, Item, Purchase, Watch, decode, decode_item, encode
-from tests.replay.conftest import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
+from tests.public_logs import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
 
 Finder = Callable[[str], Path]
 GOOD = "1,10,100,pv,1511658000\n"

@@ -16,7 +16,7 @@ from replay.readers import ColumnMapping, LogReader, LogSettings, Record, detect
 from replay.readers.values import millis
 from replay.sinks import JsonlSink
 from streams.events import Cart, Click, Impression, Item, Purchase, Refund, Tick, Watch, decode, decode_item, encode
-from tests.replay.conftest import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
+from tests.public_logs import KUAIRAND, TAOBAO_BY_TIME, TAOBAO_BY_USER
 
 Finder = Callable[[str], Path]
 

@@ -24,7 +24,7 @@ from replay.readers import Record, in_time_order, open_log
 from replay.sinks import JsonlSink, KafkaSink
 from streams.events import MAX_EVENT_BYTES, Item, Rejected, Tick, decode, decode_item, encode
 from streams.topics import TopicSettings, create_topics
-from tests.replay.conftest import TAOBAO_BY_TIME
+from tests.public_logs import TAOBAO_BY_TIME
 from tests.replay.test_player import click
 
 Topic = list[tuple[int, bytes | None, bytes]]

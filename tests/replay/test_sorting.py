@@ -18,7 +18,7 @@ from embedding_store.errors import LogError
 from replay.readers import Record, in_time_order, open_log, sorting
 from replay.readers.base import LogReader
 from streams.events import Click, Impression, Item
-from tests.replay.conftest import TAOBAO_BY_TIME, TAOBAO_BY_USER
+from tests.public_logs import TAOBAO_BY_TIME, TAOBAO_BY_USER
 
 Finder = Callable[[str], Path]
 ROOT = Path(__file__).parents[2]
