@@ -266,6 +266,7 @@ def test_init_refuses_a_log_without_anything_to_learn_from(capfd: pytest.Capture
     assert not Path("headrace.toml").exists()
 
 
+@pytest.mark.nightly
 def test_the_settings_that_init_writes_train_at_once(tmp_path: Path) -> None:
     rows = "".join(f"{n % 40},{n * n % 60},{n % 4},pv,{1_511_600_000 + n}\n" for n in range(2_000))
     write("log.csv", rows)

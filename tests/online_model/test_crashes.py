@@ -114,7 +114,9 @@ def _replayed(topic: Path) -> dict:
     return tables
 
 
-@pytest.mark.parametrize("point", LEARNING)
+@pytest.mark.parametrize(
+    "point", [pytest.param(p, marks=pytest.mark.nightly) if p.startswith("copy.") else p for p in LEARNING]
+)
 def test_crashed_at_each_point_and_again_while_it_recovers(
     point: str, tmp_path: Path, expected: Expected, undisturbed: dict
 ) -> None:

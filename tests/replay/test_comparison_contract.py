@@ -16,7 +16,10 @@ from replay.comparison.stream import Batch, Stream
 from tests.replay.comparison_logs import MODEL, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EVERY = pytest.mark.parametrize("name", SYSTEMS)
+SLOW = "vw"
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly) if name == SLOW else name for name in SYSTEMS]
+)
 BATCHES = 12
 
 

@@ -59,6 +59,7 @@ def test_a_sync_copies_what_has_changed_and_nothing_else_changes_a_copy() -> Non
     assert other.rows < copy.rows, "a row that changed twice between two syncs is copied once"
 
 
+@pytest.mark.nightly
 def test_the_frozen_one_serves_what_it_knew_after_the_warm_up() -> None:
     batches = stream(impressions=True).batches
     system = frozen(Leader(MODEL), len(batches))

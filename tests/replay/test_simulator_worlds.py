@@ -53,7 +53,7 @@ def tell(tmp_path: Path, settings: SimulatorSettings, seconds: float, policy: Po
 
 
 @MODELS
-@pytest.mark.parametrize("bots", [0.0, 0.05])
+@pytest.mark.parametrize("bots", [pytest.param(0.0, marks=pytest.mark.nightly), 0.05])
 def test_the_truth_file_is_calibrated(tmp_path: Path, model: str, bots: float) -> None:
     """In each band of the true probability of a click, and of a purchase after one, as many happen as it says."""
     settings = with_(SETTINGS, user_model=model, bots=bots, item_life_s=1e6)
