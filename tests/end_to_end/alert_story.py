@@ -85,7 +85,7 @@ class Watched:
         return float(result[0]["value"][1]) if result else 0.0
 
     def settled(self) -> bool:
-        """Whether clicks are nearly as often as the model says. A new model shows most of what it thinks too much of."""
+        """Whether clicks are as often as the model says, nearly: a new one shows most of what it thinks too much of."""
         return 0 < self.value('headrace_train_calibration{scenario="all", task="click"}') < SETTLED
 
     def quiet(self) -> None:
