@@ -31,7 +31,7 @@ from tests.end_to_end.demos import Demo, demo
 
 SCALE, DAYS_SCALE = 1 / 60, 1 / 360
 DAYS = "freshness-burn-slow"
-EVENTS_PER_S = 1_000  # of fewer the model learns too slowly what items are like before they go
+EVENTS_PER_S = 500
 SETTLED, SETTLES_S = 0.9 * (CALIBRATION.high or 0), 300
 ANSWERS_S = 180  # until every series is there
 WINDOW_S, RATE = 60, "20s"  # looked back; for $__rate_interval
@@ -41,6 +41,9 @@ QUIET_S = 20  # without any alert, before and after all that goes wrong
 ROOM = 64 << 30  # bytes; of the demo's disk, where we may mount one: it takes memory for what is in it only
 ON_DISK = {"disk-low", "disk-filling"}
 SETTINGS = f"""
+[simulator]
+item_life_s = 864000.0
+
 [model]
 window = 10000
 
