@@ -135,11 +135,12 @@ class Learner:
 
     def __init__(
         self, tables: EmbeddingTables, ranker: Ranker, feedback: Strategy, learning_rate: float, wide_rate: float,
-        retrieval: float = 0.0, clip: float = 0.0, bf16: bool = False,
+        batch_rows: int, retrieval: float = 0.0, clip: float = 0.0, bf16: bool = False,
     ) -> None:  # fmt: skip
-        """retrieval: the weight of the two towers' loss. clip: the largest norm of the ranker's gradient, those of the
-        tables shrink with it; 0: any. bf16: the dense layers compute in bfloat16, sums and weights stay float32."""
-        self._clip, self._bf16 = clip, bf16
+        """batch_rows: of a usual batch. retrieval: the weight of the two towers' loss. clip: the largest norm of the
+        ranker's gradient, those of the tables shrink with it; 0: any. bf16: the dense layers compute in bfloat16, sums
+        and weights stay float32."""
+        self._clip, self._bf16, self._batch_rows = clip, bf16, batch_rows
         self.stages = Stages()
         self.tables, self.ranker, self._feedback, self._retrieval = tables, ranker, feedback, retrieval
         self._device = ranker.bias.device
@@ -184,9 +185,12 @@ class Learner:
         mean = self._mean(loss.detach(), len(c.item))
         learned = self._gathered(_finite([loss.detach(), *grads])) and mean <= most
         if learned:
+            # Tables learn from sums, the ranker from means, as of a usual batch: a click comes at once and alone, what
+            # was not clicked with its page, and by the mean of a small step clicks would count for more.
+            usual = len(c.item) * self._batch_rows / max(1, int(np.count_nonzero(batch.example)))
             for w in self._weights:
                 if w.grad is not None:
-                    w.grad /= len(c.item)  # tables learn from sums, the ranker from means
+                    w.grad /= usual
             if (share_of := self._clip_share()) < 1:
                 grads = [g * share_of for g in grads]
             torch.autograd.backward(outputs, grads)

@@ -124,8 +124,8 @@ class Trainer:
         self._ranker, self._clock = ranker, clock
         self._feedback = feedback_of(settings)
         self._learner = Learner(
-            tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.retrieval,
-            settings.clip, settings.bf16,
+            tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.batch_size,
+            settings.retrieval, settings.clip, settings.bf16,
         )  # fmt: skip
         self._intake = Intake(partitions)
         self._recent = RecentItems(settings.recent_items)

@@ -76,6 +76,7 @@ class PlainRanker:
         rates = {name: own.learning_rate for name, own in self._specs.items()}
         self.tables = BareTables({USER: [USER], ITEM: [ITEM, PAST]}, sizes, features.dim, rates, features.eps)
         self.ranker, self._retrieval = Ranker(features.dim, model.ranker), model.retrieval
+        self._batch_rows = model.batch_size
         self._shown = 0
         self._adam = adam_of(self.ranker, model.learning_rate, model.wide_rate)
         self._rows: dict[str, dict[int, int]] = {USER: {0: 0}, ITEM: {0: 0}}
@@ -129,7 +130,8 @@ class PlainRanker:
         return Ready(keyed, *map(torch.from_numpy, map(np.ascontiguousarray, arrays)))
 
     def learn(self, ready: Ready) -> None:
-        """One step. Rows learn in the backward pass, as TorchRec does it; from sums, the ranker from means."""
+        """One step. Rows learn in the backward pass, as TorchRec does it; from sums, the ranker from a usual batch's
+        means."""
         found = self.tables(ready.rows)
         user, item = found[USER].values(), found[ITEM].values()
         dim, contexts = user.shape[1], len(user)
@@ -148,7 +150,7 @@ class PlainRanker:
         loss.backward()
         for weights in self.ranker.parameters():
             if weights.grad is not None:
-                weights.grad /= len(item)
+                weights.grad /= self._batch_rows
         self._adam.step()
         self.ranker.count_rates(ready.target, torch.ones(len(item)))
 

@@ -83,7 +83,7 @@ class PlainTrainer:
         loss.backward()
         for p in self.ranker.parameters():
             if p.grad is not None:
-                p.grad /= len(rows)
+                p.grad /= self.settings.batch_size
         self.adam.step()
         s = self.settings.features
         for table, own in leaves.items():

@@ -405,3 +405,20 @@ def test_positives_are_ranked_among_active_items_before_they_are_learned(tmp_pat
     gained = after["mrr"] * after["count"] - before["mrr"] * before["count"]
     assert gained == pytest.approx((1 / np.array(expected)).sum())
     trainer.store.close()
+
+
+def test_a_row_counts_as_much_in_a_small_step_as_in_a_large_one(tmp_path):
+    """A click comes at once and alone, what was not clicked with its page: that must not make clicks count for more."""
+    trainer = open_trainer(msgspec.structs.replace(SMALL, window=2_000), tmp_path / "store", lambda: NOW)
+    rows = make_rows(6_000, items=200)
+    of_forty = np.arange(6_000) // 40
+    rows = rows.take(np.argsort(2 * of_forty + (rows.click == 0), kind="stable"))  # the clicks first
+    for number, block in enumerate(make_blocks(rows, 40)):
+        trainer.offer(block, number)
+        clicks = int((block.examples.click == 1).sum())
+        for size in (*[2] * (clicks // 2), 40):
+            trainer.step(drain=True, rows=size)
+    assert trainer.pending == 0
+    recent = trainer._evaluation.metrics()["click"]["recent"]
+    trainer.store.close()
+    assert recent["calibration"] == pytest.approx(1, abs=0.1)
