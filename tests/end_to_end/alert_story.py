@@ -40,11 +40,7 @@ TARGETS = 4  # join, train, serve and the demo itself
 QUIET_S = 20  # without any alert, before and after all that goes wrong
 ROOM = 64 << 30  # bytes; of the demo's disk, where we may mount one: it takes memory for what is in it only
 ON_DISK = {"disk-low", "disk-filling"}
-# What is shown is drawn: of so few events a model that chooses knows little, and shows what it thinks too much of.
 SETTINGS = f"""
-[serve.policy.exploration]
-epsilon = 1.0
-
 [model]
 window = 10000
 
@@ -89,7 +85,7 @@ class Watched:
         return float(result[0]["value"][1]) if result else 0.0
 
     def settled(self) -> bool:
-        """Whether clicks are as often as the model says, nearly: a new one shows most of what it thinks too much of."""
+        """Whether clicks are as often as the model says, nearly: a new one has to learn that first."""
         return 0 < self.value('headrace_train_calibration{scenario="all", task="click"}') < SETTLED
 
     def quiet(self) -> None:
