@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -188,6 +189,7 @@ class TablesLikeADict(RuleBasedStateMachine):
 
 
 TestTablesLikeADict = TablesLikeADict.TestCase
+TestTablesLikeADict.pytestmark = [pytest.mark.timeout(600)]  # stores are opened hundreds of times: a slow disk
 TestTablesLikeADict.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=12, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
