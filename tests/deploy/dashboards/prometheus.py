@@ -54,7 +54,7 @@ class Prometheus:
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() - begun < timeout_s, f"{what}: waited {timeout_s:.0f} s in vain"
-            time.sleep(0.2)  # what is waited for is in other processes
+            time.sleep(0.5)  # what is waited for is in other processes
         return time.monotonic() - begun
 
 
