@@ -24,7 +24,8 @@ from streams.topics import end_offsets
 from tests.end_to_end.demos import Demo
 
 PER_S = 200  # of what is sent into `events`
-FLOOD_PER_S, PAGE = 6_000, list(range(500))
+NEW_PER_S = 50  # each a user and an item that stay in the tables
+FLOOD_PER_S, PAGE = 9_000, list(range(900))
 SLOWED_S = (1.5, 0.5)  # a slow trainer: it stands still and moves in turn
 MISSED = 20  # records of `parameters` that a replica has not read when they are deleted
 CLIENTS = 128  # twice as many as may wait ([serve.limits] waiting)
@@ -136,8 +137,8 @@ def clock_stands_still(demo: Demo) -> Iterator[None]:
 
 
 @contextmanager
-def sent(demo: Demo, records: Callable[[int, int], list[bytes]]) -> Iterator[None]:
-    """Into `events`, PER_S times a second: what `records` makes of a number and the time (ms UTC)."""
+def sent(demo: Demo, records: Callable[[int, int], list[bytes]], per_s: int = PER_S) -> Iterator[None]:
+    """Into `events`, `per_s` times a second: what `records` makes of a number and the time (ms UTC)."""
     settings, topic = demo.settings, _topic(demo, "events")
     partitions = settings["topics"]["partitions"]
     producer = KafkaProducer(bootstrap_servers=settings["bootstrap"])
@@ -145,7 +146,7 @@ def sent(demo: Demo, records: Callable[[int, int], list[bytes]]) -> Iterator[Non
     def send(ended: threading.Event) -> None:
         n = 0
         while not ended.wait(0.1):
-            for _ in range(PER_S // 10):
+            for _ in range(per_s // 10):
                 for value in records(n, time.time_ns() // 1_000_000):
                     producer.send(topic, value, partition=n % partitions)
                 n += 1

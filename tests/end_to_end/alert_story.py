@@ -255,15 +255,16 @@ def _crowd(found: Watched) -> None:
 
 
 def _not_learning(found: Watched) -> None:
+    crowd = wrong.sent(found.demo, wrong.clicked_new, wrong.NEW_PER_S)
     found.caused("a crowd that clicks on everything, all of it new, while learning rates are far too small",
                  {"calibration-off": {"task": "click"}},
-                 wrong.at_once(wrong.not_learning(found.demo), wrong.sent(found.demo, wrong.clicked_new)))  # fmt: skip
+                 wrong.at_once(wrong.not_learning(found.demo), crowd))  # fmt: skip
 
 
 CHAPTERS = (
     [Watched.quiet],
     [_stopped_trainer], [_killed_replica], [_slow_trainer], [_no_time], [_no_snapshots], [_flood, _full_disk],
-    [_garbage, _overload], [_crowd], [_not_learning],
+    [_garbage, _overload], [_not_learning], [_crowd],  # in this order: what a crowd is like must not be known yet
     [Watched.quiet],
 )  # fmt: skip
 OF_RANKS = ([_stopped_rank],)
