@@ -126,7 +126,7 @@ class Cluster:
         """kill -9 of rank 1. The train worker must end by itself; a new one takes its place. Raises WorkerFailed."""
         worker, deadline = self.workers["train"], time.monotonic() + READY_S
         assert worker.process is not None
-        while worker.process.poll() is None and not (ranks := _further_ranks(worker.process.pid)):
+        while worker.process.poll() is None and not (ranks := further_ranks(worker.process.pid)):
             _wait(deadline, f"the train worker has no rank 1: see {worker.log}")
         if worker.process.poll() is None:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -187,7 +187,7 @@ class Cluster:
         return worker
 
 
-def _further_ranks(pid: int) -> list[psutil.Process]:
+def further_ranks(pid: int) -> list[psutil.Process]:
     """Those that a train worker has started (beside them it has Python's tracker of what they share)."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [child for child in psutil.Process(pid).children() if "online_model.follower" in child.cmdline()]

@@ -17,6 +17,7 @@ import psutil
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from deploy.freshness import refund
+from deploy.torture.cluster import further_ranks
 from deploy.torture.disk import Disk
 from replay.sinks import KafkaSink
 from streams.events import Click, Event, Impression, encode
@@ -55,12 +56,8 @@ def stopped_worker(demo: Demo, name: str) -> Iterator[None]:
 def stopped_rank(demo: Demo) -> Iterator[None]:
     """The second rank of the train worker does not move; the first one waits for it."""
     worker = demo.until(lambda: demo.worker("train"))
-    with stopped(demo.until(lambda: next(filter(_is_rank, worker.children()), None))):
+    with stopped(demo.until(lambda: next(iter(further_ranks(worker.pid)), None))):
         yield
-
-
-def _is_rank(process: psutil.Process) -> bool:
-    return "online_model.follower" in process.cmdline()
 
 
 @contextmanager
