@@ -81,6 +81,8 @@ class TablesLikeADict(RuleBasedStateMachine):
     @rule(batches=st.lists(st.tuples(IDS, st.integers(0, GRAIN_MS)), min_size=1, max_size=8))
     def learn(self, batches: list[tuple[list[int], int]]) -> None:
         for ids, passed in batches:
+            if not self.has_room(len(ids)):
+                self.commit()  # of the time before this step: what expires by it is still in the store
             self.plain.advance(self.plain.now + passed)
             self.step(ids)
 
@@ -91,8 +93,6 @@ class TablesLikeADict(RuleBasedStateMachine):
         return found
 
     def step(self, ids: list[int]) -> None:
-        if not self.has_room(len(ids)):
-            self.commit()
         self.tables.begin_step(self.plain.now)
         at = self.tables.rows("t", np.array(ids), admit=True)
         self.plain.learn(ids)

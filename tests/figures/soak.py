@@ -190,8 +190,9 @@ def _sampled(running: Demo, seconds: float) -> Iterator[dict[str, float]]:
                 row |= {f"fresh_ms p{100 * q:g}": 1e3 * quantile(q, meanwhile) for q in (0.5, 0.99)}
             before = buckets or before  # it did not answer in time: the next answer has both
             yield row
-            due = max(due + SAMPLE_S, time.monotonic())
-            time.sleep(due - time.monotonic())  # the pace of the samples
+            ended = time.monotonic()
+            due = max(due + SAMPLE_S, ended)
+            time.sleep(due - ended)  # the pace of the samples
 
 
 def _fresh(client: httpx.Client, ports: dict[str, str]) -> tuple[float, dict[float, float]]:
