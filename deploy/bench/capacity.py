@@ -56,6 +56,7 @@ def constants_of(result: dict[str, Any]) -> Constants:
     sizes, memory, ranks = result["constants"], last("memory"), result["axes"]["ranks"]["points"]
     one, several = next(iter(ranks.values())), last("ranks")
     candidates, readers = last("candidates"), last("replicas")
+    small, large = next(iter(result["axes"]["ids"]["points"].values())), last("ids")  # `memory` has a small store
     more = int(list(result["axes"]["replicas"]["points"])[-1])
     megabytes = readers["version_bytes"] / 1e6
     users, items = 0.9, 0.1
@@ -65,7 +66,7 @@ def constants_of(result: dict[str, Any]) -> Constants:
         train_us=one["cpu_us"],
         rank_0_us=several["rank_0_us"],
         touched_a_row=memory["rows_touched_a_row"],
-        commit_us=memory["commit_us_a_touched_row"] + last("ids")["commit_us_a_row"],
+        commit_us=memory["commit_us_a_touched_row"] + large["commit_us_a_row"] - small["commit_us_a_row"],
         apply_us=candidates["apply_us_a_row"],
         event_bytes=sizes["event_bytes"],
         block_bytes=last("users")["block_bytes_a_row"],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deploy.bench import growth, growth_join, growth_report
-from deploy.bench.capacity import USED, Constants, Load, breaks, needs
+from deploy.bench.capacity import USED, Constants, Load, breaks, constants_of, needs
 from deploy.bench.common import BenchError
 from deploy.bench.growth import AXES, judged
 from deploy.cli import run
@@ -102,6 +102,17 @@ def test_axes_of_before_stay_unless_they_are_of_another_machine(tmp_path: Path) 
     assert written(found("a", history=3.0, users=4.0)) == {"users": 4.0, "history": 3.0, "ranks": 2.0}
     assert "| ranks |" in (tmp_path / "scale.md").read_text()
     assert written(found("b", ranks=5.0)) == {"ranks": 5.0}
+
+
+def test_the_store_s_write_counts_once() -> None:
+    """A commit of the trainer is of a small store: of the store alone only what its size adds comes to it."""
+    measured = json.loads((DOCS / "plots" / "growth.json").read_text("utf-8"))
+    ids, memory = (list(measured["axes"][axis]["points"].values()) for axis in ("ids", "memory"))
+    for point in ids:
+        point["commit_us_a_row"] = 7.0
+    assert constants_of(measured).commit_us == pytest.approx(memory[-1]["commit_us_a_touched_row"])
+    ids[-1]["commit_us_a_row"] = 9.0
+    assert constants_of(measured).commit_us == pytest.approx(memory[-1]["commit_us_a_touched_row"] + 2)
 
 
 def test_twice_the_load_needs_twice_as_much() -> None:
