@@ -29,6 +29,7 @@ CHURN = 0.3  # of the rows replaced, or waiting for it: then the cells fit the i
 PROBES, LEAST_PROBES = 16, 4  # the recall is the mean over so many; it counts from so few on
 QUICK_FROM = 100_000  # items: from there on the first cells are coarse ones, made in a fifth of the time
 QUERIES = 32  # of the last are kept: they say how many cells a new file must look into
+QUICK_QUERIES = 8  # … the coarse one, whose best rows are found by passes over all
 _NONE = np.empty(0, np.int64)
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,8 @@ class ApproximateIndex:
             queries = np.concatenate((like, like, np.ones((QUERIES, 1), np.float32)), axis=1)
             self._queries.extend(queries)  # until there are as many of those that were asked
             threads = cores if self._coarse else 1
-            self._cells = _built(copy, queries, self._settings.nearest, self._settings.least_recall, threads)
+            tuning = queries[:QUICK_QUERIES] if self._coarse else queries
+            self._cells = _built(copy, tuning, self._settings.nearest, self._settings.least_recall, threads)
             faiss.omp_set_num_threads(1)
             self._begun_ms, self._of = now_ms, copy.changes
 

@@ -107,10 +107,11 @@ class Table:
             self._grow(len(self) + new)
         index, _ = self._map.admit(rows.ids)
         self.members += new
+        into = _run_of(index)
         for part, codes in encode_weights(rows.columns[WEIGHTS], self._encoding).items():
-            self.columns[self._codes[part]][index] = codes
+            self.columns[self._codes[part]][into] = codes
         for name in self.carried.keys() - {WEIGHTS}:
-            self.columns[name][index] = rows.columns[name]
+            self.columns[name][into] = rows.columns[name]
         self.end = max(self.end, int(index.max(initial=0)) + 1)
         return index
 
@@ -134,6 +135,13 @@ class Table:
         return CorruptRecord(
             f"a version does not fit table {self.name!r}: {why}; run trainer and replicas with the same settings"
         )
+
+
+def _run_of(index: np.ndarray) -> np.ndarray | slice:
+    """Row numbers int64 [n], as a slice where they are one after the other, as a snapshot's are: a plain copy."""
+    if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
 
 
 def _dtypes(layout: Layout) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
