@@ -102,11 +102,12 @@ class Table:
 
     def put(self, rows: TableRows) -> np.ndarray:
         """Write `rows`, which `check` has passed; their row numbers, int64 [n]."""
-        new = len(rows) - int(np.count_nonzero(self.find(rows.ids)))
-        if new > self._map.free:
-            self._grow(len(self) + new)
-        index, _ = self._map.admit(rows.ids)
-        self.members += new
+        if len(rows) > self._map.free:  # else there is room whatever is new: a look less
+            new = len(rows) - int(np.count_nonzero(self.find(rows.ids)))
+            if new > self._map.free:
+                self._grow(len(self) + new)
+        index, added = self._map.admit(rows.ids)
+        self.members += len(added)
         into = _run_of(index)
         for part, codes in encode_weights(rows.columns[WEIGHTS], self._encoding).items():
             self.columns[self._codes[part]][into] = codes
