@@ -8,6 +8,7 @@ is imported when something is drawn.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from deploy.bench.suite import Row
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, LINE = 10.0, 0.24  # inches: of a plot, and of each bar in it
+PANEL, COLUMNS = (3.3, 1.2), 3  # inches; panels beside each other
 OURS, THEIRS, MARK, GRID = "#1b6ca8", "#a9b4be", "#b3261e", "#d5dbe1"
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "headrace", "text.parse_math": False,
-    "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "lines.linewidth": 1.5,
+    "svg.fonttype": "none", "svg.hashsalt": "headrace", "text.parse_math": False, "path.simplify_threshold": 1.0,
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "axes.titlesize": 8, "lines.linewidth": 1.5,
     "axes.prop_cycle": f"cycler(color=['{OURS}', '#b35900', '#2a7d4f'])",
     "axes.autolimit_mode": "round_numbers", "axes.axisbelow": True, "grid.color": GRID, "axes.edgecolor": GRID,
     "axes.spines.top": False, "axes.spines.right": False, "xtick.color": GRID, "ytick.color": GRID,
@@ -89,6 +92,21 @@ def growth_svg(title: str, x: str, lines: Mapping[str, Mapping[int, float]], kne
                 ha="right", color=MARK,
             )  # fmt: skip
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
+    return file.getvalue()
+
+
+def curves_svg(title: str, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """name → (seconds [n], values [n]), in a panel each, from 0 to the largest of both. None of what has no values."""
+    there = {name: curve for name, curve in curves.items() if len(curve[0])}
+    wide, high = PANEL
+    rows = max(math.ceil(len(there) / COLUMNS), 1)
+    with _svg(title, (wide * COLUMNS, high * rows + 2 * LINE)) as (figure, file):
+        for number, (name, (at, values)) in enumerate(there.items(), start=1):
+            most, longest = float(values.max()), float(at.max())
+            axes = figure.add_subplot(rows, COLUMNS, number, xticks=(), yticks=())
+            axes.set(xlim=(0, longest if longest > 0 else 1), ylim=(0, most if most > 0 else 1))
+            axes.set_title(f"{name}: up to {said(most)}, {said(longest)} s", loc="left")
+            axes.plot(at, values, linewidth=1, clip_on=False)
     return file.getvalue()
 
 
