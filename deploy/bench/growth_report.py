@@ -1,11 +1,7 @@
-"""What `headrace bench growth` found, as plots and as the tables of docs/scale.md.
-
-Plots are SVG by hand: small, the same bytes for the same figures, readable on light and dark.
-"""
+"""What `headrace bench growth` found, as plots and as the tables of docs/scale.md."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -15,17 +11,8 @@ from typing import Any
 
 from deploy.bench.capacity import NEEDED, Constants, Load, as_rows, breaks, constants_of, needs
 from deploy.bench.growth import AXES, Axis
+from deploy.bench.plots import growth_svg
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 64, 16, 36, 48
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #1b2733; } .title { font-size: 14px; font-weight: 600; }
-.grid { stroke: #8a97a3; stroke-opacity: .3; } .knee { stroke: #b3261e; stroke-dasharray: 4 3; }
-.s0 { stroke: #1f6feb; fill: #1f6feb; } .s1 { stroke: #b35900; fill: #b35900; } .s2 { stroke: #2a7d4f; fill: #2a7d4f; }
-path { fill: none !important; stroke-width: 2; } text.s0, text.s1, text.s2 { stroke: none; } .paper { fill: #fff; }
-@media (prefers-color-scheme: dark) { text { fill: #e3e9ef; } .paper { fill: #10161c; }
- .s0 { stroke: #6ea8ff; fill: #6ea8ff; } .s1 { stroke: #ffa657; fill: #ffa657; } .s2 { stroke: #6fcf97; fill: #6fcf97; }
- .knee { stroke: #ff8a80; } }
-"""
 FILE = "growth.json"
 
 
@@ -123,60 +110,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plot(axis: Axis, found: dict[str, Any]) -> str:
-    """Cost, and the axis' other series, over x, both logarithmic."""
+    """Cost, and the axis' other series, over x."""
     points = {int(x): point for x, point in found["points"].items()}
     names = {"cpu_us": f"µs per {axis.per}", **{n: n.removesuffix("_us").replace("_", " ") for n in axis.series}}
-    series = {name: [(x, p[name]) for x, p in points.items() if p.get(name)] for name in names}
-    low, high = _decades([y for line in series.values() for _, y in line])
-    left, right = math.log10(min(points)), math.log10(max(points))
-    across = (right - left) or 1.0
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            LEFT + (math.log10(x) - left) / across * (WIDTH - LEFT - RIGHT),
-            HEIGHT - BOTTOM - (math.log10(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM),
-        )
-
-    parts = [f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>',
-             f'<text class="title" x="{LEFT}" y="20">{html.escape(axis.title)}</text>',
-             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{html.escape(axis.x)}</text>']  # fmt: skip
-    for exponent in range(low, high + 1):
-        y = at(min(points), 10.0**exponent)[1]
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(10.0**exponent)}</text>')
-    for x in points:
-        parts.append(f'<text x="{at(x, 1)[0]:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_short(x)}</text>')
-    if found["knee"] is not None:
-        bend = at(found["knee"], 1)[0]
-        parts.append(f'<path class="knee" d="M{bend:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{bend - 4:.1f}" y="{TOP + 10}" text-anchor="end">knee</text>')
-    for number, (name, line) in enumerate(series.items()):
-        parts += _line([at(*point) for point in line], number, names[name])
-    body = "\n".join(parts)
-    view = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-    about = f'role="img" aria-label="{html.escape(axis.title)}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {view} {about}>\n<style>{STYLE}</style>\n{body}\n</svg>\n'
-
-
-def _line(places: list[tuple[float, float]], number: int, name: str) -> list[str]:
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-    dots = [f'<circle class="s{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places]
-    place = f'x="{WIDTH - RIGHT - 4}" y="{20 + 14 * number}" text-anchor="end"'
-    label = f'<text class="s{number}" {place}>{html.escape(name)}</text>'
-    return [f'<path class="s{number}" d="M{path}"/>', *dots, label]
-
-
-def _decades(values: list[float]) -> tuple[int, int]:
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    return low, max(high, low + 1)
-
-
-def _short(number: float) -> str:
-    """1000000 → 1M."""
-    for factor, ending in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:g}{ending}"
-    return f"{number:g}"
+    lines = {said: {x: p[name] for x, p in points.items() if p.get(name)} for name, said in names.items()}
+    return growth_svg(axis.title, axis.x, lines, found["knee"])
 
 
 def _number(value: float | None) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 import psutil
 import pytest
 import typer
@@ -20,11 +22,12 @@ import typer
 from deploy.bench import check as checks
 from deploy.bench import common, every, suite
 from deploy.bench.every import Report, with_block
-from deploy.bench.plots import figures_svg, ratios_svg, said
+from deploy.bench.plots import MARK, OURS, THEIRS, figures_svg, ratios_svg, said
 from deploy.bench.suite import BENCHES, Bench, Figure, Limit, rows_of
 from deploy.cli import run
 from deploy.commands import bench as command
 from embedding_store.errors import HeadraceError
+from tests.deploy.drawings import Plot
 
 TINY = ["--rows", "1000", "--dim", "64"]
 PUBLISHED = Bench("publish", "publish", suite.PUBLISH.figures, quick=tuple(TINY), check=tuple(TINY))
@@ -72,20 +75,63 @@ def test_only_blocks_are_written_and_what_people_wrote_stays() -> None:
     assert with_block(appended, "growth", "again\n") == appended.replace("more\n<!-- end", "again\n<!-- end")
 
 
-def test_the_plots_are_drawings_with_all_figures() -> None:
-    result = {
-        "events_per_s": 3.0,
-        "reference_per_s": 6.0,
-        "ratio": 0.5,
-        "rss_growth_mb": 10,
-        "rss_growth_mb_10x_open": 11,
-    }
-    rows = rows_of(suite.JOIN, result)
-    for drawn in (figures_svg("a < b", rows), ratios_svg("all", [("join", row) for row in rows])):
-        parsed = ElementTree.fromstring(drawn)  # noqa: S314 - our own
-        texts = [element.text for element in parsed.iter("{http://www.w3.org/2000/svg}text")]
-        assert texts[0] in ("a < b", "all")
-        assert len(texts) > len([row for row in rows if row.ratio is not None])
+RESULT = {
+    "events_per_s": 3.0, "reference_per_s": 6.0, "ratio": 0.5, "rss_growth_mb": 10, "rss_growth_mb_10x_open": 11,
+}  # fmt: skip
+ROWS = rows_of(suite.JOIN, RESULT)
+
+
+def test_a_plot_has_each_figure_beside_its_reference_in_bars_as_long_as_they_are_large() -> None:
+    plot = Plot(figures_svg("a < b", [*ROWS, *rows_of(suite.TRAIN, {"share": {"forward": 0.5, "map": 0.125}})]))
+    assert plot.title == "a < b"
+    left = [
+        "events/s", "– plain dictionaries, no store, no features",
+        "memory with ten times the open windows, MB", "– with one time",
+        "share of forward in a step", "share of map in a step",
+    ]  # fmt: skip
+    right = ["3", "6", "11", "10", "0.50", "0.12"]
+    assert plot.words.keys() == {"a < b", *left, *right}
+    for words in (left, right):
+        assert words == sorted(words, key=lambda word: plot.words[word][1]), "one below the other"
+    ours, theirs = ([np.ptp(bar[:, 0]) for bar in plot.paths(color)] for color in (OURS, THEIRS))
+    assert np.array(ours) / max(ours) == pytest.approx([0.5, 1, 1, 0.25])
+    assert np.array(theirs) / max(ours) == pytest.approx([1, 10 / 11])
+    for label, value, bar in (("events/s", "3", 0), ("share of map in a step", "0.12", 3)):
+        top, bottom = plot.paths(OURS)[bar][:, 1].min(), plot.paths(OURS)[bar][:, 1].max()
+        assert top < plot.words[label][1] < bottom
+        assert top < plot.words[value][1] < bottom
+
+
+def test_ratios_are_on_one_scale_from_1_on_with_a_mark_at_what_is_wanted() -> None:
+    plot = Plot(ratios_svg("all", [("join", row) for row in ROWS]))
+    assert plot.title == "all"
+    assert {
+        "join: events/s to plain dictionaries, no store, no features", "0.50 ×",
+        "join: memory with ten times the open windows, MB to with one time", "1.10 ×",
+    } <= plot.words.keys()  # fmt: skip
+    worse, better = ((bar[:, 0].min(), bar[:, 0].max()) for bar in plot.paths(OURS))
+    one, ten = plot.words["1 ×"][0], plot.words["10 ×"][0]
+    assert [*worse, *better] == pytest.approx([one + (ten - one) * math.log10(r) for r in (0.5, 1, 1, 1.1)])
+    (mark,) = plot.marks(MARK)
+    assert mark[0] == pytest.approx(one + (ten - one) * math.log10(1.2)), "at most 1.2; 60,000 is no ratio"
+
+
+def test_a_plot_is_the_same_whatever_is_set_on_a_machine_and_changes_no_setting() -> None:
+    def drawn() -> list[str]:
+        return [figures_svg("a", ROWS), ratios_svg("b", [("join", row) for row in ROWS]), figures_svg("c", [])]
+
+    def settings() -> dict[str, Any]:
+        return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+
+    usual = drawn()
+    assert all(len(plot) < 20_000 for plot in usual)
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black", "svg.fonttype": "path"}):
+        before = settings()
+        assert drawn() == usual
+        assert settings() == before
+
+
+def test_a_figure_has_three_digits_that_count() -> None:
     assert (said(1234567.8), said(0.0000123), said(12.34), said(3), said(True)) == (
         "1,234,568", "1.2e-05", "12.3", "3", "true",
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from deploy.bench import growth, growth_join, growth_report
 from deploy.bench.capacity import USED, Constants, Load, breaks, constants_of, needs
 from deploy.bench.common import BenchError
 from deploy.bench.growth import AXES, judged
+from deploy.bench.plots import MARK, OURS
 from deploy.cli import run
+from tests.deploy.drawings import Plot
 
 DOCS = Path(__file__).parents[2] / "docs"
 CONSTANTS = Constants(
@@ -62,16 +63,28 @@ def test_the_help_names_all_axes() -> None:
     assert said.removeprefix("One of: ").partition(".")[0].split(", ") == list(AXES)
 
 
-def test_a_plot_is_small_sound_and_the_same_each_time() -> None:
-    points = _points({10: 5.0, 100: 6.5, 1_000: 66.0})
+def test_a_plot_is_small_and_the_same_each_time_and_has_its_knee_where_it_is() -> None:
+    points = _points({20: 5.0, 200: 6.5, 2_000: 50.0})
     found = {"points": points, **judged(points, 0)}
     drawn = growth_report.plot(AXES["history"], found)
     assert drawn == growth_report.plot(AXES["history"], found)
-    root = ET.fromstring(drawn)  # noqa: S314 - our own
-    kinds = [part.tag.rpartition("}")[2] for part in root.iter()]
-    assert kinds.count("circle") == 3
-    assert "knee" in "".join(root.itertext())
-    assert len(drawn) < 5_000
+    assert len(drawn) < 20_000
+    plot, words = Plot(drawn), Plot(drawn).words
+    assert plot.title == AXES["history"].title
+    assert {AXES["history"].x, f"µs per {AXES['history'].per}", "knee: 200"} <= words.keys()
+    at, decade = [words[x][0] for x in ("20", "200", "2k")], words["10"][1] - words["1"][1]
+    (knee,) = plot.paths(MARK)
+    assert knee[:, 0] == pytest.approx(at[1])
+    x, y = np.array(plot.marks(OURS)[: len(at)]).T  # the one after them is the legend's
+    assert x == pytest.approx(np.array(at))
+    assert (y - y[0]) / decade == pytest.approx(np.array([0, math.log10(1.3), 1]))
+
+
+def test_a_plot_of_what_stays_flat_has_no_knee() -> None:
+    points = _points({10: 5.0, 100: 5.0})
+    plot = Plot(growth_report.plot(AXES["history"], {"points": points, **judged(points, 0)}))
+    assert not [word for word in plot.words if "knee" in word]
+    assert plot.paths(MARK) == []
 
 
 def test_the_page_says_what_the_figures_say() -> None:

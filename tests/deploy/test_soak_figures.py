@@ -13,10 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
+from deploy.bench.plots import OURS, curves_svg
+from tests.deploy.drawings import Plot
 from tests.end_to_end.demos import Demo
 from tests.figures import soak
 from tests.figures.common import Bench, FigureError
-from tests.figures.curves import drawing
 
 
 def made(name: str, *, growth: float = 0.0, noise: float = 0.0, level: float = 500.0) -> soak.Samples:
@@ -127,11 +128,31 @@ def test_the_knee_is_the_largest_rate_that_is_kept_up_with(tmp_path: Path, monke
     assert soak.find_knee(Bench(tmp_path)) == soak.MOST_RATE
 
 
-def test_curves_are_drawn_in_their_panels() -> None:
-    svg = drawing({"a <b>": (np.arange(3.0), np.array([0.0, 1.0, 2.0])), "none": (np.empty(0), np.empty(0))})
-    assert svg.count("<polyline") == 1
-    assert "a &lt;b&gt;: up to 2, 2 s" in svg
-    assert 'points="22.0,98.0 160.0,60.0 298.0,22.0"' in svg
+def test_curves_are_drawn_in_panels_of_their_own_from_0_to_their_largest() -> None:
+    curves = {
+        "a <b>": (np.array([0.0, 50.0, 100.0]), np.array([0.0, 1_234.0, 617.0])),
+        "none": (np.empty(0), np.empty(0)),
+        "zero": (np.array([0.0, 5.0]), np.zeros(2)),
+    }
+    drawn = curves_svg("all of it", curves)
+    assert drawn == curves_svg("all of it", curves)
+    plot = Plot(drawn)
+    assert plot.title == "all of it"
+    assert [word for word in plot.words if word != plot.title] == ["a <b>: up to 1,234, 100 s", "zero: up to 0, 5 s"]
+    rising, flat = plot.paths(OURS)
+    (left, bottom), (_, top), (_, last) = rising
+    assert rising[:, 0] - left == pytest.approx(np.array([0, 0.5, 1]) * np.ptp(rising[:, 0]))
+    assert top < last == pytest.approx((top + bottom) / 2)
+    assert flat[:, 1] == pytest.approx(bottom), "on the line on which the other begins"
+    assert flat[:, 0].min() > rising[:, 0].max(), "beside it"
+    assert curves_svg("nothing", {})
+
+
+def test_a_drawing_of_two_hours_is_small() -> None:
+    at = np.arange(0.0, 7_200.0, 10.0)
+    noise = np.random.default_rng(1).exponential(size=(3, len(at)))
+    quiet = {f"rss_mb {number}": (at, 400 + at / 100) for number in range(27)}
+    assert len(curves_svg("two hours", quiet | {f"lag {n}": (at, values) for n, values in enumerate(noise)})) < 100_000
 
 
 @pytest.mark.nightly
@@ -148,4 +169,4 @@ def test_ten_minutes_of_the_demo_are_flat(tmp_path: Path, monkeypatch: pytest.Mo
     assert {"rss_mb train", "rss_mb join", "rss_mb serve", "rss_mb demo", "rss_mb twin", "rss_mb kafka"} <= {
         trend["name"] for trend in told["trends"]
     }
-    assert (tmp_path / "out" / "soak.svg").read_text("utf-8").startswith("<svg")
+    assert "rss_mb train: up to" in (tmp_path / "out" / "soak.svg").read_text("utf-8")

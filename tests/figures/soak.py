@@ -44,13 +44,13 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.bench.plots import curves_svg
 from deploy.broker import MAX_HEAP_MB
 from deploy.demo.run import EVENTS_PER_REQUEST
 from deploy.freshness_metrics import SERVABLE
 from deploy.prometheus import histogram, quantile
 from tests.end_to_end.demos import Demo, demo
 from tests.figures.common import Bench, FigureError, Row, at_least, at_most, equal, say
-from tests.figures.curves import drawing
 
 SECONDS, SAMPLE_S, SETTLE_S = 7_200.0, 10.0, 900.0
 SHARE = 0.8  # of the knee
@@ -164,11 +164,13 @@ def run(bench: Bench, seconds: float, rate: float, out: Path) -> tuple[dict[str,
         try:
             for row in _sampled(running, seconds):
                 samples.rows.append(row)
-                _draw(out, samples)
+                _write(out, samples)
             say("soak: the end of it: what was sent is learned, the twin catches up, the log is recounted")
             return running.result(GRACE_S + seconds), samples
         except (subprocess.TimeoutExpired, AssertionError) as error:
             raise FigureError(f"the demo came to no good end: {error}") from None
+        finally:
+            _draw(out, samples)  # now and not before: it takes a second, of which the demo would have had a part
 
 
 def _sampled(running: Demo, seconds: float) -> Iterator[dict[str, float]]:
@@ -309,13 +311,16 @@ def keep(out: Path, found: list[Trend], result: dict[str, Any], knee: float | No
     say(f"soak: samples, trends and a drawing are in {out}")
 
 
-def _draw(out: Path, samples: Samples) -> None:
+def _write(out: Path, samples: Samples) -> None:
     with (out / "samples.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["seconds", *samples.names])
         writer.writeheader()
         writer.writerows(samples.rows)
+
+
+def _draw(out: Path, samples: Samples) -> None:
     curves = {name: samples.series(name, 0) for name in samples.names}
-    (out / "soak.svg").write_text(drawing(curves), "utf-8")
+    (out / "soak.svg").write_text(curves_svg("What was seen of the soak", curves), "utf-8")
 
 
 def rows_of(
