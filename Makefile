@@ -25,8 +25,10 @@ READY   := $(VENV)/.ready-$(EXTRA)
 demo: setup
 	@$(BIN)/headrace demo $(DEMO)
 
-# A part of it waits for Kafka, the others compute: side by side, unless something is asked for.
+# A part of it waits for Kafka, the others compute: side by side, of about the same length, unless something is asked for.
 MODELS := tests/online_model tests/embedding_store
+SERVING := tests/online_model/serving
+OTHERS := $(filter-out $(MODELS) %/__init__.py %/conftest.py %/__pycache__,$(wildcard tests/*)) $(SERVING)
 test: setup
 ifeq ($(strip $(ARGS)),)
 	@$(MAKE) --no-print-directory --jobs 3 test-with-broker test-models test-others
@@ -39,10 +41,10 @@ test-with-broker: setup
 	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and broker' 2>&1 | sed -u 's/^/broker | /'
 
 test-models: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS) 2>&1 | sed -u 's/^/models | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS) --ignore=$(SERVING) 2>&1 | sed -u 's/^/models | /'
 
 test-others: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS:%=--ignore=%) 2>&1 | sed -u 's/^/others | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(OTHERS) 2>&1 | sed -u 's/^/others | /'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)
