@@ -7,9 +7,10 @@ grows for nothing. On the other core: Kafka, the trainer's part, a client in a p
 
 A request is `POST /v1/rank` of a user and 500 distinct candidates, drawn uniformly. The load is open: each request is
 sent when it is due, whether or not those before were answered, and its latency counts from then to the last byte of the
-answer. The knee is the largest rate at which p99 is at most KNEE_MS and nothing fails, found by halving; the runs are
-at a share of it. Before each run the bare forward: the ranker alone, on the core of the replica and one thread, on what
-a replica hands to it for such requests (Replica.rank is asked, and the ranker's arguments are caught).
+answer. The knee is the largest rate at which p99 is at most KNEE_MS and nothing fails, in one of two tries, found by
+halving; the runs are at a share of it. Before each run the bare forward: the ranker alone, on the core of the replica
+and one thread, on what a replica hands to it for such requests (Replica.rank is asked, and the ranker's arguments are
+caught).
 
 `cpu_ms_a_request` is the replica's processor time, versions and all, over the requests.
 `stall_p99_ms`: by how much a sleep of 1 ms was too long in the sleeper, which does nothing else: what neither replica
@@ -42,7 +43,7 @@ from streams.topics import create_topics, delete_topics
 
 PARTS = "deploy.bench.serve_parts"
 KNEE_MS = 25.0
-KNEE_STEPS = 6
+KNEE_STEPS, KNEE_TRIES = 6, 2
 READY_S = 120.0
 STEADY_S = 60.0  # memory that is taken after so long has no reason to grow
 APPLY_SECONDS = "headrace_replica_apply_seconds"
@@ -82,8 +83,9 @@ def _knee(replica: _Replica, seconds: float, arrivals: str) -> float:
     holds, breaks = 0.0, 1.3e3 / alone["p50_ms"]
     for number in range(KNEE_STEPS):
         rate = (holds + breaks) / 2 if number else 0.75 * breaks
-        seen = replica.load(stretch, rate, arrivals, number)
-        if seen["p99_ms"] <= KNEE_MS and not seen["errors"]:
+        # Once may be somebody else's doing, and would send the search to rates at which the caches are cold.
+        tries = (replica.load(stretch, rate, arrivals, number) for _ in range(KNEE_TRIES))
+        if any(seen["p99_ms"] <= KNEE_MS and not seen["errors"] for seen in tries):
             holds = rate
         else:
             breaks = rate
