@@ -49,14 +49,19 @@ STEADY_S = 60.0  # memory that is taken after so long has no reason to grow
 APPLY_SECONDS = "headrace_replica_apply_seconds"
 
 
-def bench_serve(
-    bootstrap: str, items: int, users: int, rate: float, share: float, seconds: float, runs: int, arrivals: str,
-    step: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """The figures of the command. `rate` 0: `share` of the knee. `step` is called after the knee and after each run."""
+def apart() -> tuple[list[int], list[int]]:
+    """(the replica's core, those of all else): the same one only where there is no other."""
     cores = sorted(os.sched_getaffinity(0))
-    core, others = cores[-1:], cores[:-1] or cores
-    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder, on_cores(others):
+    return cores[-1:], cores[:-1] or cores
+
+
+def bench_serve(
+    bootstrap: str, core: list[int], items: int, users: int, rate: float, share: float, seconds: float, runs: int,
+    arrivals: str, step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of the command. core: the replica's; this process is on the others, and so is the broker. `rate` 0:
+    `share` of the knee. `step` is called after the knee and after each run."""
+    with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         replica = _Replica(bootstrap, Path(folder), core, items, users)
         with replica.running():
             knee = 0.0 if rate else _knee(replica, seconds, arrivals)

@@ -176,11 +176,14 @@ def serve(
     Without --bootstrap an embedded broker is started for it, and removed.
     """
     with Output(json) as out:
-        from deploy.bench.serve import bench_serve
+        from deploy.bench.common import on_cores
+        from deploy.bench.serve import apart, bench_serve
 
-        arrivals = "poisson" if poisson else "even"
-        with _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
-            result = bench_serve(server, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task))
+        arrivals, (core, others) = "poisson" if poisson else "even", apart()
+        with on_cores(others), _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
+            result = bench_serve(
+                server, core, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
+            )
         out.result(result, _table("serve", result))
 
 
