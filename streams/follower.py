@@ -145,6 +145,7 @@ class Follower:
         fetched = await self._consumer.getmany(timeout_ms=round(1_000 * timeout), max_records=100)
         for record in fetched.get(self._partition, ()):
             self._when += 1
+            await self._holder.let_by()
             await self._take(record)
 
     async def _take(self, record: ConsumerRecord) -> None:
@@ -176,6 +177,7 @@ class Follower:
         while (version := self._early.after(None if self._empty else self._held)) is not None:
             if not self._empty and not self._same_model(version):
                 return
+            await self._holder.let_by()
             try:
                 if self._empty:
                     self._holder.swap(_replica_of(version, self._settings, self._live, self._clock))
@@ -190,7 +192,6 @@ class Follower:
             if not len(self._early):
                 self._all_is_right()
             self._say()
-            await asyncio.sleep(0)  # requests come in between
         if not self._wrong and (first := self._early.first()) is not None:
             self._note("a version is missing: a snapshot that leads past it is waited for")
             base = "nothing" if first.base is None else "{}.{}".format(*first.base)

@@ -53,6 +53,7 @@ async def _serve(
         reload_at_hangup(settings, reload, holder.policy)
     tell_process(holder.metrics.registry, settings.data_dir)
     web = listeners.over(holder)
+    holder.let_by = web.turns.let_by
     live = LiveUsers(settings.live_actions, settings.disorder_ms)
     follower = Follower(settings, holder, live)
     events = LiveEvents(settings, holder, live, follower.caught_up)

@@ -28,6 +28,7 @@ class Turns:
         self._limits = limits  # those in force
         self._taken = False
         self._queue: deque[asyncio.Future[None]] = deque()
+        self._passed = asyncio.Event()  # is set, and replaced, when a turn is over
 
     @property
     def waiting(self) -> int:
@@ -43,7 +44,8 @@ class Turns:
     async def turn(self, gone: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
         """Wait for a turn and keep it for the block. `gone`: returns when the client has gone away.
 
-        Before the block the loop does what else there is: versions come in between, and wait for one request only.
+        Before the block the loop does what else there is: versions come in between, and each piece of the work that
+        they are waits for one request only (`let_by`).
         Raises Refused (429, 503), GoneAway: then there is no turn to give back.
         """
         if self._taken:
@@ -54,6 +56,12 @@ class Turns:
             yield
         finally:
             self._pass_on()
+
+    async def let_by(self) -> None:
+        """For work in pieces, between two of them: the request that has come by now is scored first, if any."""
+        await _others_first()  # what has arrived is read
+        if self._taken:
+            await self._passed.wait()
 
     async def _wait(self, gone: Callable[[], Awaitable[None]]) -> None:
         if len(self._queue) >= self._limits().waiting:
@@ -83,6 +91,8 @@ class Turns:
 
     def _pass_on(self) -> None:
         """The turn goes from hand to hand: it is free only if nobody waits, so that nobody comes in between."""
+        self._passed.set()
+        self._passed = asyncio.Event()
         if self._queue:
             self._queue.popleft().set_result(None)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -51,7 +51,8 @@ class Serving(Protocol):
 class Holder:
     """The current replica. `behind`: why it is known to be behind, "" if it is not; the worker says so. `policy`: that
     of the first one, and from then on of all. `served`: who is told each request that was answered, with its answer.
-    `parts`: name → what else is said in `GET /v1/model`. `cold`: why it would answer slowly, "" if it would not."""
+    `parts`: name → what else is said in `GET /v1/model`. `cold`: why it would answer slowly, "" if it would not.
+    `let_by`: awaited between two pieces of work on the loop, so that requests come in between."""
 
     def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
         self.replica, self.policy = replica, replica.policy
@@ -60,6 +61,7 @@ class Holder:
         self.behind = self.cold = ""
         self.served: list[Callable[[RankRequest | RecommendRequest, Ranking | Recommendation], None]] = []
         self.parts: dict[str, Callable[[], dict[str, Any]]] = {}
+        self.let_by: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
         self._closing = False
         self._changed = asyncio.Event()
 

@@ -164,6 +164,34 @@ def test_between_two_turns_the_loop_goes_round_as_often_as_there_is_work():
     assert asyncio.run(asyncio.wait_for(run(), 10)) == 20
 
 
+def test_work_in_pieces_lets_one_request_by_between_two_and_no_more():
+    """A version is fetched, put together and applied: who has come by then waits for one of these, and it for one."""
+
+    async def run() -> list[str]:
+        turns, order = turns_of(waiting=64), []
+
+        async def version() -> None:
+            for piece in range(3):
+                await turns.let_by()
+                order.append(f"piece {piece}")
+                if not piece:  # they come while it works
+                    tasks.extend(asyncio.create_task(request(n)) for n in range(4))
+
+        async def request(n: int) -> None:
+            async with turns.turn(never):
+                order.append(f"request {n}")
+
+        tasks: list[asyncio.Task] = []
+        await version()
+        await asyncio.gather(*tasks)
+        await turns.let_by()  # nobody is there: at once
+        return order
+
+    assert asyncio.run(asyncio.wait_for(run(), 10)) == [
+        "piece 0", "request 0", "piece 1", "request 1", "piece 2", "request 2", "request 3",
+    ]  # fmt: skip
+
+
 def test_where_too_many_wait_the_next_is_refused_at_once():
     async def run() -> None:
         turns = turns_of(waiting=2, give_up_ms=60_000)
