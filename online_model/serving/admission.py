@@ -59,9 +59,10 @@ class Turns:
 
     async def let_by(self) -> None:
         """For work in pieces, between two of them: the request that has come by now is scored first, if any."""
-        await _others_first()  # what has arrived is read
-        if self._taken:
-            await self._passed.wait()
+        passed = self._passed
+        await _others_first(passed.is_set)  # what has arrived is read; nobody waits for more than one
+        if self._taken and not passed.is_set():
+            await passed.wait()
 
     async def _wait(self, gone: Callable[[], Awaitable[None]]) -> None:
         if len(self._queue) >= self._limits().waiting:
@@ -99,8 +100,8 @@ class Turns:
             self._taken = False
 
 
-async def _others_first() -> None:
-    """Let the loop go round until it has nothing else to do, within limits.
+async def _others_first(enough: Callable[[], bool] = lambda: False) -> None:
+    """Let the loop go round until it has nothing else to do, or it is enough, within limits.
 
     One round would not do: uvloop accepts one connection in a round, and a request takes three until it is in the
     queue. Those that were not accepted yet would wait unseen, for as long as it takes, instead of being refused.
@@ -108,5 +109,5 @@ async def _others_first() -> None:
     for _ in range(MOST_ROUNDS):
         start = time.perf_counter()
         await asyncio.sleep(0)
-        if time.perf_counter() - start < IDLE_ROUND_S:
+        if time.perf_counter() - start < IDLE_ROUND_S or enough():
             return

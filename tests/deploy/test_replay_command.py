@@ -77,7 +77,7 @@ def test_stopped_by_ctrl_c_it_is_resumed_and_ends_the_same(capfd: pytest.Capture
     whole = _figures(capfd, "--data-dir", "whole")
     program = (
         "import os, signal, sys; from replay import direct, joining; from deploy.cli import run\n"
-        "joining.SLICE, direct.COMMIT_SECONDS, slices = 100, 0.0, []\n"
+        "joining.SLICE, direct.COMMIT_SECONDS, direct.COMMIT_SHARE, slices = 100, 0.0, float('inf'), []  # each slice\n"
         "def commit(self, before=direct.DirectReplay._commit):\n"
         "    before(self); slices.append(self)\n"
         "    if len(slices) == 5: os.kill(os.getpid(), signal.SIGINT)\n"
