@@ -2,9 +2,9 @@
 
 Each part is a process of its own on one core, `dim` is 32, stores are not synced (as the trainer's by default):
 
-- row map: `rows` random ids are admitted to an empty map in batches of 32,768, the best of five times, as memory that
-  the machine has to find first is no matter of the map; then 200 batches drawn from them are looked up. Beside it a
-  plain dict, of the same ids in the same batches. Compiling is not timed.
+- row map: `rows` random ids are admitted to an empty map in batches of 32,768, then 200 batches drawn from them are
+  looked up. Beside it a plain dict, of the same ids in the same batches (a tenth of the look-ups). The best of five
+  times: the map waits for memory, which others use and the machine has to find first. Compiling is not timed.
 - checkpoint: tables of `largest` / 100, / 10 and `largest` rows, whose store was written and compacted. Nine times
   `touched` rows drawn at random change and are committed. What is timed is all that the trainer does to its tables and
   store for a commit, but encoding the version. `checkpoint_flatness` is the largest of the medians over the smallest.
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 DIM, BATCH, STEP, COMMITS, STEPS_A_COMMIT = 32, 32_768, 20_000, 9, 5
 TABLE, COUNT = "item", "learned"
-LOOKUPS, ADMITTED = 200, 5  # batches; times
+LOOKUPS, TIMES = 200, 5  # batches of a row map; that all of it is done
+Use = Callable[[np.ndarray], object]  # of a batch of ids
 AGAIN = 5  # one in so many events is of an id that was there before
 
 
@@ -112,37 +113,40 @@ class _Watch:
 def _map(folder: str, rows: int) -> dict[str, Any]:
     from embedding_store.rows import RowMap
 
-    ids, wanted = _map_ids(rows)
-    admitted = []
-    for _ in range(ADMITTED):
-        there, watch = RowMap(rows), _Watch()
-        for batch in ids:
-            there.admit(batch)
-        admitted.append(watch.per_s("admit", rows))
-    watch = _Watch()
-    for batch in wanted:
-        there.find(batch)
-    return _best(admitted) | watch.per_s("lookup", LOOKUPS * BATCH)
+    def empty() -> tuple[Use, Use]:
+        there = RowMap(rows)
+        return there.admit, there.find
+
+    return _best(rows, LOOKUPS, empty)
 
 
 def _dict(folder: str, rows: int) -> dict[str, Any]:
-    ids, wanted = _map_ids(rows)
-    admitted = []
-    for _ in range(ADMITTED):
+    def empty() -> tuple[Use, Use]:
         there: dict[int, int] = {}
-        watch = _Watch()
-        for batch in ids:
+
+        def admit(batch: np.ndarray) -> None:
             for i in batch.tolist():
                 there.setdefault(i, len(there) + 1)
-        admitted.append(watch.per_s("admit", rows))
-    watch = _Watch()
-    for batch in wanted[: LOOKUPS // 10]:
-        np.array([there.get(i, 0) for i in batch.tolist()], np.int64)
-    return _best(admitted) | watch.per_s("lookup", LOOKUPS // 10 * BATCH)
+
+        return admit, lambda batch: np.array([there.get(i, 0) for i in batch.tolist()], np.int64)
+
+    return _best(rows, LOOKUPS // 10, empty)
 
 
-def _best(times: list[dict[str, float]]) -> dict[str, float]:
-    """The largest of each figure."""
+def _best(rows: int, lookups: int, empty: Callable[[], tuple[Use, Use]]) -> dict[str, float]:
+    """All ids admitted to what is `empty`, so many batches looked up in it, TIMES over: the best of each figure.
+    empty: (admit, find) of a new one."""
+    ids, wanted = _map_ids(rows)
+    times = []
+    for _ in range(TIMES):
+        admit, find = empty()
+        watch = _Watch()
+        for batch in ids:
+            admit(batch)
+        admitted, watch = watch.per_s("admit", rows), _Watch()
+        for batch in wanted[:lookups]:
+            find(batch)
+        times.append(admitted | watch.per_s("lookup", lookups * BATCH))
     return {name: max(one[name] for one in times) for name in times[0]}
 
 
