@@ -50,23 +50,25 @@ class Load:
 def constants_of(result: dict[str, Any]) -> Constants:
     """From what `headrace bench growth` found. All of NEEDED must be among them."""
 
+    def first(axis: str) -> dict[str, Any]:
+        return next(iter(result["axes"][axis]["points"].values()))
+
     def last(axis: str) -> dict[str, Any]:
         return list(result["axes"][axis]["points"].values())[-1]
 
-    sizes, memory, ranks = result["constants"], last("memory"), result["axes"]["ranks"]["points"]
-    one, several = next(iter(ranks.values())), last("ranks")
+    sizes, memory = result["constants"], last("memory")
     candidates, readers = last("candidates"), last("replicas")
-    small, large = next(iter(result["axes"]["ids"]["points"].values())), last("ids")  # `memory` has a small store
+    growth_us = last("ids")["commit_us_a_row"] - first("ids")["commit_us_a_row"]  # `memory` has a small store
     more = int(list(result["axes"]["replicas"]["points"])[-1])
     megabytes = readers["version_bytes"] / 1e6
     users, items = 0.9, 0.1
     return Constants(
         join_us=last("users")["cpu_us"],
         rows_an_event=last("users")["rows_an_event"],
-        train_us=one["cpu_us"],
-        rank_0_us=several["rank_0_us"],
+        train_us=first("ranks")["cpu_us"],
+        rank_0_us=last("ranks")["rank_0_us"],
         touched_a_row=memory["rows_touched_a_row"],
-        commit_us=memory["commit_us_a_touched_row"] + large["commit_us_a_row"] - small["commit_us_a_row"],
+        commit_us=memory["commit_us_a_touched_row"] + growth_us,
         apply_us=candidates["apply_us_a_row"],
         event_bytes=sizes["event_bytes"],
         block_bytes=last("users")["block_bytes_a_row"],

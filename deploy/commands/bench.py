@@ -179,7 +179,8 @@ def serve(
         from deploy.bench.common import on_cores
         from deploy.bench.serve import apart, bench_serve
 
-        arrivals, (core, others) = "poisson" if poisson else "even", apart()
+        arrivals = "poisson" if poisson else "even"
+        core, others = apart()
         with on_cores(others), _broker(bootstrap) as server, progress("serve", 1 + runs) as (bar, task):
             result = bench_serve(
                 server, core, items, users, rate, share, seconds, runs, arrivals, lambda: bar.advance(task)
