@@ -72,7 +72,8 @@ def line(sample: Mapping[str, Any]) -> str:
     if sample.get("ctr") is not None:
         parts.append(f"CTR {_percent(sample['ctr'])} (frozen {_percent(sample.get('ctr_frozen'))})")
     down = [f"{p['name']} {p['state']}" for p in sample.get("processes") or [] if p.get("state") != "up"]
-    return " · ".join([*parts, *down, *(sample.get("problems") or [])])
+    note = [sample["note"]] if sample.get("note") else []
+    return " · ".join([*parts, *note, *down, *(sample.get("problems") or [])])
 
 
 def _table(sample: Mapping[str, Any]) -> Group:

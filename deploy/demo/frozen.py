@@ -1,7 +1,8 @@
 """The twin that never learns: the same users, the same seed, the same replica code, with the model as it begins.
 
 It runs in a process of its own that leaves the processor to the system that is being shown: it is in step with the wall
-clock where there is time for it, and catches up when the shop has closed. It says each second of its world on stdout:
+clock where there is time for it. When the shop has closed it catches up, and is as everybody else is: somebody waits
+for it, on a machine that may have much else to do. It says each second of its world on stdout:
 {"second": 3, "shown": 1110, "clicked": 64}. SIGTERM ends it; so does the end of its stdin, from which it is told when
 the shop opens and that it has closed. Its one argument is the JSON of `TwinSettings`.
 """
@@ -13,7 +14,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -66,8 +68,8 @@ class Frozen:
         self._sequence += 1
 
 
-def run(settings: TwinSettings, start_ms: int, closed: threading.Event) -> None:
-    """Live the twin's life from `start_ms` on, until the process is ended; sparingly until the shop has closed."""
+def life(settings: TwinSettings, start_ms: int, closed: threading.Event) -> Iterator[None]:
+    """The twin's life from `start_ms` on, a step at a time and without end; sparingly until the shop has closed."""
     world, frozen, clicks = Marketplace(settings.simulator), Frozen(settings), ClickRate()
     seconds: dict[str, int] = {}  # request → the second it was shown in
     world.start(start_ms)
@@ -101,15 +103,31 @@ def run(settings: TwinSettings, start_ms: int, closed: threading.Event) -> None:
             said += 1
         while seconds and next(iter(seconds.values())) < said:  # nobody clicks these any more
             del seconds[next(iter(seconds))]
+        yield
 
 
-def _step_back() -> None:
-    """Leave the processor to the system that is being shown."""
-    os.nice(19)
-    group = Path("/proc/self/autogroup")  # where the kernel shares by session, niceness within one counts for nothing
+def _live(life: Iterator[None], closed: threading.Event) -> None:
+    """Stepped back until the shop has closed, then no more. A thread's niceness has no way back: hence two of them."""
+
+    def sparingly() -> None:
+        os.nice(19)  # of this thread
+        while not closed.is_set():
+            next(life)
+
+    _weigh_session(19)
+    with ThreadPoolExecutor(1) as stepped_back:
+        stepped_back.submit(sparingly).result()
+    _weigh_session(0)
+    for _ in life:
+        pass
+
+
+def _weigh_session(nice: int) -> None:
+    """Where the kernel shares by session, niceness within one counts for nothing."""
+    group = Path("/proc/self/autogroup")
     if group.exists():
         with contextlib.suppress(OSError):
-            group.write_text("19")
+            group.write_text(f"{nice}")
 
 
 def _listen(closed: threading.Event) -> None:
@@ -120,14 +138,13 @@ def _listen(closed: threading.Event) -> None:
 
 
 def _main() -> None:
-    _step_back()
     torch.set_num_threads(1)
     opened = sys.stdin.readline()
     if not opened:
         return  # nobody is left who would open a shop
     closed = threading.Event()
     threading.Thread(target=_listen, args=(closed,), daemon=True).start()
-    run(msgspec.json.decode(sys.argv[1], type=TwinSettings), int(opened), closed)
+    _live(life(msgspec.json.decode(sys.argv[1], type=TwinSettings), int(opened), closed), closed)
 
 
 if __name__ == "__main__":

@@ -51,13 +51,17 @@ class TwinProcess:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 preexec_fn=ends_with_parent(), env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        threading.Thread(target=self._listen, name="twin", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="twin", daemon=True)
+        self._listener.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         terminate(self._process, grace_s=5)
+        self._listener.join()  # what it still reads is for a loop that has not ended
         assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.close()
+        self._process.stdout.close()
 
     def open(self, start_ms: int) -> None:
         """Both worlds open at `start_ms` (ms UTC)."""

@@ -32,6 +32,11 @@ def test_a_worker_that_is_down_is_named() -> None:
     assert "train" not in line(sample(60)).rsplit("CTR")[1]
 
 
+def test_what_is_waited_for_is_said() -> None:
+    assert " · draining" in line(sample(60) | {"note": "draining"})
+    assert line(sample(60) | {"note": ""}).endswith("%)")
+
+
 def test_on_a_terminal_the_table_holds_the_figures(monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     out = Terminal()
