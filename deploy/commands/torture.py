@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -42,12 +43,17 @@ def torture(
             logging.getLogger(client).setLevel(logging.CRITICAL)  # the broker is to be away
         with alone(home.parent / "torture.lock", "torture", "wait for it"):
             try:
-                result = Torture(kills, seed, home, say, ranks=ranks).run()
+                result = Torture(kills, seed, home, _at, ranks=ranks).run()
             except WorkerFailed as error:
                 raise HeadraceError(f"{error}; keep a copy of {home}, and run it again with `{again}`") from error
         out.result(result, _text(result))
     if not _holds(result):
         raise HeadraceError(f"a promise does not hold: keep a copy of {home}, and run it again with `{again}`")
+
+
+def _at(line: str) -> None:
+    """With the time, as the workers' own logs have it."""
+    say(f"{time.strftime('%H:%M:%S')} {line}")
 
 
 def _holds(result: dict) -> bool:

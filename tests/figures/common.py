@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,9 +112,9 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "deploy.cli", *map(str, arguments)]
 
 
-def headrace(folder: Path, *arguments: object) -> dict[str, Any]:
-    """The JSON of a command that must succeed, run in `folder`. Raises FigureError."""
-    return _last_json(command(*arguments, "--json"), folder)
+def headrace(folder: Path, *arguments: object, log: Path | None = None) -> dict[str, Any]:
+    """The JSON of a command that must succeed, run in `folder`; `log` gets its stderr. Raises FigureError."""
+    return _last_json(command(*arguments, "--json"), folder, log)
 
 
 def program(text: str, *arguments: object) -> dict[str, Any]:
@@ -121,10 +122,15 @@ def program(text: str, *arguments: object) -> dict[str, Any]:
     return _last_json([sys.executable, "-c", text, *map(str, arguments)], ROOT)
 
 
-def _last_json(words: list[str], folder: Path) -> dict[str, Any]:
-    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise FigureError(f"exit {done.returncode} of {' '.join(words[1:8])}: {done.stderr.strip()[-500:]}")
+def _last_json(words: list[str], folder: Path, log: Path | None = None) -> dict[str, Any]:
+    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as stderr:
+        done = subprocess.run(
+            words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True, check=False
+        )
+        if done.returncode != 0:
+            stderr.seek(0)
+            said = f"{done.stdout.strip()[-1500:]} {stderr.read().strip()[-500:]}"
+            raise FigureError(f"exit {done.returncode} of {' '.join(words[1:8])}: {said}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

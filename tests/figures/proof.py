@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from tests.figures.common import Bench, Line, Row, at_least, equal, headrace
 from tests.figures.soak import soak
+from tests.figures.torture import torture
 
 RUNS = 3
+KILLS, SEEDS = 200, (1, 2, 3)
 
 
 def end_to_end(bench: Bench) -> list[Row]:
@@ -32,4 +34,6 @@ def end_to_end(bench: Bench) -> list[Row]:
     ]  # fmt: skip
 
 
-LINES: dict[str, Line] = {"end_to_end": end_to_end, "soak": soak}
+LINES: dict[str, Line] = {
+    "end_to_end": end_to_end, "soak": soak, **{f"torture.{seed}": torture(KILLS, seed) for seed in SEEDS},
+}  # fmt: skip

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from deploy.torture import WRONG
-from tests.figures.common import Bench, Line, Row, at_least, at_most, equal, headrace
+from tests.figures.common import Bench, Line, Row, at_least, at_most, headrace
 from tests.figures.streams import passed
+from tests.figures.torture import torture
 
 KILLS, SEED = 50, 1
 
@@ -23,17 +23,6 @@ def bench(bench: Bench) -> list[Row]:
     ]
 
 
-def torture(bench: Bench) -> list[Row]:
-    """Real workers under a real broker, killed and hurt at random moments, on a disk that is too"""
-    found = headrace(bench.empty("torture"), "torture", "--kills", KILLS, "--seed", SEED)
-    return [
-        *(equal(name, found[name], 0) for name in WRONG),
-        equal("the checkpoint has the digest of the undisturbed run", found["digest_equal"], True),
-        *(Row(name, str(found[name]), "", True) for name in ("faults", "damages", "events", "examples", "answers",
-                                                             "versions_checked", "seconds", "digest")),
-    ]  # fmt: skip
-
-
 def planted(bench: Bench) -> list[Row]:
     """The torture finds each of six planted bugs"""
     return [passed("tests/deploy/test_torture.py", "-m", "nightly")]
@@ -48,4 +37,4 @@ def properties(bench: Bench) -> list[Row]:
     ]
 
 
-LINES: dict[str, Line] = {"bench": bench, "torture": torture, "planted": planted, "properties": properties}
+LINES: dict[str, Line] = {"bench": bench, "torture": torture(KILLS, SEED), "planted": planted, "properties": properties}
