@@ -146,8 +146,8 @@ def rollback(
     """Take back what was learned since a kept checkpoint.
 
     The newest one, or that of --version. The train worker must be stopped; started again it goes on where the input
-    is. What is taken back is booked as set aside; replicas load a snapshot. It also brings back a store that is lost or
-    damaged: what came after the checkpoint is then learned again.
+    is, so what is taken back is not learned again. Replicas load a snapshot. It also brings back a store that is lost
+    or damaged: what came after the checkpoint is then learned again.
     """
     settings, kept = _opened(config, data_dir)
     from online_model.checkpoints import roll_back

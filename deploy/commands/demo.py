@@ -23,10 +23,10 @@ def demo(
     log: Annotated[str | None, typer.Option(metavar="NAME", help="Play a historical log of this format.")] = None,
     path: Annotated[Path | None, typer.Option(metavar="FILE", help="The log's file, with --log.")] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="How long; 0: until Ctrl-C. [120]", show_default=False)
+        float | None, typer.Option(min=0, help="How long, without --log; 0: until Ctrl-C. [120]", show_default=False)
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=0, help="Events per second, about. [1000]", show_default=False)
+        float | None, typer.Option(min=0, help="Simulated events per second, about. [1000]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the simulated users.", show_default=False)] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Go on from what the last run left.")] = False,

@@ -103,7 +103,7 @@ def replay(
 
     `headrace replay dead` takes the refused records instead, those that are new in events.dead: as they are or through
     --repair, what is accepted by now goes back to events; or with --out all of them go to a file, and `headrace replay
-    dead FILE` sends that back. They come late by then: they correct what is still open, and nothing else.
+    dead FILE` sends that back. They come late by then: they correct what is still open and enter the users' histories.
     """
     if name == "dead":
         from deploy.commands.dead import replay_dead

@@ -93,7 +93,7 @@ def serve(
     config: ConfigOption = None,
     data_dir: DataDirOption = None,
     bootstrap: BootstrapOption = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port on 127.0.0.1; 0: any free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="HTTP port; 0: any free one. [8080]")] = None,
     logs: LogsOption = None,
     after_stdin: AfterStdinOption = False,
 ) -> None:
