@@ -183,16 +183,19 @@ class Learner:
         loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         mean = self._mean(loss.detach(), len(c.item))
-        learned = self._gathered(_finite([loss.detach(), *grads])) and mean <= most
+        norm = self._gathered(_finite([loss.detach(), *grads]))
+        learned = math.isfinite(norm) and mean <= most
         if learned:
             # Tables learn from sums, the ranker from means, as of a usual batch: a click comes at once and alone, what
             # was not clicked with its page, and by the mean of a small step clicks would count for more.
             usual = len(c.item) * self._batch_rows / max(1, int(np.count_nonzero(batch.example)))
+            # All ranks agree: they have the same gradient of the ranker, and what goes to the tables takes its share.
+            left = min(1.0, self._clip / max(norm / usual, 1e-12)) if self._clip else 1.0
             for w in self._weights:
                 if w.grad is not None:
-                    w.grad /= usual
-            if (share_of := self._clip_share()) < 1:
-                grads = [g * share_of for g in grads]
+                    w.grad *= left / usual
+            if left < 1:
+                grads = [g * left for g in grads]
             torch.autograd.backward(outputs, grads)
             self._adam.step()
             self.ranker.count_rates(self._tensor(batch.target), self._tensor(batch.rows_for))
@@ -225,20 +228,13 @@ class Learner:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             return self.ranker(contexts, items, mean).float()
 
-    def _clip_share(self) -> float:
-        """What is left of all gradients where the ranker's is longer than `clip`; it is clipped. All ranks agree: they
-        have the same gradient of it, and what goes to the tables takes the same share."""
-        if not self._clip:
-            return 1.0
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights, self._clip))
-        return min(1.0, self._clip / max(norm, 1e-12))
-
     def _mean(self, loss: torch.Tensor, n: int) -> float:
         """The mean loss of a row, where `loss` is the sum of this rank's share."""
         return float(self.tables.ranks.sum(np.array([float(loss)]))[0]) / n
 
-    def _gathered(self, sound: bool) -> bool:
-        """Adds up the ranker's gradients over the ranks. Whether all of them are finite, and all ranks are `sound`."""
+    def _gathered(self, sound: bool) -> float:
+        """Adds up the ranker's gradients over the ranks. Their norm; not finite where one of them is not, or any rank
+        is not `sound`."""
         if self.tables.ranks.size > 1:
             for w in self._weights:
                 if w.grad is None:
@@ -250,7 +246,8 @@ class Learner:
             parts = flat[:-1].split([w.numel() for w in self._weights])
             for w, gradient in zip(self._weights, parts, strict=True):
                 w.grad = gradient.view_as(w).clone()
-        return sound and _finite([w.grad for w in self._weights if w.grad is not None])
+        grads = [w.grad for w in self._weights if w.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if sound else math.inf
 
     def _of_all(self, p: np.ndarray, part: np.ndarray | slice, n: int) -> np.ndarray:
         """The probabilities of all n candidates, where `p` are those of this rank's part."""

@@ -23,6 +23,7 @@ behind these.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,21 +202,29 @@ class Ranker(nn.Module):
         The bias of a place is relative to the first, so what is served is the probability in the first place.
         """
         mean, ctx = self.history_mean(contexts) if mean is None else mean, items.ctx
-        vector, numbers = items.item + items.content, self._numbers(items)
-        match = self.query(contexts, mean).index_select(0, ctx) * vector
+        numbers = self._numbers(items)
+        match = self.query(contexts, mean).index_select(0, ctx) * (items.item + items.content)
         x = self.from_context(torch.cat((contexts.user, mean, contexts.query), 1))
         x = x + self.from_moment(contexts.moment) + self.from_scenario(contexts.scenario)
-        x = x.index_select(0, ctx) + self.from_item(torch.cat((items.item, items.content), 1))
-        x = x + self.from_numbers(numbers * _DEEP_SHARE) + self.from_match(match)
-        if self.settings.attention:
-            attended = self._attended(contexts, vector, ctx)
-            x = x + self.from_attended(torch.cat((attended, attended * vector), 1))
-        x = _bent(x)
+        x = _bent(torch.addmm(x.index_select(0, ctx), *self._candidate(contexts, items, numbers, match)))
         if self.settings.gates:
             x = x * self._gates(contexts).index_select(0, ctx)
         x = _bent(self.second(x))
         logits = self._tasks(x) + self.bias + match.sum(1, keepdim=True) * self.match
         return logits + nn.functional.pad(self._wide(contexts, items, numbers), (0, logits.shape[1] - PURCHASE))
+
+    def _candidate(
+        self, contexts: Contexts, items: Items, numbers: torch.Tensor, match: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(inputs [N, n], weights [n, hidden]) of the candidate's part of the first layer: one product of all, as each
+        of its own would write [N, hidden] and be added."""
+        inputs, layers = [items.item, items.content], [self.from_item]
+        if self.settings.attention:
+            vector = items.item + items.content
+            attended = self._attended(contexts, vector, items.ctx)
+            inputs, layers = [*inputs, attended, attended * vector], [*layers, self.from_attended]
+        inputs, layers = [*inputs, numbers * _DEEP_SHARE, match], [*layers, self.from_numbers, self.from_match]
+        return torch.cat(inputs, 1), torch.cat([layer.weight for layer in layers], 1).T
 
     def _numbers(self, items: Items) -> torch.Tensor:
         if self.settings.matches:
@@ -302,10 +311,28 @@ class Ranker(nn.Module):
                 tensor.copy_(torch.from_numpy(np.ascontiguousarray(weights[name])))
 
 
-def _bent(x: torch.Tensor) -> torch.Tensor:
+class _Bent(torch.autograd.Function):
     """A leaky relu, x or x / 10, with its bend rounded off. Leaky: a unit that is dead for all of a stream's first
-    examples would stay so. Smooth: at a bend rounding decides on which side a unit is, and two ranks drift from one."""
-    return (1 - LEAK) / SHARPNESS * silu(SHARPNESS * x) + LEAK * x
+    examples would stay so. Smooth: at a bend rounding decides on which side a unit is, and two ranks drift from one.
+
+    (1 - LEAK) / SHARPNESS · silu(SHARPNESS · x) + LEAK · x, in place where that can be: what a layer gives is larger
+    than the caches, and made of five operations it costs a step as much as its products do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return silu(SHARPNESS * x, inplace=True).mul_((1 - LEAK) / SHARPNESS).add_(x, alpha=LEAK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (x,), (grad,) = ctx.saved_tensors, grads
+        sharp = SHARPNESS * x
+        return torch.ops.aten.silu_backward(grad, sharp).mul_(1 - LEAK).add_(grad, alpha=LEAK)
+
+
+def _bent(x: torch.Tensor) -> torch.Tensor:
+    return _Bent.apply(x)
 
 
 def _logit(p: float) -> float:

@@ -65,10 +65,12 @@ Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
 
 COMMIT_SECONDS = 0.1  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer …
+BEHIND_SHARE, BEHIND_SECONDS, BEHIND_ROWS = 0.05, 1.0, 10_000  # … rarer still, to so long, where so many rows wait …
 RARE_SECONDS = 10.0  # … up to here: one that hung for minutes, with its disk or a rank, says nothing about the next
 GATHER_SECONDS = 0.075  # between two turns, while the trainer keeps up …
 GATHER_BYTES = 100_000  # … unless so much has come
-TURN_SECONDS = 0.05  # then the event loop gets a word in
+TURN_SECONDS = 0.05  # of learning; up to LONG_TURN_SECONDS where no commit is due: between two turns nothing is learned
+LONG_TURN_SECONDS = 0.25
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 BEFORE = -1  # where a block of the backfill lies in `examples`: what follows it is at 0
@@ -397,7 +399,8 @@ class TrainWorker:
         if items:
             trainer.catalogue(items)
         self._dirty = self._dirty or bool(records or items)
-        end, self._stalled = time.monotonic() + TURN_SECONDS, False
+        now, self._stalled = time.monotonic(), False
+        end = max(now + TURN_SECONDS, min(now + LONG_TURN_SECONDS, self._commit_due))
         while time.monotonic() < end and trainer.pending and not trainer.commit_due() and not self._stalled:
             with self._metrics.step.time():
                 rows = trainer.step(rows=self._rows_a_step())
@@ -457,7 +460,10 @@ class TrainWorker:
         if held and not trainer.guard.held:
             self._loop.call_soon_threadsafe(self._copies.epoch_begun.set)
         seconds = time.monotonic() - start
-        self._commit_due = start + min(max(COMMIT_SECONDS, seconds / COMMIT_SHARE), RARE_SECONDS)
+        pause = max(COMMIT_SECONDS, seconds / COMMIT_SHARE)
+        if trainer.pending > BEHIND_ROWS:
+            pause = max(pause, min(seconds / BEHIND_SHARE, BEHIND_SECONDS))
+        self._commit_due = start + min(pause, RARE_SECONDS)
         self._dirty = (trainer.pending > 0 and not self._stalled) or trainer.owes or trainer.owes_dense
         return [(trainer.sequence, parts)] if parts else []
 
