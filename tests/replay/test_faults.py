@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from online_model.examples import Counts, Examples
 from replay import faults
 from replay.faults import COPY_MS, FaultCounts, FaultSettings, Garbage, arrivals, with_faults
-from replay.oracle import parse
+from replay.oracle_events import parse
 from replay.player import Played, PlaySettings, WallClock, play
 from replay.readers.base import Record
 from replay.simulator import Simulation, SimulatorSettings

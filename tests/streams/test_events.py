@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from replay.oracle import parse
+from replay.oracle_events import parse
 from streams.events import (
     MAX_EVENT_BYTES,
     MAX_TIME_MS,

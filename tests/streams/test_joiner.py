@@ -17,7 +17,8 @@ from embedding_store.errors import PositionError
 from embedding_store.ids import feature_id
 from online_model.examples import Block, Examples, Part, example_id, forget_name, implicit_name, request_name, row_id
 from online_model.history import HISTORY_BYTES, Kind, UserHistory, history_hash, unpack
-from replay.oracle import PartitionOracle, Rules, parse
+from replay.oracle import PartitionOracle, Rules
+from replay.oracle_events import parse
 from streams import open_impressions
 from streams.dead_letters import DeadLetter
 from streams.events import REASONS
