@@ -9,8 +9,6 @@ started again, they go on from the last commit, of which nothing hangs on how ma
 from __future__ import annotations
 
 import atexit
-import os
-import signal
 import subprocess
 import sys
 import uuid
@@ -23,8 +21,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import msgspec
 
 from embedding_store.codec import may_be_sent
-from embedding_store.errors import CorruptRecord, HeadraceError, RankLost
-from embedding_store.ranks import Launch, Ranks, lost
+from embedding_store.errors import CorruptRecord, RankLost
+from embedding_store.ranks import Ranks, lost
 from online_model.batch import Candidates
 from online_model.examples import Block, Counts, Examples
 from online_model.settings import TrainerSettings
@@ -145,14 +143,6 @@ class Followers:
         self.meeting.unlink(missing_ok=True)
 
 
-def follow_launched(launch: Launch, settings: TrainerSettings, partitions: int, device: str, threads: int) -> None:
-    """A further rank that torchrun has started, until the first one lets it go. Arguments: as of the first rank.
-
-    Ends the process with exit 1 where the first rank is lost.
-    """
-    follow_as(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
-
-
 def let_go(ranks: Ranks) -> None:
     """The first rank has no more to do: the others may end."""
     ranks.from_first(lambda: _END)
@@ -162,33 +152,3 @@ def begin_again(ranks: Ranks) -> None:
     """Has the others open their trainers again, as the first rank is about to do, in the same group: TorchRec keeps
     what it made of a group as long as the process lives, so they cannot meet in another one."""
     ranks.from_first(lambda: _AGAIN)
-
-
-def follow_as(
-    rank: int, size: int, local_rank: int, meeting: Path | Launch, settings: TrainerSettings, partitions: int,
-    device: str, threads: int,
-) -> None:  # fmt: skip
-    """What the process of a further rank does, until the first one lets it go. Arguments: as of `Ranks` and the first
-    rank; local_rank: among those of this machine. Ends the process with exit 1 where the first rank is lost."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # whoever sends them to all means the first, which then says `end`
-        signal.signal(number, signal.SIG_IGN)
-    import torch
-
-    from online_model.trainer import open_trainer
-
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(partitions > 0)
-    own = f"cuda:{local_rank}" if device.startswith("cuda") else device
-    try:
-        ranks = Ranks(rank, size, meeting, own)
-        while follow(open_trainer(settings, None, _no_clock, partitions, own, ranks=ranks)):
-            pass
-    except CorruptRecord as error:  # what only this one has seen
-        sys.stderr.write(f"rank {rank}: {error}\n")
-        os._exit(1)
-    except HeadraceError:
-        os._exit(1)  # the first rank says why, and what to do
-
-
-def _no_clock() -> Any:
-    raise AssertionError("clocks are read by the first rank alone")

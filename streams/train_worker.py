@@ -44,8 +44,9 @@ from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Block
+from online_model.follower import follow_launched
 from online_model.guard import roll_back_if_due
-from online_model.ranks import Followers, begin_again, follow_launched, let_go
+from online_model.ranks import Followers, begin_again, let_go
 from online_model.trainer import Trainer, open_trainer
 from streams import app, batches
 from streams.backfill import Backfill, Piece

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from embedding_store.ranks import Ranks, launched
-from online_model.ranks import follow_launched, let_go
+from online_model.follower import follow_launched
+from online_model.ranks import let_go
 from online_model.trainer import open_trainer
 from tests.online_model.logs import START
 from tests.online_model.test_ranks import SMALL, learn
