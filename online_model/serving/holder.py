@@ -24,16 +24,13 @@ from online_model.serving.api import (
     SimilarQuery,
 )
 from online_model.serving.live import Action, Coverage
-from online_model.serving.metrics import Metrics
+from online_model.serving.metrics import Measured, Metrics
 from online_model.serving.policy import PolicyInForce
 
 
-class Serving(Protocol):
+class Serving(Measured, Protocol):
     """What the HTTP app and the metrics ask of a replica."""
 
-    epoch: int
-    sequence: int  # -1: no version yet
-    created_ms: int
     policy: PolicyInForce
     coverage: Coverage
 
@@ -42,9 +39,6 @@ class Serving(Protocol):
     def recommend(self, request: RecommendRequest, deadline: float | None = None) -> Recommendation: ...
     def similar(self, item: str | int, query: SimilarQuery) -> SimilarItems: ...
     def info(self) -> ModelInfo: ...
-    def rows(self) -> dict[str, int]: ...
-    def nbytes(self) -> dict[str, int]: ...
-    def recall(self) -> float | None: ...
     def holds(self, user: int, action: Action) -> bool | None: ...
 
 

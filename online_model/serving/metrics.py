@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -12,11 +12,20 @@ from prometheus_client.registry import Collector
 
 from online_model.serving.problems import KINDS
 
-if TYPE_CHECKING:
-    from online_model.serving.holder import Serving
-
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 CANDIDATES = (1, 10, 50, 100, 200, 250, 300, 400, 600, 1000)
+
+
+class Measured(Protocol):
+    """What the metrics ask of a replica."""
+
+    epoch: int
+    sequence: int  # -1: no version yet
+    created_ms: int
+
+    def rows(self) -> dict[str, int]: ...
+    def nbytes(self) -> dict[str, int]: ...
+    def recall(self) -> float | None: ...
 
 
 class Metrics:
@@ -53,7 +62,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def watch(self, replica: Callable[[], Serving]) -> None:
+    def watch(self, replica: Callable[[], Measured]) -> None:
         """Read the gauges from the replica that this returns."""
         self.registry.register(_Gauges(replica))
 
@@ -87,7 +96,7 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    def __init__(self, replica: Callable[[], Serving]) -> None:
+    def __init__(self, replica: Callable[[], Measured]) -> None:
         self._replica = replica
 
     def collect(self) -> Iterable[Metric]:
