@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice, repeat, takewhile
@@ -27,6 +27,7 @@ from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Version
 from embedding_store.digest import Digest, pack
 from embedding_store.errors import OtherLayouts, PositionError, StoreError, disk_errors
+from embedding_store.expiry import Notes
 from embedding_store.families import (
     ABOUT,
     BLOBS,
@@ -54,23 +55,6 @@ from embedding_store.rocks import AT, FIRST, Batch, Db, keys_of, open_db
 FORMAT = 2
 _HEAD, _DENSE = b"head", b"dense"
 CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
-OWN = "."  # how the names of blob families begin that replicas do not need
-
-
-@dataclass
-class Notes:
-    """What changes of a table's notes: each row of a table that has TOUCHED is noted under a time (see expiry.py)."""
-
-    old_ids: np.ndarray  # int64 [n] whose note goes …
-    old_times: np.ndarray  # int64 [n] … ms, that it stands under
-    ids: np.ndarray  # int64 [m]
-    times: np.ndarray  # int64 [m] ms, not negative
-
-
-def all_notes(parts: Sequence[Notes]) -> Notes:
-    """Those of at least one part."""
-    columns = zip(*((n.old_ids, n.old_times, n.ids, n.times) for n in parts), strict=True)
-    return Notes(*map(np.concatenate, columns))
 
 
 @dataclass

@@ -7,11 +7,28 @@ so which rows expire, and when, does not hang on when commits or evictions happe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from embedding_store.checkpoint import Notes
-
 GRAIN_MS = 1 << 20  # 17.5 minutes: a row that is learned all the time is noted anew so often
+
+
+@dataclass
+class Notes:
+    """What changes of a table's notes: each row of a table that has TOUCHED is noted under a time."""
+
+    old_ids: np.ndarray  # int64 [n] whose note goes …
+    old_times: np.ndarray  # int64 [n] … ms, that it stands under
+    ids: np.ndarray  # int64 [m]
+    times: np.ndarray  # int64 [m] ms, not negative
+
+
+def all_notes(parts: Sequence[Notes]) -> Notes:
+    """Those of at least one part."""
+    columns = zip(*((n.old_ids, n.old_times, n.ids, n.times) for n in parts), strict=True)
+    return Notes(*map(np.concatenate, columns))
 
 
 class Calendar:

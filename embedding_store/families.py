@@ -23,6 +23,7 @@ from embedding_store.rocks import FIRST, Db
 
 META, BLOBS, OUTBOX, GONE = "meta", "blobs", "outbox", "gone"
 ABOUT, RECORD = b"about", b"note\x00"
+OWN = "."  # how the names of blob families begin that replicas do not need
 _SIGN = np.uint64(1 << 63)
 
 

@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from embedding_store.checkpoint import CheckpointStore, Head, Notes
+from embedding_store.checkpoint import CheckpointStore, Head
 from embedding_store.codec import LARGEST, Message, decode, may_be_sent
 from embedding_store.columns import TableRows
 from embedding_store.errors import CorruptRecord, RankLost, UsageError
+from embedding_store.expiry import Notes
 from embedding_store.ids import finalised
 
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from embedding_store.checkpoint import FORMAT, OWN, CheckpointStore, Head
+from embedding_store.checkpoint import FORMAT, CheckpointStore, Head
 from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS
 from embedding_store.copies import replace_directory
 from embedding_store.errors import StoreError, UsageError
@@ -35,6 +35,7 @@ from embedding_store.families import (
     ABOUT,
     BLOBS,
     META,
+    OWN,
     RECORD,
     blob_names,
     blob_prefix,

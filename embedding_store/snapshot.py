@@ -21,11 +21,12 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 
-from embedding_store.checkpoint import OWN, CheckpointStore
+from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import MOMENTUM, TOUCHED, TableRows
 from embedding_store.copies import sync_directory, write_synced
 from embedding_store.delta import Assembler, Version, encode_stream
 from embedding_store.errors import CorruptRecord, Forged, StoreError, disk_errors
+from embedding_store.families import OWN
 from embedding_store.faults import fault
 from embedding_store.signing import SEAL, Signer
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from embedding_store.admission import Admission
-from embedding_store.checkpoint import OWN, Notes
 from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, concat
 from embedding_store.errors import StoreError
 from embedding_store.eviction import lowest, policy
-from embedding_store.expiry import Calendar, grain
+from embedding_store.expiry import Calendar, Notes, grain
+from embedding_store.families import OWN
 from embedding_store.initial import first_weights
 from embedding_store.ranks import Ranks, SharedStore
 from embedding_store.rows import RowMap

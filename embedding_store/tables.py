@@ -13,9 +13,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from embedding_store.checkpoint import CheckpointStore, Notes, all_notes
+from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import TableRows, concat
 from embedding_store.errors import UsageError
+from embedding_store.expiry import Notes, all_notes
 from embedding_store.ranks import Ranks, SharedStore, exact
 from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import TableSpec

@@ -28,10 +28,11 @@ import numpy as np
 import orjson
 import torch
 
-from embedding_store.checkpoint import CheckpointStore, Commit, Notes
+from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import TableRows
 from embedding_store.delta import Version, encode
 from embedding_store.errors import StoreError
+from embedding_store.expiry import Notes
 from embedding_store.faults import fault
 from embedding_store.owed import Owed
 from embedding_store.ranks import Ranks

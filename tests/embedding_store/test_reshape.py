@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_store import faults
-from embedding_store.checkpoint import CheckpointStore, Commit, Notes
+from embedding_store.checkpoint import CheckpointStore, Commit
 from embedding_store.columns import MOMENTUM, TOUCHED, WEIGHTS, TableRows, concat, layout
 from embedding_store.copies import settle_directory
 from embedding_store.digest import Digest
 from embedding_store.errors import OtherLayouts, StoreError, StoreLocked, UsageError
-from embedding_store.expiry import grain
+from embedding_store.expiry import Notes, grain
 from embedding_store.owed import Owed
 from embedding_store.reshape import changes, reshape
 from embedding_store.specs import RowRules, TableSettings, TableSpec
