@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
-DEFAULT_ID = 0  # never a hash: the id of padding and of the default row
 _SIGN, _WRAP = 1 << 63, 1 << 64
 _MASK = _WRAP - 1
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -18,7 +17,8 @@ GOLDEN = np.uint64(_GOLDEN)  # 2^64 over the golden ratio
 
 
 def feature_id(feature: str, raw: str | int) -> int:
-    """The signed 64-bit id of `raw` under `feature`; never 0. 7 and "7" are the same id.
+    """The signed 64-bit id of `raw` under `feature`; never 0, which is the id of padding and of the default
+    row. 7 and "7" are the same id.
 
     >>> feature_id("item", 7) == feature_id("item", "7") != feature_id("user", 7)
     True

@@ -30,7 +30,6 @@ HORIZONS_S = (3_600, 86_400, 604_800)  # an hour, a day, a week …
 PANES = 4  # … each in so many panes
 COUNTED = ("click", "watch", "intent", "purchase")  # intent: cart and favourite
 PANE_S = tuple(horizon // PANES for horizon in HORIZONS_S)
-MAX_COUNT = (1 << 16) - 1  # a pane counts no further
 MAX_SECOND = (1 << 32) - 1  # in 2106: what comes later is as if it were then
 
 ENTRY_DTYPE = np.dtype([("item", "<i8"), ("second", "<u4"), ("kind", "u1")])  # of seconds since 1970 UTC; item 0: none
@@ -153,7 +152,7 @@ def _after(state: bytes, item: int, second: int, kind: int) -> bytes:
         at += counter
         if new[at] < 255:
             new[at] += 1
-        elif new[at + 1] < 255:
+        elif new[at + 1] < 255:  # uint16: a pane counts no further
             new[at], new[at + 1] = 0, new[at + 1] + 1
     return bytes(new)
 

@@ -154,10 +154,6 @@ class Catalogue:
         """Item ids int64 [n] of slots int64 [n]."""
         return self._slots.ids_of(slots)
 
-    def are_available(self, items: np.ndarray) -> np.ndarray:
-        """bool [n]: has a card, and stock."""
-        return self.available[self.find(items)]
-
     def newest(self, n: int, among: np.ndarray | None = None) -> np.ndarray:
         """Item ids int64 [<= n] of the available cards (or those of `among`, bool by slot) with the largest `created`,
         the newest first."""

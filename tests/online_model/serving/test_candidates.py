@@ -55,7 +55,7 @@ def plain_scan(made: Replica, asked: Query, limit: int) -> set[int]:
             row["weights"] = torch.from_numpy(row["weights"])
     for row in range(1, state.items.end):
         item = state.items.ids_of(np.array([row]))
-        if not state.cards.are_available(item)[0]:
+        if not state.cards.available[state.cards.find(item)[0]]:
             continue
         plain = PlainModel(rows, DIM, state.ranker.click_rate())
         prior = plain.numbers(int(item[0]), as_array([EMPTY])[0], asked.now_ms)[:-MATCHES]
