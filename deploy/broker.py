@@ -44,7 +44,7 @@ from deploy.settings import Settings
 from embedding_store.errors import BrokerError
 from streams.kafka_clients import Connection
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 60.0  # that Kafka may take, not counting the fetch of its jars
 STOP_GRACE_S = 20.0
 MIN_FREE_BYTES = 256 << 20
 MAX_HEAP_MB = 512
@@ -144,19 +144,15 @@ class Broker:
         data_dir: Path,
         *,
         port: int | None = None,
-        detached: bool = False,
-        progress: Progress | None = None,
-        timeout_s: float = START_TIMEOUT_S,
         java_flags: Sequence[str] | None = None,
         secure: bool = False,
     ) -> Broker:
         """Start Kafka on the data under `data_dir`/kafka and return when it answers.
 
+        It ends with this process, whatever ends that (kill -9 too): the kernel ties it to the *thread* that calls this:
+        call it from one that lives as long as the broker should.
+
         `port`: that one, or an error; by default the port of the last run if it is free, else any free one.
-        `detached`: the broker outlives this process. Otherwise it ends with it, whatever ends it (kill -9 too): the
-        kernel ties it to the *thread* that calls this: call it from one that lives as long as the broker should.
-        `progress(done, total)`: called per jar on the very first start, which fetches Kafka (45 MB).
-        `timeout_s`: seconds that Kafka may take, not counting that fetch.
         `java_flags`: instead of those that make it start faster (`kafka_aot`).
         `secure`: over TLS, with a password: `connection` has both. Data that were made so need not be told again.
         Raises BrokerError: a broker runs here already, no Java, no jars, port taken, no space, or Kafka gave up.
@@ -168,7 +164,7 @@ class Broker:
                     f"a broker runs on {data_dir} already (pid {running.pid}): use it with --bootstrap "
                     f"{running.bootstrap}, or stop it with `headrace broker stop --data-dir {data_dir}`"
                 )
-            started, process = _start(home, port, detached, progress, timeout_s, java_flags, secure)
+            started, process = _start(home, port, False, None, java_flags, secure)
         return cls(Path(data_dir), started, process)
 
     @property
@@ -245,10 +241,10 @@ def ensure(
     with _locked(_home(data_dir)) as home:
         running = status(data_dir)
         if running is None:
-            running, _ = _start(home, port, True, progress, START_TIMEOUT_S, secure=secure)
+            running, _ = _start(home, port, True, progress, secure=secure)
         elif running.seconds_to_start is None:  # who started it was killed before it was up
             pid, began = running.pid, psutil.Process(running.pid).create_time()
-            _wait_until_up(home, running.bootstrap, lambda: _is_broker(pid, home), 0, START_TIMEOUT_S)
+            _wait_until_up(home, running.bootstrap, lambda: _is_broker(pid, home), 0)
             running = replace(running, seconds_to_start=round(time.time() - began, 2))
             _write_status(home, running)
     if secure and not is_secure(_home(data_dir)):
@@ -317,11 +313,13 @@ def _start(
     port: int | None,
     detached: bool,
     progress: Progress | None,
-    timeout_s: float,
     java_flags: Sequence[str] | None = None,
     secure: bool = False,
 ) -> tuple[BrokerStatus, subprocess.Popen | psutil.Process]:
-    """Under the lock: prepare the directory, start Java, wait until it answers."""
+    """Under the lock: prepare the directory, start Java, wait until it answers.
+
+    `progress(done, total)`: called per jar on the very first start, which fetches Kafka (45 MB).
+    """
     began = time.monotonic()
     if port is not None and not is_free(port):
         raise BrokerError(f"port {port} is taken{listener(port)}: choose another with --port, or stop what uses it")
@@ -341,7 +339,7 @@ def _start(
             if is_secure(home):
                 write_client(home, home.parent, up.bootstrap)
             _write_status(home, up)  # before it is up: whoever kills us now leaves no broker that nobody knows
-            _wait_until_up(home, up.bootstrap, lambda: process.poll() is None, log_from, timeout_s)
+            _wait_until_up(home, up.bootstrap, lambda: process.poll() is None, log_from)
             up = replace(up, seconds_to_start=round(time.monotonic() - began, 2))
             _write_status(home, up)
         except BaseException:
@@ -447,10 +445,10 @@ def _spawn(home: Path, command: list[str], detached: bool) -> subprocess.Popen:
             ) from None
 
 
-def _wait_until_up(home: Path, bootstrap: str, alive: Callable[[], bool], log_from: int, timeout_s: float) -> None:
+def _wait_until_up(home: Path, bootstrap: str, alive: Callable[[], bool], log_from: int) -> None:
     """Until Kafka's port is open: it opens it last, when it can serve. Raises BrokerError when it ended or is slow."""
     _, port = bootstrap.split(":")
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + START_TIMEOUT_S
     while alive():
         try:
             socket.create_connection(("127.0.0.1", int(port)), timeout=1).close()
@@ -458,7 +456,7 @@ def _wait_until_up(home: Path, bootstrap: str, alive: Callable[[], bool], log_fr
         except OSError:
             pass
         if time.monotonic() > deadline:
-            raise BrokerError(f"Kafka is not up after {timeout_s:.0f} s: see {home / 'broker.log'}")
+            raise BrokerError(f"Kafka is not up after {START_TIMEOUT_S:.0f} s: see {home / 'broker.log'}")
         time.sleep(0.05)
     raise BrokerError(f"Kafka ended while starting: {_last_words(home, log_from)} (all of it: {home / 'broker.log'})")
 

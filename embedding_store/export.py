@@ -26,21 +26,20 @@ from embedding_store.checkpoint import CheckpointStore
 from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows
 from embedding_store.errors import disk_errors
 
-ROWS = 1_000_000  # of a file
+ROWS = 1_000_000  # of a file at most
 
 
-def export_store(store: CheckpointStore, out: Path, about: dict[str, Any], rows: int = ROWS) -> list[str]:
+def export_store(store: CheckpointStore, out: Path, about: dict[str, Any]) -> list[str]:
     """Writes the last commit of `store` to the new directory `out` and returns the names of its files.
 
-    `about`: JSON-ready, goes into about.json. `rows`: of a file at most. Raises StoreError (DiskFull); `out` is then
-    not there.
+    `about`: JSON-ready, goes into about.json. Raises StoreError (DiskFull); `out` is then not there.
     """
     partial = out.with_name(f".{out.name}.partial")
     with disk_errors(f"no space left for {out}: free some, or choose another disk", f"{out} cannot be written"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            files = _write(store, partial, about, rows)
+            files = _write(store, partial, about)
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -48,14 +47,14 @@ def export_store(store: CheckpointStore, out: Path, about: dict[str, Any], rows:
     return files
 
 
-def _write(store: CheckpointStore, folder: Path, about: dict[str, Any], rows: int) -> list[str]:
+def _write(store: CheckpointStore, folder: Path, about: dict[str, Any]) -> list[str]:
     head = store.head()
     assert head is not None
     save_file({name: np.ascontiguousarray(a) for name, a in head.dense.items()}, folder / "dense.safetensors")
     tables: dict[str, list[str]] = {}
     for table in sorted(store.layouts):
         tables[table] = []
-        for number, chunk in enumerate(store.iter_rows(table, rows)):
+        for number, chunk in enumerate(store.iter_rows(table, ROWS)):
             _write_rows(folder / f"{table}-{number}", chunk)
             tables[table].append(f"{table}-{number}")
     for name in store.blob_names():

@@ -201,15 +201,15 @@ def overview(bootstrap: Bootstrap, settings: TopicSettings) -> dict[str, dict[st
         return found
 
 
-def wait_for_broker(bootstrap: Bootstrap, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+def wait_for_broker(bootstrap: Bootstrap) -> None:
     """Return as soon as one of the brokers in `bootstrap` ("HOST:PORT" or several, with commas) answers us.
 
-    Raises BrokerError after `timeout_s` seconds, and at once where the certificate, the user or the password is
+    Raises BrokerError after CONNECT_TIMEOUT_S, and at once where the certificate, the user or the password is
     refused; UsageError if `bootstrap` is no such list, or [kafka] names files that are not what they should be.
     """
     # Before a client is asked: they try on for their whole timeout, log each attempt, and some leave a thread.
     addresses = [_address(server, bootstrap) for server in servers(bootstrap)]
-    deadline, why = time.monotonic() + timeout_s, ""
+    deadline, why = time.monotonic() + CONNECT_TIMEOUT_S, ""
     while True:
         for host, port in addresses:
             left = max(0.1, deadline - time.monotonic())

@@ -47,9 +47,9 @@ BATCH, STEPS, WARM_STEPS = 1_024, 40, 10
 class Log:
     """Slices of the standard mix, for as long as they are asked for."""
 
-    def __init__(self, users: int, seed: int = 1, remembered: int = REMEMBERED) -> None:
+    def __init__(self, users: int, remembered: int = REMEMBERED) -> None:
         """remembered: impressions that actions are on."""
-        self._users, self._dice = users, np.random.default_rng(seed)
+        self._users, self._dice = users, np.random.default_rng(1)
         self._shown = np.zeros((remembered, 2 + PAGE), np.int32)  # user, number, items; the n-th at n mod remembered
         self._made = self._impressions = self.events = 0
 

@@ -91,9 +91,9 @@ class Feed:
 class LivePage:
     """The page of one run. `port` 0 takes any free one; `start`, `publish` and `stop` may be called from any thread."""
 
-    def __init__(self, port: int = 0, title: str = "Headrace", visited: Visited | None = None) -> None:
+    def __init__(self, port: int = 0, visited: Visited | None = None) -> None:
         """`visited`: the system that the page's visitors may be users of; None: they only look."""
-        self._port, self._title, self._visited = port, title, visited
+        self._port, self._visited = port, visited
         self._visits: Visits | None = None
         self.url = ""  # once it is started
         self._history = History()
@@ -166,7 +166,7 @@ class LivePage:
     async def _serve_until_stopped(self, listener: socket.socket) -> None:
         self._loop, self._feed = asyncio.get_running_loop(), Feed(self._history)
         config = uvicorn.Config(
-            make_app(self._feed, self._title, self._visits), log_config=None, log_level="warning", access_log=False,
+            make_app(self._feed, self._visits), log_config=None, log_level="warning", access_log=False,
             lifespan="off", timeout_graceful_shutdown=2, server_header=False,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
@@ -174,9 +174,9 @@ class LivePage:
         await self._server.serve(sockets=[listener])
 
 
-def make_app(feed: Feed, title: str, visits: Visits | None = None) -> Guard:
+def make_app(feed: Feed, visits: Visits | None = None) -> Guard:
     """The page's HTTP app over `feed`; `visits`: the system whose user one may be."""
-    index = (STATIC / "index.html").read_text("utf-8").replace("{{title}}", _escape(title))
+    index = (STATIC / "index.html").read_text("utf-8")
 
     fresh = {"Cache-Control": "no-store"}
 
@@ -206,7 +206,3 @@ def make_app(feed: Feed, title: str, visits: Visits | None = None) -> Guard:
     # Another site must not read the page, nor do anything here, through a visitor's browser.
     scopes = SCOPES | (VISIT_SCOPES if visits is not None else {})
     return Guard(app, scopes, Gate(), lambda denial: Response(denial.reason, denial.status))
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")

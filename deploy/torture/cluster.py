@@ -23,6 +23,7 @@ from streams.topics import create_topics
 
 JOINERS, REPLICAS = 2, 2
 READY_S = 90.0
+PATIENCE_S = 60.0  # after the broker was away a worker may end by itself
 
 
 @dataclass
@@ -152,7 +153,7 @@ class Cluster:
         self.broker = Broker.start(self.broker.data_dir)
         self.broker_hurt = time.monotonic()
 
-    def revive(self, patience_s: float = 60.0, besides: str = "") -> None:
+    def revive(self, besides: str = "") -> None:
         """Starts again what ended because the broker was away, or what `mend` says; not the worker `besides`.
 
         Raises WorkerFailed for any other end.
@@ -161,7 +162,7 @@ class Cluster:
             assert worker.process is not None
             if worker.process.poll() is None or name == besides:
                 continue
-            if not self.mend(worker) and time.monotonic() - self.broker_hurt > patience_s:
+            if not self.mend(worker) and time.monotonic() - self.broker_hurt > PATIENCE_S:
                 raise WorkerFailed(f"{name} ended by itself (exit {worker.process.returncode}): {worker.last_line()}")
             self.again(name)
 

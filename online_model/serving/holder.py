@@ -48,9 +48,9 @@ class Holder:
     `parts`: name → what else is said in `GET /v1/model`. `cold`: why it would answer slowly, "" if it would not.
     `let_by`: awaited between two pieces of work on the loop, so that requests come in between."""
 
-    def __init__(self, replica: Serving, metrics: Metrics | None = None) -> None:
+    def __init__(self, replica: Serving) -> None:
         self.replica, self.policy = replica, replica.policy
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
         self.metrics.watch(lambda: self.replica)
         self.behind = self.cold = ""
         self.served: list[Callable[[RankRequest | RecommendRequest, Ranking | Recommendation], None]] = []

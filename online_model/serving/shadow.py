@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 WINDOW_MS = 60_000
+KEPT = 10_000  # requests
 Z = 1.96  # of a normal distribution 95 % are within so many standard deviations
 LEAST = 1e-7  # a probability is no nearer to 0 or 1
 
@@ -27,10 +28,10 @@ def log_losses(p: npt.ArrayLike, clicked: np.ndarray) -> np.ndarray:
 
 
 class Comparison:
-    """Of the last `kept` requests."""
+    """Of the last KEPT requests."""
 
-    def __init__(self, kept: int = 10_000) -> None:
-        self._sums: deque[tuple[int, float, float]] = deque(maxlen=kept)  # items, both models' summed losses
+    def __init__(self) -> None:
+        self._sums: deque[tuple[int, float, float]] = deque(maxlen=KEPT)  # items, both models' summed losses
 
     def add(self, serving: npt.ArrayLike, shadow: npt.ArrayLike, clicked: np.ndarray) -> None:
         """A request: both models' probabilities [n] of its items, and which were clicked, bool [n]; n > 0."""

@@ -58,14 +58,12 @@ class CrossFitted:
     """One model for each fold of clusters. The first column is the action: its levels are what a policy chooses
     from."""
 
-    def __init__(
-        self, columns: Sequence[Levels], reward: np.ndarray, cluster: np.ndarray, binary: bool, folds: int = FOLDS
-    ) -> None:
+    def __init__(self, columns: Sequence[Levels], reward: np.ndarray, cluster: np.ndarray, binary: bool) -> None:
         self._columns = columns
         _, of = np.unique(cluster, return_inverse=True)
         order = np.random.default_rng(0).permutation(of.max(initial=0) + 1)  # clusters are numbered by time or name
-        self.fold = order[of] % folds
-        self._models = [AdditiveModel(columns, reward, self.fold != k, binary) for k in range(folds)]
+        self.fold = order[of] % FOLDS
+        self._models = [AdditiveModel(columns, reward, self.fold != k, binary) for k in range(FOLDS)]
         self._base = np.array([model.base for model in self._models])
         self._effects = [
             np.stack(parts) for parts in zip(*(m.effects for m in self._models), strict=True)
