@@ -9,51 +9,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
 
 from embedding_store.delta import Version
-from online_model.features import CARD, CATEGORY, ITEM, USER
 from online_model.serving import server as serving_server
 from online_model.serving.app import create_app
 from online_model.serving.holder import Holder
-from tests.online_model.serving.world import (
-    DIM,
-    NOW,
-    cards,
-    category_rows,
-    dense,
-    ids,
-    item_rows,
-    rank,
-    replica,
-    user_rows,
-)
+from tests.online_model.serving.torn import LEVELS, alone, uniform
+from tests.online_model.serving.world import dense, rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the worker has it
 N = 200
-LAST = 400  # versions
+LAST = LEVELS  # versions: no two score alike
+DENSE = dense()
 
 
-def uniform(sequence: int) -> Version:
-    """A version whose every number is made of its own sequence: all items score the same, and as no other version's."""
-    level = 0.2 + 0.002 * sequence
-    some = N + sequence % 3  # the last of them come and go
-    items, gone = list(range(some)), ids(ITEM, range(some, N + 3))
-    return Version(
-        epoch=1,
-        sequence=sequence,
-        base=(1, sequence - 1) if sequence > 1 else None,
-        created_ms=NOW,
-        dense={name: np.full_like(w, level / 10) for name, w in dense().items()},
-        tables={
-            ITEM: item_rows(items, np.full((some, DIM), level), [0] * some, impressions=[sequence] * some),
-            USER: user_rows(["u"], np.full((1, DIM), level), [[1_000 + sequence]]),  # like none of the items
-            CATEGORY: category_rows([0], np.full((1, DIM), level)),
-        },
-        gone={ITEM: gone, CARD: gone},
-        blobs={CARD: cards(items)},
-    )
+def version_of(sequence: int) -> Version:
+    return uniform(sequence, DENSE, N)
 
 
 class Server:
@@ -67,7 +39,7 @@ class Server:
         self._thread.start()
 
     async def _run(self) -> None:
-        self.holder = Holder(replica(uniform(1), epsilon=0.0))
+        self.holder = Holder(alone(version_of(1)))
         app = create_app(self.holder, max_age_ms=1 << 50)
         server = serving_server.Server(app)
         serving = asyncio.create_task(server.serve([self.socket]))
@@ -75,7 +47,7 @@ class Server:
         while not self.stop.is_set():
             if self.go.is_set() and sequence < LAST:
                 sequence += 1
-                self.holder.apply(uniform(sequence))
+                self.holder.apply(version_of(sequence))
             await asyncio.sleep(0.002)
         self.holder.close()
         server.should_exit = True
@@ -98,9 +70,9 @@ def server() -> Iterator[Server]:
 
 def expected_scores() -> dict[str, float]:
     """Version → the score of all its items."""
-    made, out = replica(uniform(1)), {}
+    made, out = alone(version_of(1)), {}
     for sequence in range(1, LAST + 1):
-        made.apply(uniform(sequence))
+        made.apply(version_of(sequence))
         out[made.version] = rank(made, "u", "live", [0]).items[0].score
     return out
 

@@ -44,11 +44,11 @@ class Torn:
     mixed: int = 0  # reads that are not wholly of the version that they name
 
 
-def uniform(sequence: int, dense_of: dict[str, np.ndarray]) -> Version:
+def uniform(sequence: int, dense_of: dict[str, np.ndarray], items: int = ITEMS) -> Version:
     """A version made of its sequence; three of the items come and go."""
     level = 0.2 + 0.002 * (sequence % LEVELS)
-    some = ITEMS + sequence % 3
-    gone = ids(ITEM, range(some, ITEMS + 3))
+    some = items + sequence % 3
+    gone = ids(ITEM, range(some, items + 3))
     return Version(
         epoch=1, sequence=sequence, base=(1, sequence - 1), created_ms=NOW,
         dense={name: np.full_like(w, level / 10) for name, w in dense_of.items()},
