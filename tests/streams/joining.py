@@ -6,17 +6,19 @@ import asyncio
 import heapq
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
 import orjson
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 
 from online_model.examples import Block, Examples
-from streams.blocks import decode_block
+from streams.blocks import decode_block, encode_block
 from streams.dead_letters import DeadLetter
+from streams.join_store import JoinStore
 from streams.joiner import Joined, Joiner, JoinSettings, Record
 from streams.topics import TopicSettings
 from tests.streams.children import Child, convert, group_offsets, read_all, wait_for
@@ -158,6 +160,15 @@ def check_against_one_joiner(
     assert sorted(letters, key=_place) == sorted(dead, key=_place)
     assert dead, "no poison was sent"
     return found
+
+
+def commit_unsent(store: Path, partition: int, records: Sequence[ConsumerRecord]) -> None:
+    """What a worker leaves that is killed between commit and publish: a block of what is new in the records."""
+    join = convert(JOIN, JoinSettings)
+    with JoinStore(store, join) as opened:
+        joiner = Joiner(join, partition, opened.next_offset or 0, opened.state())
+        joined = joiner.process(Record(r.offset, r.timestamp, r.value) for r in records)
+        opened.commit(joined, [encode_block(joined.block), *joined.dead])
 
 
 def one_joiner(joiner: Joiner, records: list[Record], aside: Ranges) -> list[Joined]:

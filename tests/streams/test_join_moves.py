@@ -18,10 +18,9 @@ from deploy.broker import Broker
 from online_model.examples import Block
 from online_model.positions import Intake, Position
 from replay.oracle import Rules, compare, expect, read_topic
-from streams.blocks import decode_block, encode_block
-from streams.join_store import JoinStore
+from streams.blocks import decode_block
 from streams.join_worker import JoinWorker
-from streams.joiner import Joiner, JoinSettings, Record
+from streams.joiner import JoinSettings
 from streams.settings import JoinWorkerSettings
 from streams.topics import MAX_BLOCK_BYTES, TopicSettings, create_topics, end_offsets
 from tests.streams.children import Child, convert, read_all, running, wait_for
@@ -31,6 +30,7 @@ from tests.streams.joining import (
     Players,
     blocks,
     check_against_one_joiner,
+    commit_unsent,
     joined_up_to,
     ready,
     rows,
@@ -182,12 +182,7 @@ def test_a_store_that_committed_what_another_worker_sent_otherwise_is_replaced(
         wait_for(lambda: _snapshots(tmp_path, topics)[0][-1:] == ends[:1], child=child, what=f"a snapshot at {ends}")
         assert child.stop() == 0, child.said
     Players(broker, topics.events, 3, 50).play()
-    join = convert(JOIN, JoinSettings)
-    with JoinStore(zombie / "join" / "0", join) as store:
-        joiner = Joiner(join, 0, store.next_offset or 0, store.state())
-        records = [Record(r.offset, r.timestamp, r.value) for r in read_all(broker, topics.events)[0]]
-        joined = joiner.process(records)
-        store.commit(joined, [encode_block(joined.block), *joined.dead])
+    commit_unsent(zombie / "join" / "0", 0, read_all(broker, topics.events)[0])
     with running("join", tmp_path / "log", data_dir=zombie, **settings) as child:
         _wait_until_joined(broker, topics, child)
         assert f"partition 0: going on from the snapshot {tmp_path}" in child.says

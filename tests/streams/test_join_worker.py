@@ -12,18 +12,16 @@ import orjson
 import pytest
 from kafka import KafkaProducer
 
-from streams.blocks import encode_block
-from streams.join_store import JoinStore
-from streams.joiner import Joiner, JoinSettings, Record
 from streams.outlet import Outlet
 from streams.topics import TopicSettings
-from tests.streams.children import Child, convert, read_all, running, wait_for
+from tests.streams.children import Child, read_all, running, wait_for
 from tests.streams.joining import (
     JOIN,
     PARTITIONS,
     Players,
     blocks,
     check_against_one_joiner,
+    commit_unsent,
     joined_up_to,
     ready,
     rows,
@@ -111,11 +109,7 @@ def test_what_was_committed_and_not_sent_is_sent_once(
     """The crash between commit and publish, made by hand: the store is ahead of the group's offset."""
     sent = Players(broker, topics.events, 4, 200).play()
     records = read_all(broker, topics.events)[0]
-    store = JoinStore(tmp_path / "data" / "join" / "0", convert(JOIN, JoinSettings))
-    joiner = Joiner(convert(JOIN, JoinSettings), 0, 0, store.state())
-    joined = joiner.process(Record(r.offset, r.timestamp, r.value) for r in records[: len(records) // 2])
-    store.commit(joined, [encode_block(joined.block), *joined.dead])
-    store.close()
+    commit_unsent(tmp_path / "data" / "join" / "0", 0, records[: len(records) // 2])
     for _ in range(2):
         with running("join", tmp_path / "log", **settings) as child:
             ready(child)
