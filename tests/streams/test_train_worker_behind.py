@@ -12,7 +12,15 @@ from online_model.history import HISTORY
 from online_model.settings import FeatureSettings, RankerSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from streams import train_worker
-from streams.train_worker import COMMIT_SECONDS, COMMIT_SHARE, RARE_SECONDS, TrainWorker
+from streams.train_worker import (
+    BEHIND_ROWS,
+    BEHIND_SECONDS,
+    BEHIND_SHARE,
+    COMMIT_SECONDS,
+    COMMIT_SHARE,
+    RARE_SECONDS,
+    TrainWorker,
+)
 from tests.online_model.logs import make_blocks, make_rows
 from tests.online_model.test_trainer import SMALL
 
@@ -54,13 +62,23 @@ def test_a_worker_that_is_behind_takes_what_there_is_room_for(
 
 
 @pytest.mark.parametrize(
-    ("took_s", "pause_s"),
-    [(COMMIT_SECONDS * COMMIT_SHARE / 2, COMMIT_SECONDS), (0.6, 0.6 / COMMIT_SHARE), (140.0, RARE_SECONDS)],
+    ("took_s", "waiting", "pause_s"),
+    [
+        (COMMIT_SECONDS * COMMIT_SHARE / 2, 0, COMMIT_SECONDS),
+        (0.6, 0, 0.6 / COMMIT_SHARE),
+        (140.0, 0, RARE_SECONDS),
+        (0.03, BEHIND_ROWS, 0.03 / COMMIT_SHARE),
+        (0.03, BEHIND_ROWS + 1, 0.03 / BEHIND_SHARE),
+        (0.1, BEHIND_ROWS + 1, BEHIND_SECONDS),
+        (0.6, BEHIND_ROWS + 1, 0.6 / COMMIT_SHARE),
+        (140.0, BEHIND_ROWS + 1, RARE_SECONDS),
+    ],
 )
 def test_commits_become_rarer_but_one_that_hung_does_not_keep_the_next_one_away(
-    took_s: float, pause_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    took_s: float, waiting: int, pause_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = open_trainer(SMALL, tmp_path / "train", lambda: 0)
+    monkeypatch.setattr(Trainer, "pending", property(lambda _: waiting))
     clock = iter((1_000.0, 1_000.0 + took_s))  # when the commit begins, and when it ends
     monkeypatch.setattr(train_worker, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     worker = SimpleNamespace(
@@ -71,3 +89,30 @@ def test_commits_become_rarer_but_one_that_hung_does_not_keep_the_next_one_away(
     TrainWorker._commit(worker)  # type: ignore[arg-type]
     trainer.store.close()
     assert worker._commit_due == pytest.approx(1_000.0 + pause_s)
+
+
+@pytest.mark.parametrize(("waits", "due_in_s", "steps"), [(99, -5.0, 2), (99, 0.2, 7), (99, 9.0, 9), (3, 9.0, 3)])
+def test_a_turn_learns_until_a_commit_is_due_or_nothing_waits(
+    waits: int, due_in_s: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1_000.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(train_worker, "time", clock)
+
+    def step(rows: int) -> int:
+        clock.now += 0.03
+        trainer.pending -= 1
+        return rows
+
+    trainer = SimpleNamespace(
+        pending=waits, step=step, commit_due=lambda: False, store=SimpleNamespace(acknowledge=lambda _: None)
+    )
+    learned: list[int] = []
+    metrics = SimpleNamespace(step=SimpleNamespace(time=nullcontext), batch=SimpleNamespace(observe=learned.append))
+    worker = SimpleNamespace(
+        _trainer=trainer, _published=0, _dirty=True, _commit_due=1_000.0 + due_in_s, _metrics=metrics,
+        _rows_a_step=lambda: 1, _waiting=[], _commit=lambda everything: [(1, [])],
+        _figures=SimpleNamespace(progress=SimpleNamespace(made=lambda more: None)),
+    )  # fmt: skip
+    committed = TrainWorker._turn(worker, [], [], False)  # type: ignore[arg-type]
+    assert len(learned) == steps
+    assert bool(committed) == (clock.now >= worker._commit_due)
