@@ -19,7 +19,8 @@ The plain parts are given less to do than Headrace does: see plain_faust.py and 
 By the clock is what is promised. `cpu_s` has the processor seconds of each process meanwhile, and `ratios_cpu` the
 ratios by processor time, which say more where others use the machine too: events/s of a part are then
 min(CORES / the sum, 1 / the most) of its processes' seconds an event, of Headrace and Faust alike; Kafka and the
-producer are among them.
+producer are among them. `trainer_us` are µs an event by the clock of the trainer's thread, which takes longest: the
+stages of its steps, commits, and the rest: blocks decoded, waiting for them and for the processor.
 
 `events` counts an impression of PAGE items as PAGE. `handled` are those that the replica's version accounts for, the
 warm-up's among them: `sent` of both.
@@ -46,7 +47,7 @@ from deploy.bench.common import BenchError, bare_topics, finish, median, on_core
 from deploy.bench.mix import timed_mix
 from deploy.bench.system import System, processor_s, with_kafka
 from deploy.freshness import PROBE_S, Follower
-from deploy.processes import ends_with_parent, terminate
+from deploy.processes import ends_with_parent, listening, terminate
 from deploy.replica_figures import Model
 
 CORES, PAGE, PARTITIONS = 2, 10, 4
@@ -107,7 +108,7 @@ def bench_end_to_end(
         },
         "cpu_s": {name: middle[name]["cpu_s"] for name in ("headrace", "faust_per_event", "faust_batches")},
         "seconds": {name: middle[name]["seconds"] for name in ("headrace", "faust_per_event", "faust_batches")},
-        **{key: ours[key] for key in ("events", "sent", "handled", "rows")},
+        **{key: ours[key] for key in ("trainer_us", "events", "sent", "handled", "rows")},
         "lost": sum(run["headrace"]["lost"] for run in found),
         "duplicated": sum(run["headrace"]["duplicated"] for run in found),
         "faust_events": middle["faust_per_event"]["events"],
@@ -223,7 +224,7 @@ class _Run:
         async with Follower(system.url) as replica:
             following = asyncio.create_task(self._follow(replica))
             try:
-                await system.until(lambda: self._seen)
+                await system.until(lambda: self._seen and listening(system.settings.train.metrics_port))
                 for mix in _phases(events, WARM_UP, system.settings.join.join.closing_ms):
                     figures, model = await self._send(mix)
                     sent += figures["events"]
@@ -239,7 +240,7 @@ class _Run:
         system, topics = self._system, self._system.settings.topics
         with _producing(system.folder, system.settings.bootstrap, (topics.events, topics.items), **mix) as producer:
             processes = system.processes()
-            before = processor_s(processes)
+            before, trained = processor_s(processes), system.trainer_s()
             del self._seen[:-1]
             _go(producer)
             await system.until(lambda: producer.poll() is not None, STALL_S)
@@ -254,7 +255,10 @@ class _Run:
                 raise BenchError(f"the replica gets no further for {STALL_S:.0f} s: {self._seen[-1][1].positions}")
             await asyncio.sleep(PROBE_S)
         used = {name: after - before[name] for name, after in processor_s(processes).items()}
-        return _figures(sent["began"], past[0], sent, used), past[1]
+        figures = _figures(sent["began"], past[0], sent, used)
+        spent = {stage: after - trained[stage] for stage, after in system.trainer_s().items()}
+        spent["rest"] = figures["seconds"] - sum(spent.values())
+        return figures | {"trainer_us": {k: 1e6 * s / sent["events"] for k, s in spent.items()}}, past[1]
 
     async def _follow(self, replica: Follower) -> None:
         while True:

@@ -219,6 +219,7 @@ END_TO_END = Bench(
         Figure("joiner alone, µs an event", "joiner_us"),
         Figure("bare TorchRec, µs an event", "bare_us"),
         Figure("processor time of {}, s", "cpu_s.headrace"),
+        Figure("the trainer's thread, µs an event by the clock: {}", "trainer_us"),
         Figure("lost", "lost", wanted=Limit(0, most=True)),
         Figure("duplicated", "duplicated", wanted=Limit(0, most=True)),
     ),

@@ -11,8 +11,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.common import BenchError
 from deploy.freshness import PROBE_S
@@ -22,6 +24,7 @@ from deploy.workers import Worker
 from streams.topics import create_topics, delete_topics
 
 READY_S = 120.0
+PATIENCE_S = 10.0
 
 
 class System:
@@ -32,7 +35,8 @@ class System:
         self.folder = folder
         self.settings = Settings([]).with_flags({
             "data_dir": folder, "bootstrap": bootstrap, "serve.port": free_port(),
-            "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.", "model.guard.tasks": [], **more,
+            "topics.prefix": f"bench-{folder.name.removeprefix('headrace-bench-')}.", "model.guard.tasks": [],
+            "train.metrics_port": free_port(), **more,
         })  # fmt: skip
         self.url = f"http://127.0.0.1:{self.settings.serve.port}"
         config = str(folder / "headrace.toml")
@@ -70,6 +74,21 @@ class System:
                 last = "; ".join(f"{worker.name}: {worker.last_line()}" for worker in self.workers)
                 raise BenchError(f"nothing comes to the replica within {seconds:.0f} s ({last})")
             await asyncio.sleep(PROBE_S)
+
+    def trainer_s(self) -> dict[str, float]:
+        """What the trainer's thread has done since its start, s by the clock: stages of steps (stages.py), commits.
+
+        Raises OSError while the worker does not listen yet.
+        """
+        with urlopen(f"http://127.0.0.1:{self.settings.train.metrics_port}/metrics", timeout=PATIENCE_S) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        found = {}
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name == "headrace_train_stage_seconds_total":
+                found[sample.labels["stage"]] = sample.value
+            elif sample.name == "headrace_train_commit_seconds_sum":
+                found["commit"] = sample.value
+        return found
 
     def processes(self, **others: int) -> dict[str, psutil.Process]:
         """The workers, `others` by their pids, and Kafka where it can be seen."""

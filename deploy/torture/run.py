@@ -85,7 +85,7 @@ class Torture:
             if self.calm:
                 self.say("an undisturbed run")
                 calm = Cluster(self._settings("calm", broker), broker, LAUNCHER)
-                expected, _, _ = self._one(calm, self._story(calm.settings), [])
+                expected, _, _ = self._one(calm, self._story(calm.settings), [], watched=False)
             self.say(f"the log, with {len(faults)} faults")
             story = self._story(hurt.settings)
             if any(fault.kind == "full_disk" for fault in faults):
@@ -123,8 +123,10 @@ class Torture:
     def _plan(self) -> list[Fault]:
         return plan(self.kills, self.seed, self.workers, self.gap_s, self.on_disk, self.ranks)
 
-    def _one(self, cluster: Cluster, story: Story, faults: list[Fault]) -> tuple[Outcome, Watch, float]:
-        """The whole log through a cluster, which has ended when this returns."""
+    def _one(
+        self, cluster: Cluster, story: Story, faults: list[Fault], watched: bool = True
+    ) -> tuple[Outcome, Watch, float]:
+        """The whole log through a cluster, which has ended when this returns. `watched`: answers of its replicas."""
         settings = cluster.settings
         began = time.monotonic()
         try:
@@ -137,7 +139,8 @@ class Torture:
                 feed = _Feed(story, sink, pace)
                 cluster.wait_until_ready()  # the catalogue is a version: from here on replicas answer
                 watch = Watch([replica.port for replica in cluster.replicas])
-                watch.start()
+                if watched:
+                    watch.start()
                 feed.start()
                 for fault in faults:
                     self._do(fault, cluster)

@@ -147,6 +147,10 @@ def test_end_to_end_reports_its_keys_and_loses_nothing(broker: str, capfd: pytes
     assert result["ratio_to_faust"] == pytest.approx(result["events_per_s"] / result["faust_per_event_per_s"])
     assert result["ratio_to_reference"] == pytest.approx(result["events_per_s"] / result["reference_per_s"])
     assert {"join", "train", "serve", "producer"} <= result["cpu_s"]["headrace"].keys()
+    assert {"look_up", "forward", "backward", "commit", "rest"} <= result["trainer_us"].keys()
+    assert min(result["trainer_us"].values()) > 0
+    clock_us = 1e6 * result["seconds"]["headrace"] / result["events"]
+    assert sum(result["trainer_us"].values()) == pytest.approx(clock_us, rel=0.01)
     assert {"join", "train", "producer"} <= result["cpu_s"]["faust_per_event"].keys()
     assert result["faust_rows"] > 1_000
     assert result["faust_batches_per_s"] > 0

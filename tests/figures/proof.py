@@ -28,6 +28,8 @@ def end_to_end(bench: Bench) -> list[Row]:
         Row("to plain Faust with batches at the trainer", f"{found['ratio_to_faust_batches']:.2f} ×", "", True),
         Row("the same three by processor time",
             f"{cpu['to_faust']:.2f}, {cpu['to_reference']:.2f}, {cpu['to_faust_batches']:.2f} ×", "", True),
+        Row("the trainer's thread, µs an event by the clock",
+            ", ".join(f"{stage} {us:.1f}" for stage, us in found["trainer_us"].items()), "where it goes", True),
         *(Row(f"processor seconds, {name}", said, "where it goes", True) for name, said in each.items()),
         equal("events handled", found["handled"], found["sent"]),
         equal("lost, duplicated", (found["lost"], found["duplicated"]), (0, 0)),
