@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 DEFAULT_FILE = "headrace.toml"
 PREFIX = "HEADRACE_"
+FLAG = "flag"  # the source of what stood on the command line
 ABOUT = {
     "log": "a historical log: of headrace replay and log",
     "kafka": "how Kafka is reached; where it is says bootstrap, at the top",
@@ -100,9 +101,13 @@ class Settings:
 
     @cached_property
     def log(self) -> LogSettings:
-        from replay.readers.settings import LogSettings
+        from replay.readers.settings import ColumnMapping, LogSettings
 
-        return self._section("log", LogSettings)
+        log = self._section("log", LogSettings)
+        named = any(layer.source == FLAG and layer.values.get("log", {}).get("format") for layer in self._layers)
+        if named and log.format != "generic":  # the mapping beside it is that of another log
+            return msgspec.structs.replace(log, columns=ColumnMapping())
+        return log
 
     @cached_property
     def kafka(self) -> KafkaSettings:
@@ -291,7 +296,7 @@ def _flags(flags: Mapping[str, Any]) -> Layer:
             for section in sections:
                 place = place.setdefault(section, {})
             place[field] = str(value) if isinstance(value, Path) else value  # as it would stand in the file
-    return Layer("flag", values)
+    return Layer(FLAG, values)
 
 
 def _build(owner: type[T], layers: list[Layer], path: tuple[str, ...], shared: Mapping[str, Any] | None = None) -> T:
@@ -405,7 +410,7 @@ def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: An
     shown = HIDDEN if _is_secret(type_) else value
     if isinstance(value, _Text):
         raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={shown}: {error}")
-    where = "" if layer.source == "flag" else f"{layer.source}: "
+    where = "" if layer.source == FLAG else f"{layer.source}: "
     raise UsageError(f"{where}{'.'.join((*path, name))} = {shown!r}: {error}")
 
 

@@ -40,7 +40,7 @@ def backfill(
     """
     if master is not None and engine != "spark":
         raise UsageError("--master is of Spark: add --engine spark")
-    settings = settings_for(config, data_dir=data_dir)
+    settings = settings_for(config, data_dir=data_dir, log__format=format_)
     from deploy.backfilling import run_backfill
 
     with Output(json) as output, progress("joining") as (bar, task):

@@ -60,7 +60,7 @@ class LogReader(ABC):
         """A reader of the file at `path`, a local one or a URL that fsspec knows. LogError if it is missing, empty or
         not a file; UsageError for a mapping of columns, which is for the format `generic`."""
         if columns is not None and columns != ColumnMapping():
-            raise UsageError(f"a {cls.name} log has its own columns: leave out [log.columns], or take format generic")
+            raise UsageError(f"a log of format {cls.name} has its own columns: leave out [log.columns]")
         files.check_file(str(path))
         return cls(str(path), max_rejected_share)
 

@@ -290,6 +290,24 @@ def test_settings_with_a_section_log_keep_the_log_of_the_demo_apart() -> None:
         _ = load().log
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["replay", "taobao", "none", "--direct"], ["compare", "taobao", "none"], ["estimate", "taobao", "none"],
+        ["backfill", "none", "--format", "taobao", "--out", "x"], ["compare", "recording", "none"],
+    ],
+)  # fmt: skip
+def test_a_format_that_is_named_leaves_aside_the_columns_that_init_wrote_for_another_log(
+    capfd: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    columns = '[log.columns]\nuser = "u"\nitem = "i"\ntime = "t"\n'
+    write("headrace.toml", f'[log]\nformat = "generic"\npath = "clicks.csv"\n{columns}')
+    assert "none" in refused(capfd, 1, *command)  # it looked for the file, and did not refuse the settings
+    assert load(None, {}, {"log.format": "generic", "log.path": "none"}).log.columns.user == "u"
+    write("headrace.toml", f'[log]\nformat = "taobao"\npath = "none"\n{columns}')
+    assert "a log of format taobao has its own columns" in refused(capfd, 2, "compare")  # these contradict each other
+
+
 def test_help_has_an_example_and_imports_nothing_slow() -> None:
     program = (
         "import sys; from deploy.cli import run\n"
