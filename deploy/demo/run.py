@@ -278,7 +278,8 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
     if options.log is None:
         default = Settings([]).join.join
         flags |= {f: v for f, v in PATIENT.items() if getattr(settings.join.join, f[5:]) == getattr(default, f[5:])}
-        flags["simulator.seed"] = options.seed
+        # Their events are of now, and what they are shown is logged: `headrace init` wrote these for a log.
+        flags |= {"join.implicit": False, "join.ticks": "live", "simulator.seed": options.seed}
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
