@@ -29,7 +29,9 @@ def demo(
         float | None, typer.Option(min=0, help="Simulated events per second, about. [1000]", show_default=False)
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the simulated users.", show_default=False)] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Go on from what the last run left.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Go on from what the last run left; without it that is deleted.")
+    ] = False,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the live page; 0: any free one.")] = None,
     no_page: Annotated[bool, typer.Option("--no-page", help="Do without the live page.")] = False,
     json: JsonOption = False,
@@ -47,6 +49,8 @@ def demo(
     options = settings.demo
     if (options.log is None) != (options.path is None):
         raise UsageError("a log needs both: --log NAME (its format) and --path FILE")
+    if options.log is not None and (rate is not None or seed is not None):
+        raise UsageError("--rate and --seed are of simulated users, and a log has its own: leave them out with a log")
     if options.path is not None and not Path(options.path).is_file():
         raise UsageError(f"{options.path}: there is no such file; check --path")
     with Output(json) as out:

@@ -76,6 +76,8 @@ def test_every_command_has_help_with_an_example_and_quickly(tmp_path: Path) -> N
         ("demo --seconds soon", 2, "headrace: Invalid value for '--seconds'"),
         ("demo --log taobao", 2, "headrace: a log needs both"),
         ("demo --log taobao --path nowhere.csv", 2, "headrace: nowhere.csv: there is no such file"),
+        ("demo --log taobao --path x --seed 3", 2, "headrace: --rate and --seed are of simulated users"),
+        ("demo --log taobao --path x --rate 3 --seconds 9", 2, "headrace: --rate and --seed are of simulated users"),
         ("demo --config nowhere.toml", 2, "headrace: nowhere.toml: No such file"),
         ("broker status", 1, "headrace: no broker runs on .headrace: `headrace broker start"),
         ("join", 1, "headrace: no broker runs on .headrace"),
