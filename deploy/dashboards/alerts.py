@@ -179,7 +179,7 @@ ALERTS: tuple[Alert, ...] = (
         "At the pace of the last six hours the disk of {{ $labels.job }} at {{ $labels.instance }} is full within a"
         " day",
         "What grows: Kafka's topics, snapshots, kept checkpoints, the store itself? Bound it, or make the disk larger.",
-        good.DISK_FREE,
+        good.DISK_FILLING,
     ),
     Alert(
         "target-down", "page", "1m", f'up{{job=~"{JOBS}"}} == 0 or {_ABSENT}',

@@ -140,6 +140,13 @@ STREAMS = Board(
                 [Query("headrace_disk_free_bytes{}", "{{job}} {{instance}}")], good.DISK_FREE,
             ),
             Panel(
+                "Free space in a day", "bytes",
+                "At the pace of the last six hours. Below the line the disk is full by then: what grows? It wakes"
+                " nobody while 20 GiB are free.",
+                [Query("predict_linear(headrace_disk_free_bytes{}[6h], 86400)", "{{job}} {{instance}}")],
+                good.DISK_FILLING,
+            ),
+            Panel(
                 "Processor", "percentunit", "Seconds of processor per second; 100 % is one core.",
                 [Query(f'rate(process_cpu_seconds_total{{job=~"{JOBS}",instance=~"$instance"}}[$__rate_interval])',
                        "{{job}} {{instance}}")],

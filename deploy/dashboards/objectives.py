@@ -48,6 +48,7 @@ GUARD = Objective("held back by the guard", "none", high=0.5, words="no version 
 REPLICA_AGE = Objective("age of the version served", "s", high=30.0)
 DEAD_LETTERS = Objective("share of events refused", "percentunit", high=0.01)
 DISK_FREE = Objective("free space", "bytes", low=5 * 2**30, words="free space above 5 GiB")
+DISK_FILLING = Objective("free space in a day", "bytes", low=0.0, words="not full within a day, or 20 GiB free")
 UP = Objective("answers to Prometheus", "none", low=0.5, words="every process answers")  # 0 or 1
 SERVE_ERRORS = Objective("share of requests that failed", "percentunit", high=0.01)
 SERVE_SECONDS = Objective("p99 of rank and recommend", "s", high=0.05)

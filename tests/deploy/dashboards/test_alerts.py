@@ -106,6 +106,13 @@ def test_an_alert_links_to_the_panel_that_has_its_bound() -> None:
         assert panel.objective is alert.objective
 
 
+def test_disk_filling_links_to_the_forecast_that_it_asks_for() -> None:
+    (alert,) = (alert for alert in ALERTS if alert.name == "disk-filling")
+    (panel,) = (panel for board in BOARDS for panel in board.panels if panel.objective is alert.objective)
+    (query,) = panel.queries
+    assert alert.expr.startswith(f"{query.expr.replace('{}', '')} < {alert.objective.low:g} and ")
+
+
 def test_only_windows_and_durations_are_scaled() -> None:
     assert scaled("rate(x[5m]) > 60 and y[1h:1m]", 1 / 60) == "rate(x[5s]) > 60 and y[60s:1s]"
     assert scaled("x{a='5m'} > 60", 1 / 60) == "x{a='5m'} > 60"

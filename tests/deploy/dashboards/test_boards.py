@@ -76,7 +76,7 @@ def test_the_bounds_on_panels_are_those_of_the_alerts() -> None:
 
 
 def test_an_alert_asks_for_its_objectives_bound() -> None:
-    elsewhere = {"freshness-burn-fast", "freshness-burn-slow", "probes-missing", "disk-filling", "target-down"}
+    elsewhere = {"freshness-burn-fast", "freshness-burn-slow", "probes-missing", "target-down"}
     for alert in ALERTS:
         bounds = [value for value in (alert.objective.low, alert.objective.high) if value is not None]
         for bound in bounds if alert.name not in elsewhere else ():
