@@ -311,9 +311,11 @@ class Lane:
             return False
         return _block_in(self._store.outbox()).from_offset != group_offset
 
-    def _no_store(self) -> StoreError:
+    def _no_store(self, all_in_kafka: bool = False) -> StoreError:
+        """`all_in_kafka`: joined again from the first record, what was published is not published twice."""
         where = f"partition {self.partition}, which was joined up to {self._group_offset}"
-        remedy = "the data directory of its last owner or [join] snapshots, or with another topic prefix"
+        empty = " (an empty folder will do: Kafka still has all)" if all_in_kafka else ""
+        remedy = f"the data directory of its last owner or [join] snapshots{empty}, or with another topic prefix"
         return StoreError(f"no join store for {where}, and no good snapshot: start the worker with {remedy}")
 
     async def _agree(self) -> int:
@@ -331,7 +333,7 @@ class Lane:
             return stored
         start = 0 if stored is None else stored
         if stored is None and (self._snapshots is None or earliest > 0):
-            raise self._no_store()
+            raise self._no_store(all_in_kafka=earliest == 0)
         if start < earliest or (len(self._aside) == MAX_RANGES and start < self._aside[0][0]):
             raise StoreError(
                 f"{where}: the store or snapshot goes on from {start}, Kafka has records from {earliest} on: start the "
