@@ -188,7 +188,8 @@ def _settings(settings: Settings, wrong: UsageError | None) -> Check:
     except HeadraceError as error:
         return Check("settings", False, str(error), "correct it; what comes below is told of the defaults" if wrong else
                      "correct it")  # fmt: skip
-    return Check("settings", True, "nothing is wrong in them")
+    where = f"from {', '.join(settings.sources)}" if settings.sources else "all are the defaults"
+    return Check("settings", True, f"nothing is wrong in them; {where}")
 
 
 def _nearest(path: Path) -> Path:

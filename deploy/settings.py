@@ -190,6 +190,11 @@ class Settings:
     def demo(self) -> DemoOptions:
         return self._section("demo", DemoOptions)
 
+    @property
+    def sources(self) -> list[str]:
+        """Where something was set, the later wins: the file, "environment", "flag"."""
+        return [layer.source for layer in self._layers if layer.values]
+
     def check(self) -> None:
         """Read every section that something sets. Raises UsageError at the first thing that is wrong."""
         for name in filter(self.mentions, self.SECTIONS):

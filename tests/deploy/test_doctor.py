@@ -39,6 +39,14 @@ def test_spark_without_java_is_told_and_no_failure(tmp_path: Path, monkeypatch: 
     assert "does not run: install Java 17" in check.detail
 
 
+def test_it_says_where_settings_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert doctor._settings(load(), None).detail == "nothing is wrong in them; all are the defaults"
+    Path("headrace.toml").write_text("join.wait_ms = 9\n")
+    settings = load(None, {"HEADRACE_BOOTSTRAP": "b:1"}, {"data_dir": None})
+    assert doctor._settings(settings, None).detail == "nothing is wrong in them; from headrace.toml, environment"
+
+
 def test_a_reachable_kafka_is_found(broker: str) -> None:
     assert doctor._reachable(broker).ok
 
