@@ -10,6 +10,7 @@ from typing import Any
 from deploy.settings import Settings, load
 from embedding_store.errors import UsageError
 from replay.comparison.variants import SEEDS, Variant, flattened, is_void
+from replay.readers.generic import check_mapping
 from streams.joiner import JoinSettings
 
 
@@ -23,13 +24,16 @@ def read_settings(
     """
     if len(files) < 2:
         raise UsageError("--settings: name two files or more, as --settings a.toml b.toml")
-    every, variants = [], []
+    every: list[Settings] = []
+    variants = []
     for file in files:
         if not file.is_file():
             raise UsageError(f"{file}: no such settings file; check the paths given with --settings")
         try:
             settings = load(file, environment, flags)
             settings.check()
+            if not every and settings.log.format == "generic":  # the one log is read as the first file says
+                check_mapping(settings.log.columns)
             variants.append((settings.join.join, settings.model))
         except UsageError as error:
             where = "" if str(file) in str(error) else f"{file}: "

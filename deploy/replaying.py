@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STALL_S = 60.0  # no new version for so long: no worker is there, or it hangs
 ABOUT = "replay.json"
+OPTIONS = {"determinism": "determinism (--deterministic)"}  # what is said of it, where an option tells it
 
 
 def replay_directly(
@@ -89,7 +90,7 @@ def begin(home: Path, resume: bool, about: dict[str, Any]) -> None:
             before = json.loads((home / ABOUT).read_text("utf-8"))
         except (OSError, ValueError):
             raise UsageError(f"there is no replay to resume in {home}: leave --resume out") from None
-        differing = [name for name in about if before.get(name) != about[name]]
+        differing = [OPTIONS.get(name, name) for name in about if before.get(name) != about[name]]
         if differing:
             raise UsageError(
                 f"the replay in {home} was of another {', '.join(differing)}: give the same, or leave --resume out"

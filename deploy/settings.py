@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -412,11 +412,22 @@ def _value(layer: Layer, path: tuple[str, ...], name: str, value: Any, type_: An
     except msgspec.ValidationError as problem:
         error = str(problem).replace("`", "")
         error = error[:1].lower() + error[1:]
+        if error.startswith("invalid enum value") and (choices := _choices(type_)):
+            _, at, where = error.partition(" - at ")
+            error = f"expected {' or '.join(map(str, choices))}{at}{where}"
     shown = HIDDEN if _is_secret(type_) else value
     if isinstance(value, _Text):
         raise UsageError(f"{PREFIX}{'_'.join((*path, name)).upper()}={shown}: {error}")
     where = "" if layer.source == FLAG else f"{layer.source}: "
     raise UsageError(f"{where}{'.'.join((*path, name))} = {shown!r}: {error}")
+
+
+def _choices(type_: Any) -> tuple[Any, ...]:
+    """What a value may be, where that is one of a few; () where it is not, or several parts of it are."""
+    if get_origin(type_) is Literal:
+        return get_args(type_)
+    found = [choices for part in get_args(type_) if (choices := _choices(part))]
+    return found[0] if len(found) == 1 else ()
 
 
 def _decode(type_: type, value: Any) -> Any:

@@ -99,8 +99,8 @@ def _say_what_is_in(made: dict[str, Any]) -> None:
         say(f"{size:>10,}  {name}")
     for name, why in made["missing"].items():
         say(f"   missing  {name}: {why}")
-    say(f"headrace: {made['file']} ({made['bytes']:,} bytes, readable by you alone): no secrets that have the name of "
-        "one; logs may name users: look through them before you send it")  # fmt: skip
+    say(f"headrace: {made['file']} ({made['bytes']:,} bytes, readable by you alone): values that are called password, "
+        "token, key or the like are left out; logs may name users: look through them before you send it")  # fmt: skip
 
 
 def _table(checks: list[Check]) -> Table:

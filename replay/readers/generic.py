@@ -55,7 +55,7 @@ class Generic(TableReader):
         """UsageError where the mapping does not say enough."""
         super().__init__(path, max_rejected_share)
         self.mapping = mapping = columns or ColumnMapping()
-        _check(mapping)
+        check_mapping(mapping)
         self.layouts = (
             Layout(
                 tuple(getattr(mapping, field) for field in FIELDS),
@@ -159,10 +159,12 @@ class Generic(TableReader):
         )  # fmt: skip
 
 
-def _check(mapping: ColumnMapping) -> None:
+def check_mapping(mapping: ColumnMapping) -> None:
+    """Raises UsageError where it does not say enough, or what cannot be."""
     missing = [field for field in ("user", "item", "time") if not getattr(mapping, field)]
     if missing:
-        raise UsageError(f"[log.columns] does not say which column is {', '.join(missing)}: name it there")
+        raise UsageError(f"[log.columns] does not say which column is {', '.join(missing)}: name it there, or let "
+                         "`headrace init FILE` write it")  # fmt: skip
     if mapping.kind and not mapping.kinds:
         raise UsageError('[log.columns] has `kind` but not `kinds`: say what its values mean, as {view = "click"}')
     if mapping.kinds and not mapping.kind:

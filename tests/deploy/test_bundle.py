@@ -191,6 +191,7 @@ def test_the_command_says_what_is_in_it(home: Path, capfd: pytest.CaptureFixture
     assert code == (0 if result["ok"] else 1)
     assert result["bundle"]["bytes"] == Path("b.tar.gz").stat().st_size
     assert "stores.json" in result["bundle"]["members"]
+    assert "values that are called password, token, key or the like are left out" in err
     assert "look through them before you send it" in err
     assert run(["doctor", "--bundle", "b.tar.gz"]) == 2
     assert "b.tar.gz exists already" in capfd.readouterr().err

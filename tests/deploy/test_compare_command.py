@@ -158,6 +158,18 @@ def test_wrong_settings_files_are_refused_before_anything_runs(
     assert error.count("\n") == 1
 
 
+def test_the_file_that_does_not_say_how_the_log_is_read_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("a.toml").write_text(MODEL)
+    Path("b.toml").write_text(MODEL + '[log.columns]\nuser = "u"\nitem = "i"\ntime = "t"\n')
+    capfd.readouterr()
+    assert run(["compare", "generic", "log.csv", "--settings", "a.toml", "b.toml"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("headrace: a.toml: [log.columns] does not say which column is user, item, time: ")
+    assert "`headrace init FILE`" in error
+    assert run(["compare", "generic", "log.csv", "--settings", "b.toml", "a.toml"]) == 1
+    assert "log.csv: No such file" in capfd.readouterr().err
+
+
 def test_settings_files_are_named_so_that_they_can_be_told_apart() -> None:
     from deploy.comparing import unique_names
 

@@ -13,6 +13,8 @@ import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from deploy.cli import run
+from deploy.replaying import begin
+from embedding_store.errors import UsageError
 from replay.simulator import SimulatorSettings, simulate_to
 from replay.sinks import JsonlSink
 from streams.topics import TopicSettings, create_topics
@@ -101,6 +103,14 @@ def test_stopped_by_ctrl_c_it_is_resumed_and_ends_the_same(capfd: pytest.Capture
     assert resumed["resumed_at"] > 3
     for name in ("examples_digest", "prequential", "balance", "lost", "duplicated"):
         assert resumed[name] == whole[name]
+
+
+def test_what_is_resumed_otherwise_is_told_by_the_option_that_says_it(tmp_path: Path) -> None:
+    about = {"log": ["events"], "determinism": True}
+    begin(tmp_path / "replay", False, about)
+    begin(tmp_path / "replay", True, about)
+    with pytest.raises(UsageError, match=r"was of another determinism \(--deterministic\): give the same, or leave"):
+        begin(tmp_path / "replay", True, about | {"determinism": False})
 
 
 @pytest.mark.broker

@@ -106,8 +106,16 @@ def test_log_lines_are_set_for_all_workers_and_headrace_log_is_not_the_section_l
     assert {settings.logs, settings.join.logs, settings.train.logs, settings.serve.logs} == {"json"}
     assert settings.log.format == "taobao"
     assert load(None, {}, {"logs": "text"}).join.logs == "text"
-    with pytest.raises(UsageError, match="logs = 'xml'"):
+    with pytest.raises(UsageError, match=r"logs = 'xml': expected text or json$"):
         load(None, {}, {"logs": "xml"})
+
+
+def test_which_values_there_are_is_said_where_there_are_a_few() -> None:
+    written('[log.columns]\nkinds = {view = "klick"}\n')
+    with pytest.raises(UsageError, match=r"\{'view': 'klick'\}: expected click or watch or .* or ignore - at "):
+        _ = load().log
+    with pytest.raises(UsageError, match=r"^HEADRACE_LOG_COLUMNS_POSITION_FROM=2: expected 0 or 1$"):
+        _ = load(written(""), {"HEADRACE_LOG_COLUMNS_POSITION_FROM": "2"}).log
 
 
 def test_a_named_file_must_be_there() -> None:
