@@ -40,7 +40,7 @@ from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
 from online_model.serving.settings import HttpSettings
 from replay.oracle import Rules, Verdict, compare, expect, read_topic
-from replay.readers import open_log
+from replay.readers import LogReader, open_log
 from replay.sinks import KafkaSink
 from streams.kafka_clients import client_arguments
 from streams.listener import serve_metrics
@@ -60,7 +60,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     """
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
-        open_log(options.log, options.path or "")  # a wrong name or path is said before anything is started
+        _log(settings, options)  # a wrong name or path is said before anything is started
     if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
         raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
     if settings.http != HttpSettings():  # its workers are asked on the loopback, without tokens
@@ -189,11 +189,8 @@ class _Demo:
 
     async def _log(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
         """A log, to its end, or until Ctrl-C."""
-        assert self.options.log is not None
-        assert self.options.path is not None
-        play = LogPlay(
-            self.options.log, self.options.path, sink, self.home, self.settings.join.join.closing_ms
-        )
+        log = _log(self.settings, self.options)
+        play = LogPlay(log, sink, self.home, self.settings.join.join.closing_ms)
         await live.ready(stop, with_items=False)
         live.traffic = play
         started = time.monotonic()
@@ -283,11 +280,21 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
-        implicit = settings.join.join.implicit or not open_log(options.log, options.path or "").has_impressions
+        implicit = settings.join.join.implicit or not _log(settings, options).has_impressions
         flags |= {"join.implicit": implicit, "join.ticks": "log"}
     if options.keep and (home / "headrace.toml").exists():
         flags |= _kept(home)
     return settings.with_flags(flags)
+
+
+def _log(settings: Settings, options: DemoOptions) -> LogReader:
+    """The log to be played; one of the format generic has the `[log.columns]` of the settings.
+
+    Raises UsageError, LogError.
+    """
+    assert options.log is not None
+    columns = settings.log.columns if options.log == "generic" else None
+    return open_log(options.log, options.path or "", settings.log.max_rejected_share, columns)
 
 
 def _kept(home: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import orjson
 
 from deploy.demo.clicks import ClickRate
 from replay.player import Played, Player, PlaySettings, WallClock
-from replay.readers import in_time_order, open_log
+from replay.readers import LogReader, in_time_order
 from replay.simulator import Marketplace, Request, SimulatorSettings
 from replay.sinks import KafkaSink
 from streams.events import Click, Event, Item, units
@@ -144,8 +144,8 @@ class LogPlay:
     """A historical log, played at full speed. One asyncio task: `run`. `directory`: for what is sorted on disk;
     `closing_ms`: of the joiner."""
 
-    def __init__(self, name: str, path: str, sink: KafkaSink, directory: Path, closing_ms: int) -> None:
-        self.log, self._directory = open_log(name, path), directory
+    def __init__(self, log: LogReader, sink: KafkaSink, directory: Path, closing_ms: int) -> None:
+        self.log, self._directory = log, directory
         self.player = Player(sink, PlaySettings(closing_ms=closing_ms), WallClock(), None)
 
     @property

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.run import _fitted
-from deploy.settings import DemoOptions, Settings, load
+from deploy.demo.run import _fitted, _log
+from deploy.settings import DemoOptions, Layer, Settings, load
+from embedding_store.errors import UsageError
+from streams.events import Click
 from streams.settings import JoinWorkerSettings
 
 INIT = '[log]\nformat = "taobao"\npath = "log.csv"\n[join]\nimplicit = true\nticks = "log"\n'  # of `headrace init`
@@ -38,3 +40,15 @@ def test_a_log_is_joined_by_its_own_time(beside_a_log: Settings, log: str, path:
     for settings, expected in ((Settings([]), implicit), (beside_a_log, True)):
         join = _join(settings, DemoOptions(log=log, path=path))
         assert (join.ticks, join.join.implicit) == ("log", expected)
+
+
+def test_a_log_of_one_s_own_is_read_by_the_columns_of_the_settings(tmp_path: Path) -> None:
+    log = tmp_path / "own.csv"
+    log.write_text("who,what,when\n1,10,1511600005\n")
+    options = DemoOptions(log="generic", path=str(log))
+    with pytest.raises(UsageError, match=r"\[log.columns\]"):
+        _log(Settings([]), options)
+    columns = {"user": "who", "item": "what", "time": "when"}
+    settings = Settings([Layer("test", {"log": {"columns": columns}})])
+    (click,) = (record for record in _log(settings, options).records() if isinstance(record, Click))
+    assert (click.user, click.ts) == ("1", 1_511_600_005_000)
