@@ -69,7 +69,8 @@ class ShardedTables:
         self._device, self._ranks = device, ranks
         of_dim = {dim: [config for config in configs if config.dim == dim] for dim in {c.dim: None for c in configs}}
         self._features = [[feature for config in own for feature in config.features] for own in of_dim.values()]
-        self._module = _shard(list(of_dim.values()), device, ranks)
+        with ranks.together():  # TorchRec asks the other ranks
+            self._module = _shard(list(of_dim.values()), device, ranks)
         self.weights, self.momentum = {}, {}
         self._near: dict[str, HostKernel] = {}  # feature → the kernel that is asked without TorchRec
         fast = {c.name for c in configs if device.type == "cpu" and c.optimizer == "row_wise_adagrad"}

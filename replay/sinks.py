@@ -188,7 +188,7 @@ class KafkaSink(_Closing):
         self._producer = AIOKafkaProducer(
             **client_arguments(self.bootstrap), acks="all", enable_idempotence=True, linger_ms=0,
             max_batch_size=BATCH_BYTES, max_request_size=16 * BATCH_BYTES,
-            request_timeout_ms=10_000,
+            request_timeout_ms=int(1000 * DELIVERY_S),  # for so long the client waits for a leader, too
         )  # fmt: skip
         await self._producer.start()
         topics = await self._producer.client.fetch_all_metadata()

@@ -144,6 +144,7 @@ class Torture:
                 feed.start()
                 for fault in faults:
                     self._do(fault, cluster)
+                    feed.check()
                 feed.wait(cluster.revive)
             self._settle(cluster)
             watch.stop()
@@ -248,6 +249,10 @@ class _Feed:
         while self._thread.is_alive():
             self._thread.join(0.25)
             meanwhile()
+        self.check()
+
+    def check(self) -> None:
+        """Raises BrokerError where it has ended with one."""
         if self._error is not None:
             raise self._error
 

@@ -22,6 +22,7 @@ from embedding_store.columns import TOUCHED
 from embedding_store.errors import CorruptRecord, RankLost, UsageError
 from embedding_store.expiry import GRAIN_MS
 from embedding_store.ranks import Ranks
+from embedding_store.sharded import ShardedTables, TableConfig
 from embedding_store.specs import RowRules, TableSettings, TableSpec
 from embedding_store.tables import EmbeddingTables
 from tests.embedding_store.killed import killed
@@ -269,6 +270,18 @@ def _lost(ranks: Ranks) -> None:
 
 def test_a_rank_that_is_lost_ends_the_others(tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "meeting", _lost) == [0, 9]
+
+
+def _lost_before_its_tables(ranks: Ranks) -> None:
+    if ranks.rank == 0:
+        os._exit(9)  # as where its store is damaged
+    with pytest.raises(RankLost, match="start it again"):
+        ShardedTables([TableConfig("item", 8, 4, ("item",), 0.1, 1e-8, "row_wise_adagrad")], torch.device("cpu"), ranks)
+
+
+def test_a_rank_that_is_lost_before_its_tables_are_made_ends_the_others_too(tmp_path: Path) -> None:
+    """TorchRec asks the other ranks when it makes tables: who is left has no traceback to print behind the reason."""
+    assert on_ranks(2, tmp_path / "meeting", _lost_before_its_tables) == [9, 0]
 
 
 def test_a_process_is_in_one_group() -> None:

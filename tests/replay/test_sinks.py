@@ -21,7 +21,7 @@ from embedding_store.errors import BrokerError, LogError
 from replay.faults import FaultSettings, Garbage, with_faults
 from replay.player import Played, PlaySettings, play
 from replay.readers import Record, in_time_order, open_log
-from replay.sinks import JsonlSink, KafkaSink
+from replay.sinks import DELIVERY_S, JsonlSink, KafkaSink
 from streams.events import MAX_EVENT_BYTES, Item, Rejected, Tick, decode, decode_item, encode
 from streams.topics import TopicSettings, create_topics
 from tests.public_logs import TAOBAO_BY_TIME
@@ -254,6 +254,12 @@ def test_a_play_waits_while_the_broker_is_slow(
     events = [decode(value) for _, key, value in read_topic(topics.events) if key is not None]
     assert {event.ts for event in events} == set(range(1_000))
     assert len(events) == 1_000
+
+
+def test_a_partition_without_a_leader_is_waited_for_as_long_as_a_broker_is(broker: str, topics: TopicSettings) -> None:
+    """A busy one has none for ten seconds after its start; the client itself gives a batch up that finds none."""
+    with KafkaSink(broker, topics.events, topics.items) as sink:
+        assert sink._producer._message_accumulator._batch_ttl == DELIVERY_S
 
 
 def test_a_process_that_was_stopped_goes_on(
