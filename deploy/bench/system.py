@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
-from urllib.request import urlopen
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -80,8 +80,10 @@ class System:
 
         Raises OSError while the worker does not listen yet.
         """
-        with urlopen(f"http://127.0.0.1:{self.settings.train.metrics_port}/metrics", timeout=PATIENCE_S) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
+        asked = HTTPConnection("127.0.0.1", self.settings.train.metrics_port, timeout=PATIENCE_S)
+        with contextlib.closing(asked):
+            asked.request("GET", "/metrics")
+            families = list(text_string_to_metric_families(asked.getresponse().read().decode()))
         found = {}
         for sample in (sample for family in families for sample in family.samples):
             if sample.name == "headrace_train_stage_seconds_total":
