@@ -202,11 +202,11 @@ class Ranker(nn.Module):
         The bias of a place is relative to the first, so what is served is the probability in the first place.
         """
         mean, ctx = self.history_mean(contexts) if mean is None else mean, items.ctx
-        numbers = self._numbers(items)
-        match = self.query(contexts, mean).index_select(0, ctx) * (items.item + items.content)
+        vector, numbers = items.item + items.content, self._numbers(items)
+        match = self.query(contexts, mean).index_select(0, ctx) * vector
         x = self.from_context(torch.cat((contexts.user, mean, contexts.query), 1))
         x = x + self.from_moment(contexts.moment) + self.from_scenario(contexts.scenario)
-        x = _bent(torch.addmm(x.index_select(0, ctx), *self._candidate(contexts, items, numbers, match)))
+        x = _bent(torch.addmm(x.index_select(0, ctx), *self._candidate(contexts, items, vector, numbers, match)))
         if self.settings.gates:
             x = x * self._gates(contexts).index_select(0, ctx)
         x = _bent(self.second(x))
@@ -214,13 +214,12 @@ class Ranker(nn.Module):
         return logits + nn.functional.pad(self._wide(contexts, items, numbers), (0, logits.shape[1] - PURCHASE))
 
     def _candidate(
-        self, contexts: Contexts, items: Items, numbers: torch.Tensor, match: torch.Tensor
+        self, contexts: Contexts, items: Items, vector: torch.Tensor, numbers: torch.Tensor, match: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs [N, n], weights [n, hidden]) of the candidate's part of the first layer: one product of all, as each
         of its own would write [N, hidden] and be added."""
         inputs, layers = [items.item, items.content], [self.from_item]
         if self.settings.attention:
-            vector = items.item + items.content
             attended = self._attended(contexts, vector, items.ctx)
             inputs, layers = [*inputs, attended, attended * vector], [*layers, self.from_attended]
         inputs, layers = [*inputs, numbers * _DEEP_SHARE, match], [*layers, self.from_numbers, self.from_match]

@@ -60,7 +60,7 @@ def run_demo(settings: Settings, options: DemoOptions) -> dict[str, Any]:
     """
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error, in one line
     if options.log is not None:
-        _log(settings, options)  # a wrong name or path is said before anything is started
+        _opened(settings, options)  # a wrong name or path is said before anything is started
     if settings.kafka.security_protocol != "PLAINTEXT" and not settings.bootstrap:
         raise UsageError("[kafka] is set, and the demo's own Kafka has neither TLS nor users: give --bootstrap")
     if settings.http != HttpSettings():  # its workers are asked on the loopback, without tokens
@@ -189,7 +189,7 @@ class _Demo:
 
     async def _log(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
         """A log, to its end, or until Ctrl-C."""
-        log = _log(self.settings, self.options)
+        log = _opened(self.settings, self.options)
         play = LogPlay(log, sink, self.home, self.settings.join.join.closing_ms)
         await live.ready(stop, with_items=False)
         live.traffic = play
@@ -280,21 +280,20 @@ def _fitted(settings: Settings, options: DemoOptions, home: Path, bootstrap: str
         if options.rate:
             flags["simulator.requests_per_s"] = options.rate / EVENTS_PER_REQUEST
     else:
-        implicit = settings.join.join.implicit or not _log(settings, options).has_impressions
+        implicit = settings.join.join.implicit or not _opened(settings, options).has_impressions
         flags |= {"join.implicit": implicit, "join.ticks": "log"}
     if options.keep and (home / "headrace.toml").exists():
         flags |= _kept(home)
     return settings.with_flags(flags)
 
 
-def _log(settings: Settings, options: DemoOptions) -> LogReader:
-    """The log to be played; one of the format generic has the `[log.columns]` of the settings.
+def _opened(settings: Settings, options: DemoOptions) -> LogReader:
+    """The log to be played, as `Settings.log` has it where the command line names the format.
 
     Raises UsageError, LogError.
     """
-    assert options.log is not None
-    columns = settings.log.columns if options.log == "generic" else None
-    return open_log(options.log, options.path or "", settings.log.max_rejected_share, columns)
+    log = settings.with_flags({"log.format": options.log}).log
+    return open_log(log.format, options.path or "", log.max_rejected_share, log.columns)
 
 
 def _kept(home: Path) -> dict[str, Any]:

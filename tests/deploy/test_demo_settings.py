@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.run import _fitted, _log
+from deploy.demo.run import _fitted, _opened
 from deploy.settings import DemoOptions, Layer, Settings, load
 from embedding_store.errors import UsageError
 from streams.events import Click
@@ -47,8 +47,8 @@ def test_a_log_of_one_s_own_is_read_by_the_columns_of_the_settings(tmp_path: Pat
     log.write_text("who,what,when\n1,10,1511600005\n")
     options = DemoOptions(log="generic", path=str(log))
     with pytest.raises(UsageError, match=r"\[log.columns\]"):
-        _log(Settings([]), options)
+        _opened(Settings([]), options)
     columns = {"user": "who", "item": "what", "time": "when"}
     settings = Settings([Layer("test", {"log": {"columns": columns}})])
-    (click,) = (record for record in _log(settings, options).records() if isinstance(record, Click))
+    (click,) = (record for record in _opened(settings, options).records() if isinstance(record, Click))
     assert (click.user, click.ts) == ("1", 1_511_600_005_000)
