@@ -11,6 +11,7 @@ the loopback, on several they need a network that is theirs alone.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -29,7 +30,7 @@ from torch.distributed import distributed_c10d
 from embedding_store.checkpoint import CheckpointStore, Head
 from embedding_store.codec import LARGEST, Message, decode, may_be_sent
 from embedding_store.columns import TableRows
-from embedding_store.errors import CorruptRecord, RankLost, UsageError
+from embedding_store.errors import CorruptRecord, DiskFull, RankLost, UsageError
 from embedding_store.expiry import Notes
 from embedding_store.ids import finalised
 
@@ -93,8 +94,8 @@ class Ranks:
         torchrun said.
 
         TorchRec wants a process group even for one rank. On one machine gloo talks over the loopback interface unless
-        GLOO_SOCKET_IFNAME says otherwise. Raises RankLost where the others do not come, UsageError where this process
-        is in another group already.
+        GLOO_SOCKET_IFNAME says otherwise. Raises RankLost where the others do not come, DiskFull where they cannot,
+        UsageError where this process is in another group already.
         """
         self.rank, self.size = rank, size
         self.local_size = meeting.local_size if isinstance(meeting, Launch) else size  # ranks on this machine
@@ -106,9 +107,9 @@ class Ranks:
             if device.startswith("cuda"):
                 backend = "nccl"
                 torch.cuda.set_device(exact(device))  # NCCL and fbgemm work on the current one
-            store = _store(meeting, size)
-            store.set_timeout(_MEETING)
             with self.together():
+                store = _store(meeting, size)
+                store.set_timeout(_MEETING)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         if (dist.get_rank(), dist.get_world_size()) != (rank, size):
             raise UsageError(f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already")
@@ -204,12 +205,16 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises RankLost where what is inside fails because another rank is no longer there."""
+        """Raises RankLost where what is inside fails because another rank is no longer there, DiskFull where there is
+        no space for the file by which they meet."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1:
                 raise
+            if os.strerror(errno.ENOSPC) in str(error):
+                full = "no space left for the file by which the ranks meet: free some, and start it again"
+                raise DiskFull(full) from error
             reason = re.sub(r"^\[[^]]*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
             raise lost(self.size, reason) from error
 

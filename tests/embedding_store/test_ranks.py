@@ -6,6 +6,8 @@ import copy
 import os
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +284,14 @@ def _lost_before_its_tables(ranks: Ranks) -> None:
 def test_a_rank_that_is_lost_before_its_tables_are_made_ends_the_others_too(tmp_path: Path) -> None:
     """TorchRec asks the other ranks when it makes tables: who is left has no traceback to print behind the reason."""
     assert on_ranks(2, tmp_path / "meeting", _lost_before_its_tables) == [9, 0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_ranks_that_meet_on_a_full_disk_say_so() -> None:
+    """As a store does that finds no space: an operator, and the torture, know what to do."""
+    said = "from pathlib import Path; from embedding_store.ranks import Ranks; Ranks(0, 2, Path('/dev/full'))"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=60, check=False)
+    assert "DiskFull: no space left for the file by which the ranks meet" in done.stderr.splitlines()[-1]
 
 
 def test_a_process_is_in_one_group() -> None:
