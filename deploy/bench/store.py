@@ -3,8 +3,10 @@
 Each part is a process of its own on one core, `dim` is 32, stores are not synced (as the trainer's by default):
 
 - row map: `rows` random ids are admitted to an empty map in batches of 32,768, then 200 batches drawn from them are
-  looked up. Beside it a plain dict, of the same ids in the same batches (a tenth of the look-ups). The best of five
-  times: the map waits for memory, which others use and the machine has to find first. Compiling is not timed.
+  looked up. Beside it a plain dict, of the same ids in the same batches (a tenth of the look-ups), and a bare gather:
+  numpy takes as many numbers from random places of an array as large as the map's. The gather waits for memory as the
+  map does, so this ratio stays where others use the memory too; the one to the dict, which waits for the interpreter,
+  does not. The best of five times: the machine has to find the memory first. Compiling is not timed.
 - checkpoint: tables of `largest` / 100, / 10 and `largest` rows, whose store was written and compacted. Nine times
   `touched` rows drawn at random change and are committed. What is timed is all that the trainer does to its tables and
   store for a commit, but encoding the version. `checkpoint_flatness` is the largest of the medians over the smallest.
@@ -48,8 +50,8 @@ def bench_store(
     rows: int, largest: int, touched: int, ids: int, memory: int, runs: int, step: Callable[[], None] = lambda: None,
     map_only: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The figures of the command, medians of `runs`. `step` is called after each of the 6 * runs parts, or of the
-    2 * runs of the row map and the dict, if those are all (`map_only`)."""
+    """The figures of the command, medians of `runs`. `step` is called after each of the 7 * runs parts, or of the
+    3 * runs of the row map and what is beside it, if those are all (`map_only`)."""
     sizes = [largest // 100, largest // 10, largest]
     measured: dict[str, list[dict[str, Any]]] = {}
 
@@ -61,6 +63,7 @@ def bench_store(
     for _ in range(runs):
         part("map", "map", rows=rows)
         part("dict", "dict", rows=rows)
+        part("gather", "gather", rows=rows)
         if map_only:
             continue
         for size in sizes:
@@ -89,7 +92,8 @@ def _map_figures(measured: dict[str, list[dict[str, Any]]], rows: int) -> dict[s
     """Of the row map, and of the dict beside it."""
     names = [f"{done}_per_{unit}" for done in ("lookup", "admit") for unit in ("s", "cpu_s")]
     ours = {name: median(measured["map"], name) for name in names}
-    return ours | {f"dict_{name}": median(measured["dict"], name) for name in names} | {"map_rows": rows}
+    gathered = {f"gather_{name}": median(measured["gather"], name) for name in names if name.startswith("lookup")}
+    return ours | {f"dict_{name}": median(measured["dict"], name) for name in names} | gathered | {"map_rows": rows}
 
 
 class _Watch:
@@ -131,6 +135,20 @@ def _dict(folder: str, rows: int) -> dict[str, Any]:
         return admit, lambda batch: np.array([there.get(i, 0) for i in batch.tolist()], np.int64)
 
     return _best(rows, LOOKUPS // 10, empty)
+
+
+def _gather(folder: str, rows: int) -> dict[str, float]:
+    """The limit of look-ups: one number of 8 bytes from a random place for each, of two for each of the map's slots."""
+    slots = 1 << (2 * rows - 1).bit_length()
+    table, rng = np.arange(2 * slots), np.random.default_rng(1)
+    wanted, taken = [2 * rng.integers(0, slots, BATCH) for _ in range(LOOKUPS)], np.empty(BATCH, np.int64)
+    times = []
+    for _ in range(TIMES):
+        watch = _Watch()
+        for batch in wanted:
+            table.take(batch, out=taken, mode="clip")  # "raise" would copy
+        times.append(watch.per_s("lookup", LOOKUPS * BATCH))
+    return {name: max(one[name] for one in times) for name in times[0]}
 
 
 def _best(rows: int, lookups: int, empty: Callable[[], tuple[Use, Use]]) -> dict[str, float]:
@@ -267,6 +285,6 @@ def _counted(tables: EmbeddingTables, numbers: np.ndarray) -> np.ndarray:
 
 if __name__ == "__main__":
     parts: dict[str, Callable[..., dict[str, Any]]] = {
-        "map": _map, "dict": _dict, "checkpoint": _checkpoint, "tiers": _tiers,
+        "map": _map, "dict": _dict, "gather": _gather, "checkpoint": _checkpoint, "tiers": _tiers,
     }  # fmt: skip
     finish(parts[sys.argv[1]](**json.loads(sys.argv[2])))

@@ -84,7 +84,7 @@ def store(
         from deploy.bench.common import BenchError
         from deploy.bench.store import bench_store
 
-        with progress("store", (2 if map_only else 6) * runs) as (bar, task):
+        with progress("store", (3 if map_only else 7) * runs) as (bar, task):
             result = bench_store(rows, largest, touched, ids, memory, runs, lambda: bar.advance(task), map_only)
         out.result(result, _table("store", result))
         if not map_only and not result["tier_exact"]:
