@@ -164,14 +164,14 @@ class Prober:
             self._told(partition, done.result().offset, at)
 
 
-class Follower:
+class ReplicaWatch:
     """Long polls of a replica's `/v1/model`: each version as soon as the replica has it. An async context."""
 
     def __init__(self, url: str, token: Secret | None = None) -> None:
         """token: what the replica asks for, if it does."""
         self._url, self._headers = f"{url}/v1/model", authorization(token)
 
-    async def __aenter__(self) -> Follower:
+    async def __aenter__(self) -> ReplicaWatch:
         timeout = aiohttp.ClientTimeout(POLL_MS / 1000 + 5)
         self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
         return self

@@ -27,7 +27,7 @@ from aiokafka.errors import KafkaError
 from prometheus_client import CollectorRegistry, Histogram
 
 from deploy.dashboards.objectives import FRESHNESS_S
-from deploy.freshness import PROBE_S, RECENT, Follower, Prober, tick
+from deploy.freshness import PROBE_S, RECENT, Prober, ReplicaWatch, tick
 from embedding_store.delta import PartHead, head_of_part
 from embedding_store.errors import BrokerError, CorruptRecord
 from embedding_store.secret import Secret
@@ -170,7 +170,7 @@ class Probes:
         self.answered: list[Callable[[dict[str, Any], float], object]] = []  # of each answer of the replica, with when
         self._bootstrap, self._topics, self._moment = bootstrap, topics, moment
         self._prober = Prober(self._tell, bootstrap, topics.events, topics.partitions, probe)
-        self._replica = Follower(url, token)
+        self._replica = ReplicaWatch(url, token)
         self.stages = StageFreshness(registry, lambda: self._prober.oldest)
 
     async def __aenter__(self) -> Probes:

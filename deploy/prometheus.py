@@ -1,8 +1,34 @@
-"""What a worker says of itself at `/metrics`, read as the benchmarks need it."""
+"""What a worker says of itself over HTTP, its metrics above all, read as benchmarks and torture need it."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+
+def get(port: int, path: str, patience_s: float = 2.0) -> bytes | None:
+    """What 127.0.0.1 answers with 200; None where it does not, or not in time."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=patience_s)) as connection:
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            raw = answer.read()
+        except (OSError, http.client.HTTPException):
+            return None
+    return raw if answer.status == 200 else None
+
+
+def samples(port: int, patience_s: float = 2.0) -> list[Sample] | None:
+    """All that the worker on this port of 127.0.0.1 says; None where it does not answer."""
+    raw = get(port, "/metrics", patience_s)
+    if raw is None:
+        return None
+    families: list[Metric] = list(text_string_to_metric_families(raw.decode()))
+    return [sample for family in families for sample in family.samples]
 
 
 def histogram(text: str, name: str, **labels: str) -> tuple[float, dict[float, float]]:

@@ -109,7 +109,7 @@ class _Waiting:
         return _Waiting(self.rows.take(index), self.number[index])
 
 
-class Intake:
+class RowQueue:
     """Blocks in, batches of rows out.
 
     `partitions`: how many there are, for a deterministic run (it waits until each was heard of); 0: as they come.

@@ -69,9 +69,9 @@ def follow(trainer: _OnRanks) -> bool:
                 raise CorruptRecord(f"the first rank calls what is not for all ({other!r:.100}): use one release")
 
 
-class Following(msgspec.Struct, frozen=True):
-    """What a process of `Followers` is told, on its standard input, which then stays open as long as its parent lives:
-    four bytes that say how long it is, and it as msgpack."""
+class RankStart(msgspec.Struct, frozen=True):
+    """What a process of `FurtherRanks` is told, on its standard input, which then stays open as long as its parent
+    lives: four bytes that say how long it is, and it as msgpack."""
 
     rank: int
     size: int
@@ -82,7 +82,7 @@ class Following(msgspec.Struct, frozen=True):
     threads: int
 
 
-class Followers:
+class FurtherRanks:
     """The processes of ranks 1 … size − 1, on this machine. To be started before the first rank joins the others."""
 
     def __init__(
@@ -96,10 +96,10 @@ class Followers:
         self._ending = False
         atexit.register(self._kill)
         for rank in range(1, size):
-            process = subprocess.Popen([sys.executable, "-m", "online_model.follower"], stdin=subprocess.PIPE)
+            process = subprocess.Popen([sys.executable, "-m", "online_model.further_rank"], stdin=subprocess.PIPE)
             self._processes.append(process)
-            following = Following(rank, size, str(self.meeting), settings, partitions, device, threads)
-            told = msgspec.msgpack.encode(following)
+            start = RankStart(rank, size, str(self.meeting), settings, partitions, device, threads)
+            told = msgspec.msgpack.encode(start)
             assert process.stdin is not None
             process.stdin.write(len(told).to_bytes(4, "big") + told)
             process.stdin.flush()

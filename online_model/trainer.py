@@ -49,7 +49,7 @@ from online_model.history import HISTORY
 from online_model.learner import Learner, UsualLoss
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
-from online_model.positions import Intake, Position
+from online_model.positions import Position, RowQueue
 from online_model.ranker import CLICK, Ranker
 from online_model.ranks import on_all_ranks
 from online_model.settings import TrainerSettings
@@ -128,7 +128,7 @@ class Trainer:
             tables, ranker, self._feedback, settings.learning_rate, settings.wide_rate, settings.batch_size,
             settings.retrieval, settings.clip, settings.bf16,
         )  # fmt: skip
-        self._intake = Intake(partitions)
+        self._queue = RowQueue(partitions)
         self._recent = RecentItems(settings.recent_items)
         self._evaluation = Evaluation(settings.window, 1 + settings.ranked_among if settings.ranked_of else 0)
         self._guard = GuardState()
@@ -165,7 +165,7 @@ class Trainer:
     @property
     def positions(self) -> dict[int, Position]:
         """Where it is in each partition, what the next commit will hold."""
-        return self._intake.positions
+        return self._queue.positions
 
     @property
     def begun(self) -> bool:
@@ -175,7 +175,7 @@ class Trainer:
     @property
     def pending(self) -> int:
         """Rows offered and not learned."""
-        return self._intake.rows
+        return self._queue.rows
 
     @property
     def owes(self) -> bool:
@@ -235,7 +235,7 @@ class Trainer:
         An id that gets no row is learned by nobody, and counted in `no_room`.
         """
         most = rows or self.settings.batch_size
-        users = most + self._intake.users_finished_by(most)
+        users = most + self._queue.users_finished_by(most)
         new = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
         return self._changed and self._short_of(new)
 
@@ -254,7 +254,7 @@ class Trainer:
 
         Raises PositionError where blocks are missing before it.
         """
-        taken = self._intake.offer(block, source_offset)
+        taken = self._queue.offer(block, source_offset)
         with self._whole():
             self._finish_blocks()  # one without rows is done at once
         return taken
@@ -274,7 +274,7 @@ class Trainer:
         After an exception the trainer is spent: open it again from the store.
         """
         with self._whole():
-            batch = self._intake.take(rows or self.settings.batch_size, drain)
+            batch = self._queue.take(rows or self.settings.batch_size, drain)
             if batch is not None:
                 self._changed = True
                 examples = batch.part != Part.FORGET
@@ -400,7 +400,7 @@ class Trainer:
         if self._owed is not None:
             self._owed.restore()
         fault("recover.rows")
-        self._intake.load(state["intake"])
+        self._queue.load(state["intake"])
         self._totals, self.mark, self.erasures = state["totals"], state["mark"], state["erased"]
         self._owes_dense = state["owes_dense"]
         self._unclicked_rate, self._left_out = state["unclicked_rate"], state["left_out"]
@@ -526,7 +526,7 @@ class Trainer:
 
         In this order, block by block: the histories are from after the forgetting.
         """
-        for block in self._intake.finished():
+        for block in self._queue.finished():
             self._changed = True
             forgotten = block.examples.user[block.examples.part == Part.FORGET]
             if len(forgotten):
@@ -554,7 +554,7 @@ class Trainer:
         return {f"{part}.{name}": array for part, state in parts.items() for name, array in state.items()}
 
     def _state(self) -> bytes:
-        state = {"format": STATE_FORMAT, "intake": self._intake.state(), "totals": self._totals, "mark": self.mark,
+        state = {"format": STATE_FORMAT, "intake": self._queue.state(), "totals": self._totals, "mark": self.mark,
                  "erased": int(self.erasures > self.purged), "owes_dense": self._owes_dense}
         state |= {"unclicked_rate": self._unclicked_rate, "left_out": self._left_out, "usual_loss": asdict(self._usual)}
         state["guard"] = msgspec.to_builtins(self._guard)

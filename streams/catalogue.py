@@ -18,7 +18,7 @@ log = logging.getLogger("headrace")
 CHUNK = 5_000  # items
 
 
-class Catalogue:
+class CatalogueReader:
     """The topic of items, read from its beginning: compacted, it has the last record of each item."""
 
     def __init__(self, bootstrap: Bootstrap, topic: str) -> None:

@@ -44,14 +44,14 @@ from embedding_store.kept import KeptCheckpoints
 from embedding_store.ranks import Launch, Ranks, launched
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Block
-from online_model.follower import follow_launched
+from online_model.further_rank import run_launched
 from online_model.guard import roll_back_if_due
-from online_model.ranks import Followers, begin_again, let_go
+from online_model.ranks import FurtherRanks, begin_again, let_go
 from online_model.trainer import Trainer, open_trainer
 from streams import app, batches
 from streams.backfill import Backfill, Piece
 from streams.blocks import decode_block
-from streams.catalogue import CHUNK, Catalogue
+from streams.catalogue import CHUNK, CatalogueReader
 from streams.listener import serve_metrics
 from streams.outlet import Outlet
 from streams.published import newest_version, signed
@@ -62,7 +62,7 @@ from streams.train_figures import TrainFigures
 log = logging.getLogger("headrace")
 T = TypeVar("T")
 # The processes of further ranks, if it has started them; this one's place among all, if there are several.
-Ranked: TypeAlias = tuple[Followers | None, Ranks | None]
+Ranked: TypeAlias = tuple[FurtherRanks | None, Ranks | None]
 
 COMMIT_SECONDS = 0.1  # between two commits, while the trainer keeps up
 COMMIT_SHARE = 0.15  # of the trainer's time; where commits take longer, they become rarer …
@@ -88,7 +88,7 @@ def run_train(settings: TrainWorkerSettings) -> None:
         raise UsageError(f"torchrun started {launch.size} ranks, [train] ranks says {settings.ranks}: leave that out")
     if launch is not None and launch.rank > 0:
         device, partitions, threads = _ways(settings)
-        follow_launched(launch, settings.model, partitions, device, threads)
+        run_launched(launch, settings.model, partitions, device, threads)
     else:
         app.run(lambda stop: _train(settings, stop, launch), worker="train", logs=settings.logs)
 
@@ -136,7 +136,7 @@ class TrainWorker:
         self.ending = asyncio.Event()  # set by its owner to stop it, or by itself, for a rollback
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trainer")
         self._outlet = Outlet(settings.connection, f"{settings.topics.prefix}headrace-train")
-        self._catalogue = Catalogue(settings.connection, settings.topics.items)
+        self._catalogue = CatalogueReader(settings.connection, settings.topics.items)
         self._expected: dict[int, int] = {}  # partition of examples → offset of the next record to take
         self._changed = asyncio.Condition()  # of what follows
         self._waiting: deque[ConsumerRecord | Piece] = deque()
@@ -267,10 +267,10 @@ class TrainWorker:
         went_back = not settings.model.guard.rollback or roll_back_if_due(settings.store, kept)
         if self._ranked is None:
             self._ranked = self._meet(device, partitions, threads)
-        followers, ranks = self._ranked
+        further, ranks = self._ranked
         trainer = open_trainer(settings.model, settings.store, now_ms, partitions, device, settings.sync, ranks)
-        if followers is not None:
-            followers.tidy()
+        if further is not None:
+            further.tidy()
         if not went_back:
             trainer.give_up_rollback()
         self._copies = TrainCopies(settings, trainer, kept, self._thread, lambda: self._draining)
@@ -286,17 +286,17 @@ class TrainWorker:
         if settings.ranks == 1:
             return None, None
         folder = settings.data_dir / "ranks"
-        followers = Followers(settings.ranks, folder, settings.model, partitions, device, threads)
-        followers.watch(app.die)
-        log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, followers.pids)))
-        return followers, Ranks(0, settings.ranks, followers.meeting, device)
+        further = FurtherRanks(settings.ranks, folder, settings.model, partitions, device, threads)
+        further.watch(app.die)
+        log.info("rank 0 of %s, with processes %s", settings.ranks, ", ".join(map(str, further.pids)))
+        return further, Ranks(0, settings.ranks, further.meeting, device)
 
     def _close(self, again: bool) -> None:
-        followers, ranks = self._ranked or (None, None)
+        further, ranks = self._ranked or (None, None)
         if again and ranks is not None:
             begin_again(ranks)
-        elif followers is not None:
-            followers.end(self._trainer.ranks)
+        elif further is not None:
+            further.end(self._trainer.ranks)
         elif ranks is not None:
             let_go(ranks)
         self._trainer.store.acknowledge(self._published)

@@ -46,7 +46,7 @@ from typing import Any
 from deploy.bench.common import BenchError, bare_topics, finish, median, on_cores, part_command, run_part
 from deploy.bench.mix import timed_mix
 from deploy.bench.system import System, processor_s, with_kafka
-from deploy.freshness import PROBE_S, Follower
+from deploy.freshness import PROBE_S, ReplicaWatch
 from deploy.processes import ends_with_parent, listening, terminate
 from deploy.replica_figures import Model
 
@@ -221,7 +221,7 @@ class _Run:
     async def measure(self, events: int) -> dict[str, Any]:
         """Warm-up, then what counts; then the recount."""
         system, sent = self._system, 0
-        async with Follower(system.url) as replica:
+        async with ReplicaWatch(system.url) as replica:
             following = asyncio.create_task(self._follow(replica))
             try:
                 await system.until(lambda: self._seen and listening(system.settings.train.metrics_port))
@@ -260,7 +260,7 @@ class _Run:
         spent["rest"] = figures["seconds"] - sum(spent.values())
         return figures | {"trainer_us": {k: 1e6 * s / sent["events"] for k, s in spent.items()}}, past[1]
 
-    async def _follow(self, replica: Follower) -> None:
+    async def _follow(self, replica: ReplicaWatch) -> None:
         while True:
             answer = await replica.newer_than(self._seen[-1][1].sequence if self._seen else -1)
             if answer is None:

@@ -60,7 +60,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from deploy.bench.common import BenchError, finish, on_cores, part_command
 from deploy.bench.mix import timed_mix
 from deploy.bench.system import System, processor_s
-from deploy.freshness import PROBE_S, Follower, Freshness, Probe, Prober, quantiles, refund
+from deploy.freshness import PROBE_S, Freshness, Probe, Prober, ReplicaWatch, quantiles, refund
 from deploy.freshness_metrics import SERVABLE, Probes
 from deploy.processes import ends_with_parent, terminate
 from deploy.prometheus import histogram, quantile
@@ -125,7 +125,7 @@ class _System(System):
         """Load, probes and windows; then the stages."""
         settings, topics = self.settings, self.settings.topics
         async with contextlib.AsyncExitStack() as stack:
-            replica = await stack.enter_async_context(Follower(self.url))
+            replica = await stack.enter_async_context(ReplicaWatch(self.url))
             prober = await stack.enter_async_context(
                 Prober(self._freshness.sent, settings.bootstrap, topics.events, topics.partitions, refund)
             )
@@ -158,7 +158,7 @@ class _System(System):
         keys = ("rate", "probes", "p50_ms", "p95_ms", "p99_ms", "handled_per_s")
         return {**median, "asked_rate": rate, "median_of": runs, "all": [{k: run[k] for k in keys} for run in found]}
 
-    async def _follow(self, replica: Follower) -> None:
+    async def _follow(self, replica: ReplicaWatch) -> None:
         while True:
             answer = await replica.newer_than(self._model.sequence)
             if answer is None:

@@ -95,16 +95,16 @@ def ranks_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
     import torch
 
     from embedding_store.ranks import Ranks
-    from online_model.ranks import Followers
+    from online_model.ranks import FurtherRanks
     from online_model.settings import TrainerSettings
     from online_model.trainer import open_trainer
 
     torch.set_num_threads(1)
     settings = TrainerSettings(batch_size=RANK_ROWS)
-    followers = Followers(x, Path(folder) / "ranks", settings, 0, "cpu", 1) if x > 1 else None
-    place = Ranks(0, x, followers.meeting) if followers else None
+    further = FurtherRanks(x, Path(folder) / "ranks", settings, 0, "cpu", 1) if x > 1 else None
+    place = Ranks(0, x, further.meeting) if further else None
     trainer = open_trainer(settings, None, lambda: 0, ranks=place)
-    others = [psutil.Process(pid) for pid in followers.pids] if followers else []
+    others = [psutil.Process(pid) for pid in further.pids] if further else []
     blocks, rows, used, began = enumerate(_blocks()), 0, [0.0] * x, 0.0
     clock = 0.0
     for step in range(RANK_WARM + RANK_STEPS):
@@ -117,8 +117,8 @@ def ranks_point(folder: str, x: int, seconds: float = 0.0) -> dict[str, Any]:
             used = [total + b - a for total, a, b in zip(used, before, _used(others), strict=True)]
             rows += learned
     memory = rss_mb() + sum(other.memory_info().rss for other in others) / 1e6
-    if followers:
-        followers.end(trainer.ranks)
+    if further:
+        further.end(trainer.ranks)
     return {
         "cpu_us": sum(used) / rows * 1e6, "clock_us": clock / rows * 1e6, "rss_mb": memory,
         "rank_0_us": used[0] / rows * 1e6,

@@ -76,14 +76,14 @@ def _train(folder: str, ranks: int, steps: int) -> dict[str, Any]:
     import torch
 
     from embedding_store.ranks import Ranks
-    from online_model.ranks import Followers
+    from online_model.ranks import FurtherRanks
     from online_model.trainer import open_trainer
 
     settings, rows = _settings(), 0
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    followers = Followers(ranks, Path(folder) / "ranks", settings, 1, "cpu", 1) if ranks > 1 else None
-    place = Ranks(0, ranks, followers.meeting) if followers else None
+    further = FurtherRanks(ranks, Path(folder) / "ranks", settings, 1, "cpu", 1) if ranks > 1 else None
+    place = Ranks(0, ranks, further.meeting) if further else None
     trainer = open_trainer(settings, None, lambda: 0, partitions=1, ranks=place)
     losses: list[float] = []
     seconds = 0.0
@@ -98,8 +98,8 @@ def _train(folder: str, ranks: int, steps: int) -> dict[str, Any]:
                 seconds += time.perf_counter() - began
                 rows += learned
             losses.append(trainer.last_loss)
-    if followers:
-        followers.end(trainer.ranks)
+    if further:
+        further.end(trainer.ranks)
     if len(losses) < steps or not rows:
         raise BenchError(f"the log has {len(losses)} batches, {steps} steps were wanted: try more than {WARM_UP}")
     return {"per_s": rows / seconds, "losses": losses}

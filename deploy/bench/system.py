@@ -10,21 +10,20 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.common import BenchError
 from deploy.freshness import PROBE_S
 from deploy.processes import free_port, listening
+from deploy.prometheus import samples
 from deploy.settings import Settings, dump
 from deploy.workers import Worker
 from streams.topics import create_topics, delete_topics
 
 READY_S = 120.0
-PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # for metrics of a worker that has both cores to do
 
 
 class System:
@@ -78,14 +77,13 @@ class System:
     def trainer_s(self) -> dict[str, float]:
         """What the trainer's thread has done since its start, s by the clock: stages of steps (stages.py), commits.
 
-        Raises OSError while the worker does not listen yet.
+        Raises BenchError where the worker does not answer.
         """
-        asked = HTTPConnection("127.0.0.1", self.settings.train.metrics_port, timeout=PATIENCE_S)
-        with contextlib.closing(asked):
-            asked.request("GET", "/metrics")
-            families = list(text_string_to_metric_families(asked.getresponse().read().decode()))
+        answer = samples(self.settings.train.metrics_port, PATIENCE_S)
+        if answer is None:
+            raise BenchError("the train worker does not say what it did: its metrics do not answer")
         found = {}
-        for sample in (sample for family in families for sample in family.samples):
+        for sample in answer:
             if sample.name == "headrace_train_stage_seconds_total":
                 found[sample.labels["stage"]] = sample.value
             elif sample.name == "headrace_train_commit_seconds_sum":

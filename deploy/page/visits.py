@@ -29,7 +29,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from msgspec import Meta, Struct
 
-from deploy.freshness import Follower
+from deploy.freshness import ReplicaWatch
 from deploy.freshness_metrics import STAGES
 from deploy.page.cards import Cards
 from deploy.replica_figures import Model
@@ -237,7 +237,7 @@ class Visits:
     async def _learned(self, page: _Page, partition: int, offset: int, due_ms: int, began: float) -> dict[str, Any]:
         """Follow the replica's versions until one has the effect of what is at `offset` and of all before `due_ms`."""
         end, sequence = began + PATIENCE_S + max(0.0, due_ms / 1000 - time.time()), -1
-        async with Follower(self.visited.replica, self.visited.token) as replica:
+        async with ReplicaWatch(self.visited.replica, self.visited.token) as replica:
             while time.monotonic() < end:
                 answer = await replica.newer_than(sequence)
                 if answer is None:

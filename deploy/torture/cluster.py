@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import signal
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.broker import Broker
 from deploy.processes import free_port, write_atomically
+from deploy.prometheus import get, samples
 from deploy.settings import Settings, dump
 from deploy.workers import Worker, WorkerFailed
 from streams.topics import create_topics
@@ -36,7 +35,7 @@ class Replica:
     @property
     def sequence(self) -> int | None:
         """Of the version that it has, -1 for none; None while it does not answer."""
-        answer = _get(self.port, "/v1/model")
+        answer = get(self.port, "/v1/model")
         return None if answer is None else msgspec.json.decode(answer)["sequence"]
 
 
@@ -86,11 +85,10 @@ class Cluster:
 
     def training(self) -> dict[str, float] | None:
         """The train worker's gauges and counters, by name without prefix; None while it does not answer."""
-        raw = _get(self.settings.train.metrics_port, "/metrics")
-        if raw is None:
+        found = samples(self.settings.train.metrics_port)
+        if found is None:
             return None
-        samples = [s for family in text_string_to_metric_families(raw.decode()) for s in family.samples]
-        return {s.name.removeprefix("headrace_train_"): s.value for s in samples if not s.labels}
+        return {s.name.removeprefix("headrace_train_"): s.value for s in found if not s.labels}
 
     def wait_until_it_learns(self) -> None:
         """Returns when the trainer has learned more than the last time. Raises WorkerFailed."""
@@ -191,7 +189,7 @@ class Cluster:
 def further_ranks(pid: int) -> list[psutil.Process]:
     """Those that a train worker has started (beside them it has Python's tracker of what they share)."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        return [child for child in psutil.Process(pid).children() if "online_model.follower" in child.cmdline()]
+        return [child for child in psutil.Process(pid).children() if "online_model.further_rank" in child.cmdline()]
     return []
 
 
@@ -199,17 +197,3 @@ def _wait(deadline: float, otherwise: str) -> None:
     if time.monotonic() > deadline:
         raise WorkerFailed(otherwise)
     time.sleep(0.05)
-
-
-def _get(port: int, path: str) -> bytes | None:
-    """What 127.0.0.1 answers with 200; None where it does not."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        raw = answer.read()
-        return raw if answer.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()

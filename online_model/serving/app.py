@@ -25,7 +25,6 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from online_model.serving.access import ADMIN, ALLOWED, HEADERS, PUBLIC, SCORE, Denial, Gate, Guard
-from online_model.serving.admission import Turns
 from online_model.serving.api import (
     MAX_BODY_BYTES,
     MAX_ID_CHARS,
@@ -50,6 +49,7 @@ from online_model.serving.problems import (
     handlers,
 )
 from online_model.serving.settings import Limits
+from online_model.serving.turns import Turns
 
 log = logging.getLogger("headrace")
 

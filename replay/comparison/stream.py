@@ -20,7 +20,7 @@ from online_model.catalogue import CatalogueItem
 from online_model.examples import Examples, Part, Source
 from online_model.features import mix
 from online_model.negatives import RecentItems
-from online_model.positions import Intake
+from online_model.positions import RowQueue
 from online_model.settings import TrainerSettings
 from replay.joining import JoinedLog
 from replay.readers import Record
@@ -109,20 +109,20 @@ def read_stream(
     """
     stream = Stream(implicit=join.implicit)
     log = JoinedLog(join, partitions)
-    intake, makes = Intake(partitions), _Maker(model)
+    queue, makes = RowQueue(partitions), _Maker(model)
     pending: list[CatalogueItem] = []
     for items, blocks in log.slices(_first(records, limit)):
         pending += items
         for block in blocks:
-            intake.offer(block, 0)
-        while (rows := intake.take(model.batch_size, drain=False)) is not None:
+            queue.offer(block, 0)
+        while (rows := queue.take(model.batch_size, drain=False)) is not None:
             stream.batches.append(makes.batch(rows, pending))
             pending = []
-        intake.finished()
+        queue.finished()
         progress(log.events)
     for block in log.close():
-        intake.offer(block, 0)
-    while (rows := intake.take(model.batch_size, drain=True)) is not None:
+        queue.offer(block, 0)
+    while (rows := queue.take(model.batch_size, drain=True)) is not None:
         stream.batches.append(makes.batch(rows, pending))
         pending = []
     stream.events, stream.rejected = log.events, log.counts().rejected

@@ -24,7 +24,7 @@ from embedding_store.ids import feature_id
 from online_model.catalogue import CatalogueItem
 from online_model.examples import Examples, Part, example_id, request_name
 from online_model.features import ITEM, USER
-from online_model.positions import Intake
+from online_model.positions import RowQueue
 from replay.joining import JoinedLog
 from replay.readers import LogReader, Record, in_time_order
 from streams.events import SCENARIOS, Impression
@@ -99,11 +99,11 @@ def read(
         raise UsageError(f"{log.path}: a {log.name} log does not say what was shown: take a log with impressions")
     join = msgspec.structs.replace(join, implicit=False, unclicked_of=1)
     noted, lessons, joined = _Noted(log.has_users), Lessons(), JoinedLog(join, partitions)
-    earned, intake = _Earned(reward), Intake(partitions)
+    earned, queue = _Earned(reward), RowQueue(partitions)
     pending: list[CatalogueItem] = []
 
     def learn(drain: bool) -> None:
-        while batch_size and (rows := intake.take(batch_size, drain)) is not None:
+        while batch_size and (rows := queue.take(batch_size, drain)) is not None:
             lessons.batches.append((pending.copy(), rows))
             pending.clear()
 
@@ -111,16 +111,16 @@ def read(
         for block in blocks:
             earned.add(block.examples)
             if batch_size:
-                intake.offer(block, 0)
+                queue.offer(block, 0)
         if batch_size:
             pending += items
             learn(drain=False)
-            intake.finished()
+            queue.finished()
         progress(log.progress() or 0.0)
     for block in joined.close():
         earned.add(block.examples)
         if batch_size:
-            intake.offer(block, 0)
+            queue.offer(block, 0)
     learn(drain=True)
     return noted.decisions(*earned.found()), lessons
 

@@ -19,33 +19,33 @@ from embedding_store.delta import Version
 
 def one_early() -> None:
     """After a restart the trainer learns its last row again."""
-    from online_model.positions import Intake
+    from online_model.positions import RowQueue
 
-    load = Intake.load
+    load = RowQueue.load
 
-    def early(self: Intake, state: dict) -> None:
+    def early(self: RowQueue, state: dict) -> None:
         load(self, state)
         if self._last is not None:
             closed, example, part = self._last
             self._last = closed, example, part - 1
 
-    Intake.load = early  # type: ignore[method-assign]
+    RowQueue.load = early  # type: ignore[method-assign]
 
 
 def one_late() -> None:
     """After a restart the trainer takes the first row that it has not learned for one that it has."""
-    from online_model.positions import Intake
+    from online_model.positions import RowQueue
 
-    learned_before = Intake._learned_before
+    learned_before = RowQueue._learned_before
 
-    def late(self: Intake, partition: int, rows: Any) -> np.ndarray:
+    def late(self: RowQueue, partition: int, rows: Any) -> np.ndarray:
         drop = learned_before(self, partition, rows)
         rest = np.flatnonzero(~drop)
         if drop.any() and len(rest):
             drop[rest[np.lexsort((rows.example_id[rest], rows.closed[rest]))[0]]] = True
         return drop
 
-    Intake._learned_before = late  # type: ignore[method-assign]
+    RowQueue._learned_before = late  # type: ignore[method-assign]
 
 
 def acknowledged_early() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from embedding_store.ranks import Ranks, launched
-from online_model.follower import follow_launched
+from online_model.further_rank import run_launched
 from online_model.ranks import let_go
 from online_model.trainer import open_trainer
 from tests.online_model.logs import START
@@ -19,7 +19,7 @@ def main(store: Path) -> None:
     launch = launched()
     assert launch is not None
     if launch.rank:
-        follow_launched(launch, SMALL, 1, "cpu", 1)
+        run_launched(launch, SMALL, 1, "cpu", 1)
         return
     torch.set_num_threads(1)
     trainer = open_trainer(SMALL, store, lambda: START, 1, ranks=Ranks(0, launch.size, launch))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from embedding_store.errors import PositionError
 from online_model.examples import Block, Examples
-from online_model.positions import Intake
+from online_model.positions import RowQueue
 from tests.online_model.logs import make_blocks, make_rows
 
 
@@ -17,57 +17,57 @@ def block(first, to, partition=0):
 
 
 def test_a_block_is_taken_once_and_only_where_it_follows():
-    intake = Intake()
-    assert intake.offer(block(5, 10), 3)
-    assert not intake.offer(block(5, 10), 3)
-    intake.finished()
-    assert not intake.offer(block(5, 10), 3)
+    queue = RowQueue()
+    assert queue.offer(block(5, 10), 3)
+    assert not queue.offer(block(5, 10), 3)
+    queue.finished()
+    assert not queue.offer(block(5, 10), 3)
     with pytest.raises(PositionError, match="offset 10 is next"):
-        intake.offer(block(11, 12), 4)
+        queue.offer(block(11, 12), 4)
     with pytest.raises(PositionError, match="offset 10 is next"):
-        intake.offer(block(7, 12), 4)
+        queue.offer(block(7, 12), 4)
     with pytest.raises(PositionError, match="empty"):
-        intake.offer(block(10, 10), 4)
-    assert intake.offer(block(10, 12), 4)
-    assert intake.offer(block(0, 4, partition=1), 0)
-    intake.finished()
-    assert (intake.positions[0].first, intake.positions[0].next, intake.positions[0].source_offset) == (5, 12, 5)
+        queue.offer(block(10, 10), 4)
+    assert queue.offer(block(10, 12), 4)
+    assert queue.offer(block(0, 4, partition=1), 0)
+    queue.finished()
+    assert (queue.positions[0].first, queue.positions[0].next, queue.positions[0].source_offset) == (5, 12, 5)
 
 
 def test_rows_come_as_they_came_and_positions_move_when_a_block_is_done():
     rows = make_rows(25)
     blocks = make_blocks(rows, 10)
-    intake = Intake()
+    queue = RowQueue()
     for at, b in enumerate(blocks):
-        assert intake.offer(b, 100 + at)
-    assert intake.rows == 25
-    got = [intake.take(15, drain=False)]
-    assert intake.finished() == blocks[:1]
-    position = intake.positions[0]
+        assert queue.offer(b, 100 + at)
+    assert queue.rows == 25
+    got = [queue.take(15, drain=False)]
+    assert queue.finished() == blocks[:1]
+    position = queue.positions[0]
     assert (position.next, position.handled, position.source_offset, position.taken) == (10, 9, 101, 5)
     assert (position.counts, position.watermark) == (blocks[0].counts, blocks[0].watermark)
-    got.append(intake.take(15, drain=False))
-    assert intake.take(15, drain=False) is None
-    assert intake.finished() == blocks[1:]
+    got.append(queue.take(15, drain=False))
+    assert queue.take(15, drain=False) is None
+    assert queue.finished() == blocks[1:]
     assert (position.next, position.taken, position.rows) == (30, 0, 25)
     assert position.sum == sum(int(i) % (1 << 64) for i in rows.row_id) % (1 << 64)
     assert np.concatenate([g.row_id for g in got]).tolist() == rows.row_id.tolist()
 
 
-def run(intake, offers, size, ops=10**9, drain=True):
+def run(queue, offers, size, ops=10**9, drain=True):
     """Offers blocks and takes batches in turn; the row ids of each batch, at most `ops` of them."""
     out = []
     for number, b in offers:
-        intake.offer(b, number)
-        intake.finished()
-        while len(out) < ops and (rows := intake.take(size, drain=False)) is not None:
+        queue.offer(b, number)
+        queue.finished()
+        while len(out) < ops and (rows := queue.take(size, drain=False)) is not None:
             out.append(rows.row_id.tolist())
-            intake.finished()
+            queue.finished()
         if len(out) >= ops:
             return out
-    while drain and (rows := intake.take(size, drain=True)) is not None:
+    while drain and (rows := queue.take(size, drain=True)) is not None:
         out.append(rows.row_id.tolist())
-        intake.finished()
+        queue.finished()
     return out
 
 
@@ -76,8 +76,8 @@ def run(intake, offers, size, ops=10**9, drain=True):
 def test_a_restart_in_the_middle_of_a_block_trains_each_row_once(seed, block_size, size, cut, deterministic):
     offers = two_partitions(seed, block_size)
     partitions = 2 if deterministic else 0
-    expected = run(Intake(partitions), offers, size)
-    first, second = Intake(partitions), Intake(partitions)
+    expected = run(RowQueue(partitions), offers, size)
+    first, second = RowQueue(partitions), RowQueue(partitions)
     before = run(first, offers, size, ops=cut, drain=False)
     second.load(orjson.loads(orjson.dumps(first.state())))
     after = run(second, offers, size)
@@ -86,7 +86,7 @@ def test_a_restart_in_the_middle_of_a_block_trains_each_row_once(seed, block_siz
     if deterministic:
         assert before + after == expected, "the same batches, not only the same rows"
     assert second.rows == 0
-    whole = Intake(partitions)
+    whole = RowQueue(partitions)
     run(whole, offers, size)
     assert second.state() == whole.state()
 
@@ -120,21 +120,21 @@ def test_a_deterministic_run_knows_neither_arrival_nor_blocks(arrival, block_siz
                 out.append(queue.pop(0))
         return out
 
-    assert run(Intake(2), offers(block_size), size) == run(Intake(2), offers(other_size), size)
+    assert run(RowQueue(2), offers(block_size), size) == run(RowQueue(2), offers(other_size), size)
 
 
 def test_a_deterministic_run_waits_for_the_slowest_partition():
-    intake = Intake(2)
+    queue = RowQueue(2)
     blocks = make_blocks(make_rows(20), 20)
-    intake.offer(blocks[0], 0)
-    assert intake.take(4, drain=False) is None, "nothing is known of partition 1"
-    intake.offer(Block(partition=1, from_offset=0, to_offset=1, handled=1, watermark=0), 0)
-    intake.finished()
-    assert intake.take(4, drain=False) is None
+    queue.offer(blocks[0], 0)
+    assert queue.take(4, drain=False) is None, "nothing is known of partition 1"
+    queue.offer(Block(partition=1, from_offset=0, to_offset=1, handled=1, watermark=0), 0)
+    queue.finished()
+    assert queue.take(4, drain=False) is None
     middle = int(np.sort(blocks[0].examples.closed)[10])
-    intake.offer(Block(partition=1, from_offset=1, to_offset=2, handled=2, watermark=middle), 1)
+    queue.offer(Block(partition=1, from_offset=1, to_offset=2, handled=2, watermark=middle), 1)
     taken = []
-    while (rows := intake.take(4, drain=False)) is not None:
+    while (rows := queue.take(4, drain=False)) is not None:
         taken.append(rows)
     assert [len(r) for r in taken] == [4, 4]
     assert max(int(r.closed.max()) for r in taken) < middle
@@ -152,22 +152,22 @@ def test_late_rows_that_tie_with_a_watermark_are_not_split_by_it():
             for (a, b), w in zip(zip(starts, (*ends, 12), strict=True), (5, 5, 9, 10)[-len(ends) - 1 :], strict=True)
         ]
 
-    expected = run(Intake(1), list(enumerate(cut(5, 9))), 2)
-    assert run(Intake(1), list(enumerate(cut(3, 5, 9))), 2) == expected
+    expected = run(RowQueue(1), list(enumerate(cut(5, 9))), 2)
+    assert run(RowQueue(1), list(enumerate(cut(3, 5, 9))), 2) == expected
     for stop in range(6):
-        first, second = Intake(1), Intake(1)
+        first, second = RowQueue(1), RowQueue(1)
         before = run(first, list(enumerate(cut(3, 5, 9))), 2, ops=stop, drain=False)
         second.load(first.state())
         assert before + run(second, list(enumerate(cut(3, 5, 9))), 2) == expected
 
 
 def test_blocks_without_rows_are_done_in_their_turn():
-    intake = Intake()
+    queue = RowQueue()
     rows = make_rows(3)
-    intake.offer(make_blocks(rows, 3)[0], 0)
-    intake.offer(block(10, 11), 1)
-    assert intake.finished() == []
-    intake.take(3, drain=False)
-    assert [b.to_offset for b in intake.finished()] == [10, 11]
-    assert intake.take(3, drain=False) is None
+    queue.offer(make_blocks(rows, 3)[0], 0)
+    queue.offer(block(10, 11), 1)
+    assert queue.finished() == []
+    queue.take(3, drain=False)
+    assert [b.to_offset for b in queue.finished()] == [10, 11]
+    assert queue.take(3, drain=False) is None
     assert len(Examples.empty()) == 0

@@ -21,7 +21,7 @@ import torch
 
 from embedding_store.errors import CorruptRecord, RankLost, UsageError
 from embedding_store.ranks import Launch, Ranks, launched
-from online_model.ranks import Followers, begin_again, follow, let_go, on_all_ranks
+from online_model.ranks import FurtherRanks, begin_again, follow, let_go, on_all_ranks
 from online_model.settings import FeatureSettings, TrainerSettings
 from online_model.trainer import Trainer, open_trainer
 from tests.embedding_store.test_ranks import on_ranks
@@ -46,13 +46,13 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
 def trainer_on(size: int, store: Path, settings: TrainerSettings = SMALL) -> Iterator[tuple[Trainer, list[int]]]:
     """(a trainer on the store, the process ids of its further ranks)."""
     torch.set_num_threads(1)
-    followers = Followers(size, store.with_name("ranks"), settings, 1, "cpu", 1) if size > 1 else None
-    ranks = Ranks(0, size, followers.meeting) if followers else None
+    further = FurtherRanks(size, store.with_name("ranks"), settings, 1, "cpu", 1) if size > 1 else None
+    ranks = Ranks(0, size, further.meeting) if further else None
     trainer = open_trainer(settings, store, lambda: START, 1, ranks=ranks)
     try:
-        yield trainer, followers.pids if followers else []
-        if followers is not None:
-            followers.end(trainer.ranks)
+        yield trainer, further.pids if further else []
+        if further is not None:
+            further.end(trainer.ranks)
     finally:
         trainer.store.close()
 
@@ -187,8 +187,8 @@ def test_the_first_rank_can_only_call_what_is_for_all_of_them(tmp_path: Path) ->
 
 
 def _leaves_before_they_meet(folder: Path) -> None:
-    followers = Followers(2, folder, SMALL, 1, "cpu", 1)
-    (folder / "pid").write_text(str(followers.pids[0]))
+    further = FurtherRanks(2, folder, SMALL, 1, "cpu", 1)
+    (folder / "pid").write_text(str(further.pids[0]))
     os._exit(0)
 
 

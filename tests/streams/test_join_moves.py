@@ -16,7 +16,7 @@ from kafka.admin import KafkaAdminClient
 
 from deploy.broker import Broker
 from online_model.examples import Block
-from online_model.positions import Intake, Position
+from online_model.positions import Position, RowQueue
 from replay.oracle import Rules, compare, expect, read_topic
 from streams.blocks import decode_block
 from streams.join_worker import JoinWorker
@@ -200,17 +200,17 @@ def _trained(found: Mapping[int, list[Block]]) -> dict[int, Position]:
     """What the trainer books of the blocks, when it has learned them and was started again in the middle."""
     positions = {}
     for partition, some in found.items():
-        intake = Intake()
+        queue = RowQueue()
         for number, block in enumerate(some):
             if number == len(some) // 2:
-                state = intake.state()
-                intake = Intake()
-                intake.load(state)
-            intake.offer(block, number)
-            while intake.take(1_000, drain=False) is not None:
+                state = queue.state()
+                queue = RowQueue()
+                queue.load(state)
+            queue.offer(block, number)
+            while queue.take(1_000, drain=False) is not None:
                 pass
-            intake.finished()
-        positions |= {partition: intake.positions[partition]}
+            queue.finished()
+        positions |= {partition: queue.positions[partition]}
     return positions
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from online_model.examples import Block, Examples, Part
 from online_model.history import EMPTY
-from online_model.positions import Intake
+from online_model.positions import RowQueue
 from replay.oracle import PartitionOracle, Rules
 from streams.blocks import decode_block, encode_block
 from streams.joiner import Joiner, JoinSettings, Record
@@ -77,12 +77,12 @@ def test_a_block_says_that_its_range_was_set_aside() -> None:
 
 
 def test_the_trainer_keeps_the_ranges_and_merges_those_that_touch() -> None:
-    intake = Intake()
+    queue = RowQueue()
     for number, (start, aside) in enumerate([(0, False), (10, True), (20, True), (30, False), (40, True), (50, True)]):
-        intake.offer(Block(0, start, start + 10, start + 10, 0, set_aside=aside), number)
+        queue.offer(Block(0, start, start + 10, start + 10, 0, set_aside=aside), number)
         if number == 4:
-            intake.finished()
-            state, intake = intake.state(), Intake()
-            intake.load(state)
-    intake.finished()
-    assert intake.positions[0].set_aside == [[10, 30], [40, 60]]
+            queue.finished()
+            state, queue = queue.state(), RowQueue()
+            queue.load(state)
+    queue.finished()
+    assert queue.positions[0].set_aside == [[10, 30], [40, 60]]

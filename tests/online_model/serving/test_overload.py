@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
-from online_model.serving.admission import Turns
 from online_model.serving.problems import GoneAway, Refused
 from online_model.serving.settings import Limits, ReplicaSettings
+from online_model.serving.turns import Turns
 from tests.online_model.serving.served import served, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")

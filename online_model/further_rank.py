@@ -1,6 +1,6 @@
-"""What the process of a further rank does: one that `Followers` starts, or torchrun.
+"""What the process of a further rank does: one that `FurtherRanks` starts, or torchrun.
 
-`Followers` starts it as python -m online_model.follower, told a `Following`.
+`FurtherRanks` starts it as python -m online_model.further_rank, told a `RankStart`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch
 
 from embedding_store.errors import CorruptRecord, HeadraceError
 from embedding_store.ranks import Launch, Ranks
-from online_model.ranks import Following, follow
+from online_model.ranks import RankStart, follow
 from online_model.settings import TrainerSettings
 
 
 def main() -> None:
     """Until the first rank lets this one go, or ends."""
     size = int.from_bytes(sys.stdin.buffer.read(4), "big")
-    told = msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=Following)
+    told = msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=RankStart)
     Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    follow_as(
+    run_rank(
         told.rank, told.size, told.rank, Path(told.meeting), told.settings, told.partitions, told.device, told.threads
     )
 
 
-def follow_launched(launch: Launch, settings: TrainerSettings, partitions: int, device: str, threads: int) -> None:
+def run_launched(launch: Launch, settings: TrainerSettings, partitions: int, device: str, threads: int) -> None:
     """A further rank that torchrun has started, until the first one lets it go. Arguments: as of the first rank.
 
     Ends the process with exit 1 where the first rank is lost.
     """
-    follow_as(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
+    run_rank(launch.rank, launch.size, launch.local_rank, launch, settings, partitions, device, threads)
 
 
-def follow_as(
+def run_rank(
     rank: int, size: int, local_rank: int, meeting: Path | Launch, settings: TrainerSettings, partitions: int,
     device: str, threads: int,
 ) -> None:  # fmt: skip
