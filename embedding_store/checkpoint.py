@@ -53,7 +53,7 @@ from embedding_store.faults import fault
 from embedding_store.rocks import AT, FIRST, Batch, Db, keys_of, open_db
 
 FORMAT = 2
-_HEAD, _DENSE = b"head", b"dense"
+_HEAD, _DENSE, _SENT = b"head", b"dense", b"sent"
 CLOSED_AT = "CLOSED-AT"  # a file of the store: a commit that is safely on the disk, as of its last close or copy
 
 
@@ -74,6 +74,7 @@ class Commit:
     settings: str = ""  # a digest of the owner's settings
     event_time_ms: int = 0  # the newest that is in it
     records: dict[bytes, bytes] = field(default_factory=dict)  # the owner's by key, in no digest; b"" takes one away
+    dense_owed: bool = False  # replicas have not `dense`, but that of the last commit of which this was false
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class _HeadRecord(msgspec.Struct, array_like=True):
     version: _VersionRecord | None
     settings: str
     event_time_ms: int
+    dense_owed: bool = False
 
 
 class _VersionRecord(msgspec.Struct, array_like=True):
@@ -141,6 +143,7 @@ class CheckpointStore:
             self.layouts = self._checked_layouts(layouts, read_only)
             record = self._head_record()
             self._last = (record.epoch, record.sequence) if record else (0, 0)
+            self._dense_owed = record is not None and record.dense_owed
             self._check_commits()
             self._outbox = [int.from_bytes(key, "big") for key, _ in self._db.items(OUTBOX, FIRST)]
         except BaseException:
@@ -178,11 +181,13 @@ class CheckpointStore:
             batch.put_all(BLOBS, (prefix + key for key in keys_of(ids)), (blobs[i] for i in ids.tolist()))
         if commit.parts:
             batch.into(OUTBOX)[sequence_key(commit.sequence)] = msgspec.msgpack.encode(commit.parts)
+        self._put_sent(batch, commit.dense_owed, about)
         meta = batch.into(META)
         meta[_DENSE] = save({n: np.ascontiguousarray(a) for n, a in commit.dense.items()})
         head = _HeadRecord(
-            commit.epoch, commit.sequence, commit.state, about, commit.settings, commit.event_time_ms
-        )
+            commit.epoch, commit.sequence, commit.state, about, commit.settings, commit.event_time_ms,
+            commit.dense_owed,
+        )  # fmt: skip
         meta[_HEAD] = msgspec.msgpack.encode(head)
         _put_records(batch, commit.records)
         for family in self._dated():
@@ -190,7 +195,7 @@ class CheckpointStore:
         fault("commit.filled")
         self._db.write(batch, self._sync)
         fault("commit.written")
-        self._last = (commit.epoch, commit.sequence)
+        self._last, self._dense_owed = (commit.epoch, commit.sequence), commit.dense_owed
         if commit.parts:
             self._outbox.append(commit.sequence)
 
@@ -204,13 +209,17 @@ class CheckpointStore:
             record.event_time_ms, record.version.created_ms if record.version else 0,
         )  # fmt: skip
 
-    def version(self) -> Version | None:
-        """The last commit as a version that holds everything (`base` None), but without tables and blobs."""
+    def version(self, as_sent: bool = False) -> Version | None:
+        """The last commit as a version that holds everything (`base` None), but without tables and blobs.
+
+        Its dense weights are the commit's; `as_sent`: those that replicas have at it, which may be owed the commit's.
+        """
         record, head = self._head_record(), self.head()
         if record is None or head is None:
             return None
         about = record.version or _VersionRecord(0, {}, {}, list(head.dense))
-        dense = {name: head.dense[name] for name in about.dense}
+        found = load(self._db.get(META, _SENT) or b"") if as_sent and record.dense_owed else head.dense
+        dense = {name: found[name] for name in about.dense}
         return Version(head.epoch, head.sequence, None, about.created_ms, about.positions, about.info, dense)
 
     def iter_rows(self, table: str, chunk: int = 100_000) -> Iterator[TableRows]:
@@ -437,6 +446,15 @@ class CheckpointStore:
             del delete[key]
         if self._remembers:
             batch.put_all(GONE, (blob_prefix(table) + key for key in keys), (place for _ in keys))
+
+    def _put_sent(self, batch: Batch, owed: bool, about: _VersionRecord | None) -> None:
+        """The dense weights that replicas have are kept while newer ones are owed to them: once, as these begin to."""
+        meta = batch.into(META)
+        if owed and not self._dense_owed:
+            sent = load(self._db.get(META, _DENSE) or b"")
+            meta[_SENT] = save({name: sent[name] for name in (about.dense if about else sent)})
+        elif self._dense_owed and not owed:
+            del meta[_SENT]
 
     def _put_rows(self, batch: Batch, table: str, rows: TableRows) -> None:
         dtype = self.layouts[table]

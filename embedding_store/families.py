@@ -2,7 +2,7 @@
 
 | family | key → value |
 |---|---|
-| META | ABOUT, the head, the dense weights; RECORD + key → the owner's records |
+| META | ABOUT, the head, the dense weights, those that replicas have if others; RECORD + key → the owner's records |
 | BLOBS | family, 0, id → bytes |
 | OUTBOX | sequence → parts of a version |
 | GONE | table, 0, id → the commit that took it away |

@@ -92,14 +92,15 @@ def snapshot_of(
     May run in any thread while another commits, but one at a time: 1. RocksDB copies itself by hard links beside
     the store (it holds commits up for 10 to 50 ms). 2. The copy is opened and streamed out; commits go on. What
     the snapshot's name says is what the copy's own head says, so it holds exactly that version, though a newer
-    one may be committed by the time it is there. 3. The copy goes, and all but the `keep` newest snapshots.
+    one may be committed by the time it is there. Dense weights too are those of replicas that followed the versions:
+    two that are at one version answer alike. 3. The copy goes, and all but the `keep` newest snapshots.
 
     Raises StoreError (DiskFull) where it cannot be written, or where nothing was committed yet.
     """
     with store.copied(".copy") as copy:
         fault("snapshot.copied")
         with CheckpointStore(copy, store.layouts, read_only=True) as frozen:
-            version = frozen.version()
+            version = frozen.version(as_sent=True)
             if version is None:
                 raise StoreError(f"nothing was committed yet to the store {store.path}: no snapshot can be made of it")
             if not wanted(version):

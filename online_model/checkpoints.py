@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,8 @@ def _commit(
     partitions = {str(p): asdict(at) for p, at in sorted(positions.items())}
     new = replace(
         version, epoch=epoch, sequence=sequence, base=head.place, gone=gone,
+        # Now, not when its model was learned: replicas take what is younger than their snapshot for another trainer's.
+        created_ms=max(time.time_ns() // 1_000_000, version.created_ms),
         positions={p: at.handled for p, at in sorted(positions.items())},
         info={**version.info, "partitions": partitions, "guard": {"held": False}},
     )  # fmt: skip

@@ -369,7 +369,7 @@ class Trainer:
         self.store.commit(Commit(
             self.epoch, sequence, self._state(), {**weights, **self._dense_state()}, touched,
             {**version.blobs, **self.tables.sketches()}, parts, replace(version, dense=weights), gone,
-            notes, records=plan.records,
+            notes, records=plan.records, dense_owed=self._owes_dense,
             settings=settings_digest(self._settings()),
             event_time_ms=self._totals["event_time_ms"],
         ))  # fmt: skip

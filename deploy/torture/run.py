@@ -93,6 +93,8 @@ class Torture:
                 disk.mount()
             found, watch, seconds = self._one(hurt, story, faults)
             seen = watch.held_to(hurt.settings)
+            for what, count in sorted(seen.wrong.items()):
+                self.say(f"{count} answers {what}")
         on_disk = self._on_disk
         return {
             "kills": self._done["kill"],

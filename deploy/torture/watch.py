@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -38,14 +39,19 @@ KEPT = 20  # answers of one version and replica
 
 @dataclass
 class Seen:
-    """`torn`: answers that no whole version gives, or of an older version than the answer before. `missing_versions`:
-    records of `parameters` that do not go on from the one before. `replica`: at the last version."""
+    """`wrong`: how many answers are not those of their version, or are of an older one than the answer before, by what
+    is wrong. `missing_versions`: records of `parameters` that do not go on from the one before. `replica`: at the last
+    version."""
 
     answers: int
-    torn: int
+    wrong: Counter[str]
     replica: Replica
     versions: int = 0  # of which an answer was looked at
     missing_versions: int = 0
+
+    @property
+    def torn(self) -> int:
+        return self.wrong.total()
 
     def differing_rows(self, stored: Mapping[str, TableRows]) -> int:
         """Rows that the last version's replica has otherwise than the trainer's store, or one of them has alone."""
@@ -68,7 +74,7 @@ class Watch:
     ports: list[int]
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by version
     asked: int = 0
-    backward: int = 0  # an answer of an older version than an earlier one of the same process
+    backward: Counter[str] = field(default_factory=Counter)  # older than an earlier answer of the same process
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -106,7 +112,8 @@ class Watch:
                 place = [int(number) for number in version.split(".")]
                 with self._lock:
                     self.asked += 1
-                    self.backward += place < last
+                    if place < last:
+                        self.backward["{}.{} after {}.{}".format(*place, *last)] += 1
                     known = self.answers.setdefault(version, [])
                     if len(known) < KEPT * len(self.ports):
                         known.append(answer)
@@ -127,7 +134,7 @@ class Watch:
                 settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
             )
 
-        seen = Seen(self.asked, torn=self.backward, replica=empty())
+        seen = Seen(self.asked, Counter(self.backward), replica=empty())
         bases: dict[Place, Place | None] = {}
         published = set()
         for version in _versions(settings):
@@ -150,9 +157,11 @@ class Watch:
             for answer in self.answers.get(name, ()):
                 moment = answer["moment_ms"]
                 right = orjson.loads(msgspec.json.encode(seen.replica.rank(RankRequest(USER, ITEMS, SCENARIO))))
-                seen.torn += any(right[name] != answer[name] for name in COMPARED)
+                if differing := [of for of in COMPARED if right[of] != answer[of]]:
+                    seen.wrong[f"other {', '.join(differing)} than those of {name}"] += 1
         seen.versions = len(published & set(self.answers))
-        seen.torn += sum(len(some) for version, some in self.answers.items() if version not in published)
+        for name in self.answers.keys() - published:
+            seen.wrong[f"of {name}, which was never published"] += len(self.answers[name])
         return seen
 
 

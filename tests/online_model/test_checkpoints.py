@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import msgspec
 import numpy as np
@@ -78,6 +79,18 @@ def test_the_model_goes_back_the_positions_stay_and_the_balance_holds(tmp_path, 
     assert trainer.positions[0].accounted == ids_of(blocks)
     assert (trainer.epoch, trainer.sequence) == (2, 10)
     trainer.store.close()
+
+
+def test_what_it_went_back_from_is_never_younger_than_the_version_that_goes_back(tmp_path, kept):
+    """A replica that starts from that version takes what is younger, and comes before it, for another trainer's."""
+    trained(tmp_path / "s", kept, log()[:6], keep_at={3})
+    before = time.time_ns() // 1_000_000
+    roll_back(tmp_path / "s", kept, (1, 4))
+    with CheckpointStore(tmp_path / "s", None) as store:
+        assert before <= store.version().created_ms <= time.time_ns() // 1_000_000
+        [(_, parts)] = store.outbox()
+        (sent,) = filter(None, map(Assembler().add, parts))
+        assert sent.created_ms == store.version().created_ms
 
 
 def test_a_second_rollback_and_one_forward_again_keep_the_balance(tmp_path, kept):

@@ -382,3 +382,38 @@ def test_dense_weights_that_wait_go_later_and_a_restart_knows_that_they_do(tmp_p
     assert not trainer.owes_dense
     assert commit(True) is None
     trainer.store.close()
+
+
+def test_a_snapshot_says_the_dense_weights_that_replicas_have_while_newer_ones_are_owed(tmp_path):
+    blocks, trainer = log(), opened(tmp_path / "s")
+
+    def dense_of(parts):
+        (version,) = filter(None, map(Assembler().add, parts))
+        return version.dense
+
+    def snapshot():
+        return read_snapshot(snapshot_of(trainer.store, tmp_path / "snapshots")).dense
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(np.array_equal(one[name], w) for name, w in other.items())
+
+    learn(trainer, blocks[:2])
+    sent = dense_of(trainer.commit(dense=True))
+    for first in (2, 4):  # owed, and owed still
+        learn(trainer, blocks[first : first + 2], first)
+        assert dense_of(trainer.commit(dense=False)) == {}
+        assert same(snapshot(), sent)
+    assert not same(trainer._ranker.weights(), sent)
+    trainer.store.close()
+
+    trainer = opened(tmp_path / "s")
+    learn(trainer, blocks[6:8], 6)
+    assert dense_of(trainer.commit(dense=False)) == {}
+    assert same(snapshot(), sent), "after a restart too"
+    newer = dense_of(trainer.commit(dense=True))
+    assert same(snapshot(), newer)
+    assert not same(newer, sent)
+    learn(trainer, blocks[8:], 8)
+    assert dense_of(trainer.commit(dense=False)) == {}
+    assert same(snapshot(), newer)
+    trainer.store.close()
