@@ -168,7 +168,8 @@ class Watch:
 def _versions(settings: Settings) -> Iterator[Version | None]:
     """Those in `parameters`; None for one that cannot be read."""
     assembler = Assembler()
-    where = {**client_arguments(settings.connection), "check_crcs": False}  # in Python: minutes, and parts have their own
+    # The client's own sums are made in Python, minutes of them, and parts have their own.
+    where = {**client_arguments(settings.connection), "check_crcs": False}
     for _, _, value, _ in read_topic(where, settings.topics.parameters):
         try:
             version = assembler.add(value or b"")
