@@ -39,6 +39,7 @@ def test_the_mix_has_its_shares_of_events() -> None:
     assert times == sorted(times)
 
 
+@pytest.mark.nightly  # each run of CI has bench check, which runs it
 def test_join_reports_its_keys_and_the_reference_agrees(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "join", "--events", "10000", "--json"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -212,6 +213,7 @@ def test_memory_counts_from_after_the_first_minute() -> None:
 
 
 @pytest.mark.broker
+@pytest.mark.nightly
 def test_freshness_reports_its_keys_and_stages_that_add_up(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rate", "100", "--seconds", "4", "--warm-up", "1", "--bootstrap", broker, "--json"]
     assert run(["bench", "freshness", *arguments]) == 0
