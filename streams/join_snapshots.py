@@ -64,8 +64,8 @@ class LaneSnapshots:
     def fetch(self, above: int, up_to: int) -> Path | None:
         """The newest good snapshot between these offsets as a directory beside the store; None where there is none.
 
-        A damaged one is logged, and the next older one taken. Raises StoreError where the folder cannot be read,
-        DiskFull.
+        A damaged one, also one of a store that was damaged already, is logged, and the next older one taken. Raises
+        StoreError where the folder cannot be read, DiskFull.
         """
         fetched = self.path.with_name(self.path.name + ".fetched")
         for manifest in self._copies.newest_first():
@@ -81,6 +81,8 @@ class LaneSnapshots:
                 with JoinStore(fetched, self._settings.join) as store:
                     if store.next_offset != manifest.number:
                         raise CorruptRecord(f"it goes on from {store.next_offset}: delete it")
+                    # Its files are those that were copied; whether they were whole then, the store itself must say.
+                    store.scan()
             except DiskFull:
                 raise
             except (CorruptRecord, StoreError, UsageError) as error:

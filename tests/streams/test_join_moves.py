@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
@@ -10,15 +11,20 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient
+from xxhash import xxh3_64_hexdigest
 
 from deploy.broker import Broker
+from embedding_store.copies import File, Manifest
+from embedding_store.errors import StoreError
 from online_model.examples import Block
 from online_model.positions import Position, RowQueue
 from replay.oracle import Rules, compare, expect, read_topic
 from streams.blocks import decode_block
+from streams.join_store import JoinStore
 from streams.join_worker import JoinWorker
 from streams.joiner import JoinSettings
 from streams.settings import JoinWorkerSettings
@@ -104,12 +110,44 @@ def test_workers_come_and_go_partitions_move_away_and_back_and_the_broker_stops(
         assert rows(check_against_one_joiner(broker, topics)) > 10_000
 
 
-def _damage(snapshot: Path) -> None:
-    """One bit of one file."""
-    path = max((p for p in snapshot.iterdir() if p.name != "manifest.json"), key=lambda p: p.stat().st_size)
+def _damage(path: Path, at: int) -> None:
+    """One bit of byte `at`."""
     raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    raw[at] ^= 1
+    path.unlink()  # other snapshots and the store may have it too, by hard links
     path.write_bytes(raw)
+
+
+def _damage_before_it_was_copied(snapshot: Path) -> None:
+    """A row of a table; the manifest vouches for it: the store was damaged when the snapshot was made."""
+    path, place = _damaged_where_only_a_reader_sees_it(snapshot), snapshot / "manifest.json"
+    manifest = msgspec.json.decode(place.read_bytes(), type=Manifest)
+    found = File(path.name, _size(path), xxh3_64_hexdigest(path.read_bytes()))
+    files = [found if file.name == path.name else file for file in manifest.files]
+    assert files != manifest.files
+    manifest = msgspec.structs.replace(manifest, files=files)
+    place.write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, xxh3=manifest.digest())))
+
+
+def _damaged_where_only_a_reader_sees_it(snapshot: Path) -> Path:
+    """The table: to open the store does not read that block of it."""
+    trial = snapshot.parents[2] / "trial"
+    for path in sorted(snapshot.glob("*.sst"), key=_size, reverse=True):
+        for at in range(0, _size(path), _size(path) // 20):
+            shutil.rmtree(trial, ignore_errors=True)
+            shutil.copytree(snapshot, trial, ignore=shutil.ignore_patterns("manifest.json"))
+            _damage(trial / path.name, at)
+            with contextlib.suppress(StoreError), JoinStore(trial, convert(JOIN, JoinSettings)) as store:
+                try:
+                    store.scan()
+                except StoreError:
+                    _damage(path, at)
+                    return path
+    raise AssertionError("every table is read whole when the store is opened")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def test_a_lost_store_is_restored_from_the_newest_snapshot_that_is_sound(
@@ -125,8 +163,10 @@ def test_a_lost_store_is_restored_from_the_newest_snapshot_that_is_sound(
     folder = tmp_path / "shared" / f"{topics.prefix}join"
     kept = _snapshots(tmp_path, topics)
     assert all(len(some) == 2 for some in kept.values()), "two are kept"
-    _damage(folder / "0" / str(kept[0][1]))
+    largest = max((p for p in (folder / "0" / str(kept[0][1])).iterdir() if p.name != "manifest.json"), key=_size)
+    _damage(largest, _size(largest) // 2)
     max((folder / "1" / str(kept[1][1])).glob("*.sst")).unlink()
+    _damage_before_it_was_copied(folder / "2" / str(kept[2][1]))
     shutil.rmtree(stores)
     Players(broker, topics.events, 3, 100, last=False).play()
     with running("join", tmp_path / "log", **settings) as child:
@@ -134,7 +174,8 @@ def test_a_lost_store_is_restored_from_the_newest_snapshot_that_is_sound(
         assert child.stop() == 0, child.said
         assert "is damaged" in child.says
         assert "lacks" in child.says
-        for partition, number in enumerate((kept[0][0], kept[1][0], kept[2][1], kept[3][1])):
+        assert "Corruption" in child.says
+        for partition, number in enumerate((kept[0][0], kept[1][0], kept[2][0], kept[3][1])):
             assert f"partition {partition}: going on from the snapshot {folder}/{partition}/{number}" in child.says
     shutil.rmtree(stores)
     shutil.rmtree(folder)  # Kafka still has all of it
