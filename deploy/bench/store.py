@@ -89,7 +89,7 @@ def bench_store(
 
 
 def _map_figures(measured: dict[str, list[dict[str, Any]]], rows: int) -> dict[str, Any]:
-    """Of the row map, and of the dict beside it."""
+    """Of the row map, and of the dict and the gather beside it."""
     names = [f"{done}_per_{unit}" for done in ("lookup", "admit") for unit in ("s", "cpu_s")]
     ours = {name: median(measured["map"], name) for name in names}
     gathered = {f"gather_{name}": median(measured["gather"], name) for name in names if name.startswith("lookup")}
