@@ -61,7 +61,7 @@ class Rows:
             self._positions += shown.positions or (-1,) * n
             self._propensities += shown.propensities or (math.nan,) * n
         else:
-            places = [place for place in range(len(shown.ids)) if not shown.clicked >> place & 1]
+            places = [place for place in range(len(shown.ids)) if place not in shown.clicked]
             n = len(places)
             for place in places:
                 self._example(shown, place)

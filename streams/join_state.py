@@ -43,7 +43,7 @@ class Shown(Struct, array_like=True, gc=False):
     positions: tuple[int, ...] | None
     propensities: tuple[float, ...] | None
     query: bytes  # what was searched for: the ids of its words, int64 [QUERY_WORDS]; empty: nothing
-    clicked: int = 0  # bit i: the example i
+    clicked: tuple[int, ...] = ()  # which examples
     plays: dict[int, tuple[int, int, int]] | None = None  # example → longest play_ms, its duration_ms, when it is due
 
 

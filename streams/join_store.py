@@ -42,7 +42,7 @@ from streams.join_caches import (
 from streams.join_state import Held, JoinState, Numbers
 from streams.joiner import Joined, JoinSettings
 
-FORMAT = 5
+FORMAT = 6
 CACHED = 50_000  # event ids, histories and purchase windows in memory: together about 60 MB
 MEMORY_BYTES = 64 << 20  # of RocksDB
 

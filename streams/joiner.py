@@ -387,12 +387,12 @@ class Joiner:
         first = False  # click on its example
         if shown is not None:
             place = shown.ids.index(item)
-            if not shown.clicked >> place & 1:
+            if place not in shown.clicked:
                 first = True
                 over = shown.ts + self.settings.wait_ms < now
                 if over and shown.number >= self.open.numbers.waiting:
                     self._fire(now)
-                shown.clicked |= 1 << place
+                shown.clicked += (place,)
                 self._changes.shown[shown.number] = shown
                 if over:
                     self._rows.example(shown, place, LATE_CLICK, now, click=1, purchase=self._not_so_far)
@@ -487,7 +487,7 @@ class Joiner:
         counts = self.counts
         for shown in self.open.forget(user, self._changes):
             if shown.number >= self.open.numbers.waiting:
-                unsaid = len(shown.ids) - shown.clicked.bit_count()
+                unsaid = len(shown.ids) - len(shown.clicked)
                 counts.open -= unsaid
                 counts.history_only += unsaid
         for pair, window in self._windows.of_user(user):

@@ -317,3 +317,18 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(tmp_path):
     assert blocks[-1].to_offset == 3_000
     assert blocks[-1].counts == reference.counts
     assert rows_of(Examples.concat([b.examples for b in blocks])) == Counter(reference.rows)
+
+
+def test_clicks_anywhere_on_a_long_page_are_kept(tmp_path):
+    """Pages have up to 1,000 items: as bits of a number that would be more than a number on disk has."""
+    clicked = (0, 63, 64, 65, 999)
+    page = Impression(event_id="s", ts=0, user=1, request_id="r", items=[f"i{n}" for n in range(1_000)])
+    clicks = [Click(event_id=f"c{n}", ts=1, user=1, item=f"i{n}", request_id="r") for n in clicked]
+    store, joiner = opened(tmp_path)
+    first = step(store, joiner, records_of(page, *clicks, Tick(event_id="t", ts=10))).block.examples
+    store.close()
+    store, joiner = opened(tmp_path)
+    rest = step(store, joiner, records_of(Tick(event_id="u", ts=200), first=7)).block.examples
+    assert sorted(first.item_raw) == sorted(f'"i{n}"' for n in clicked)
+    assert sorted(rest.item_raw) == sorted(f'"i{n}"' for n in range(1_000) if n not in clicked)
+    store.close()
