@@ -230,8 +230,8 @@ class RowQueue:
         if block.from_offset != expected:
             raise PositionError(
                 f"partition {block.partition}: offset {expected} is next, but the block is [{block.from_offset}, "
-                f"{block.to_offset}): read the topic of examples again from {position.source_offset}, or go on from a "
-                "snapshot"
+                f"{block.to_offset}): read the topic of examples again from {position.source_offset}, or, where Kafka "
+                "has deleted that (raise its retention), begin with another topic prefix and data directory"
             )
         return True
 

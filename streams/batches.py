@@ -64,6 +64,7 @@ log = logging.getLogger("headrace")
 
 STOP_SECONDS = 20.0  # a stop that takes longer is an error: something hangs
 SESSION_SECONDS = 6.0
+OPEN_SECONDS = 86_400.0  # a rebalance that takes longer Faust gives up, without a word and for ever: a feed has its own
 
 
 class Feed(Protocol):
@@ -210,8 +211,7 @@ class BatchConsumer(driver.Consumer):
                 return
             offsets = await self.app.guard(self.app.feed.open(assigned))
             self.app.opened |= assigned
-            await self.app.guard(self._check(offsets))
-            await self.app.guard(self.go_to(offsets))
+            await self.app.guard(self.go_to(await self.app.guard(self._there(offsets))))
 
     def _is_batch(self, tp: TP) -> bool:
         return tp.topic == self.app.intake.topic
@@ -219,19 +219,26 @@ class BatchConsumer(driver.Consumer):
     def _batch_partitions(self, places: Collection[TP]) -> set[int]:
         return {tp.partition for tp in places if self._is_batch(tp)}
 
-    async def _check(self, offsets: Mapping[int, int]) -> None:
-        """Raises StoreError unless Kafka has what is to be read next: it would silently begin elsewhere."""
+    async def _there(self, offsets: Mapping[int, int]) -> dict[int, int]:
+        """Where to read on. Raises StoreError unless Kafka has what is read next: it would silently begin elsewhere.
+
+        What Kafka has deleted after a long rest may be but the marker of a transaction, behind the last record that was
+        read. If it was more, the feed sees it by the record that comes next.
+        """
         places = {p: TP(self.app.intake.topic, p) for p in offsets}
         first = await self.earliest_offsets(*places.values())
         end = await self.highwaters(*places.values())
+        there = {}
         for partition, offset in offsets.items():
             have = first[places[partition]], end[places[partition]]
-            if not have[0] <= offset <= have[1]:
+            there[partition] = max(offset, have[0]) if offset else offset
+            if not have[0] <= there[partition] <= have[1]:
                 raise StoreError(
                     f"partition {partition} of {self.app.intake.topic} has the offsets {have[0]} to {have[1]}, the "
-                    f"store goes on from {offset}: its records are gone (raise the retention), or the topic was made "
-                    "anew; start with another topic prefix and data directory"
+                    f"store goes on from {offset}: the topic was made anew, or what is to be read is gone (raise the "
+                    "retention); start with another topic prefix and data directory"
                 )
+        return there
 
     async def go_to(self, offsets: Mapping[int, int]) -> None:
         """Read on from these offsets. Where the group has moved on meanwhile, the rebalance that follows does it."""
@@ -299,7 +306,7 @@ class BatchApp(faust.App):
             broker_session_timeout=SESSION_SECONDS,
             broker_heartbeat_interval=1.0,
             broker_rebalance_timeout=20.0,
-            broker_request_timeout=30.0,
+            broker_request_timeout=OPEN_SECONDS,  # of `perform_seek`; our consumer's own requests have theirs
             datadir=Path(os.devnull),
         )
         self.transport = BatchTransport(self.conf.broker_consumer, self)

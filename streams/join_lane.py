@@ -55,16 +55,19 @@ Ranges = list[list[int]]  # [from, to) of a partition, disjoint, in order
 
 LOCK_SECONDS = 15.0  # an old owner has so long to let go of a store
 MAX_SLICE = 2_000  # records that are joined and committed at once; about 100 ms of work
+SLICE_BYTES = 2 << 20  # … nor of more bytes: rows of long pages are many, and a block has its limits (block_sizes.py)
 MAX_WAITING = 10_000  # records of a lane in memory; the others stay in Kafka
 MAX_WAITING_BYTES = 32 << 20
 BLOCK_BYTES = 900_000  # slices shrink so that blocks stay below
 COMMIT_SECONDS, COMMIT_SECONDS_BUSY = 0.04, 0.15  # between two commits of a partition, while it keeps up …
 COMMIT_SHARE = 0.03  # … of a core's time for a partition: where slices take longer than that, they become rarer
 TICK_SECONDS = 0.2  # without a record, while events are held
-SLOW_TICK_SECONDS = 1.0  # while only timers can fire
+SLOW_TICK_SECONDS = 1.0  # while only timers can fire, and …
+QUIET_TICK_SECONDS = 60.0  # … when all of these have but that of purchases that did not come, which may be days
 OUTAGE_SECONDS = 120.0  # so long Kafka may be away
 STUCK_SECONDS = 30.0  # a partition whose records wait for so long without a commit is not well
 RETRY_SECONDS = 0.5  # between two attempts to reach it
+RENEW_SECONDS = 3_600.0  # between two times that the group's offset is said though nothing was joined
 MAX_RANGES = 100  # that were set aside, written beside the group's offset: Kafka takes 4 KB there
 
 
@@ -114,6 +117,7 @@ class Lane:
         self._snapshots = LaneSnapshots(worker.settings, partition, path) if worker.settings.snapshots else None
         self._snapshot_due = 0.0
         self._snapshot_at: int | None = None
+        self._renew_due = 0.0
         self._between_slices = asyncio.Lock()
         self._waiting: deque[ConsumerRecord] = deque()
         self._waiting_bytes = 0
@@ -123,6 +127,7 @@ class Lane:
         self._closing = False
         self._running: asyncio.Task | None = None
         self._opening = asyncio.Lock()
+        self._made = time.monotonic()
 
     async def open(self) -> None:
         """Fence the old owner, open the store, send what it had committed but perhaps not sent. A lane that is closed
@@ -174,13 +179,19 @@ class Lane:
                 self._changed.notify_all()
         return None
 
+    @property
+    def opening_s(self) -> float:
+        """For so long it has been on its way to be open; 0 when it is. For any thread."""
+        return 0.0 if self._running is not None else time.monotonic() - self._made
+
     def needs_tick(self) -> bool:
         """Whether it is idle, and time alone would let something happen in it."""
         now, join = time.monotonic(), self._settings.join
         last_timer = join.future_ms + join.disorder_ms + max(join.wait_ms, join.watch_wait_ms)
-        if now - self._last_event > last_timer / 1000 + 2 * SLOW_TICK_SECONDS or self._waiting:
-            return False
-        if now - self._last_record < (TICK_SECONDS if self._held else SLOW_TICK_SECONDS):
+        pause = TICK_SECONDS if self._held else SLOW_TICK_SECONDS
+        if now - self._last_event > last_timer / 1000 + 2 * SLOW_TICK_SECONDS:
+            pause = QUIET_TICK_SECONDS
+        if self._waiting or now - self._last_record < pause:
             return False
         self._last_record = now
         return True
@@ -223,6 +234,17 @@ class Lane:
             self._log.info("partition %s: snapshot at %s", self.partition, at)
         except StoreError as error:
             self._log.error("partition %s: no snapshot: %s", self.partition, error)
+
+    async def renew_if_due(self) -> None:
+        """Says the group's offset anew: Kafka forgets it a week (offsets.retention.minutes) after it was last said, and
+        a partition may have nothing to say for longer."""
+        now = time.monotonic()
+        if self._running is None or now < self._renew_due or self._group_offset is None:
+            return
+        self._renew_due = now + RENEW_SECONDS
+        async with self._between_slices:
+            if not self._closing:
+                await self._send([], self._group_offset, self._aside)
 
     async def purge_if_due(self) -> None:
         """Rewrites the store's files, if users were forgotten, while slices go on."""
@@ -270,6 +292,8 @@ class Lane:
         if backfill is None or at is None or (stored is not None and stored >= at):
             return
         earliest, end = await self._worker.earliest(self.partition), await self._worker.end(self.partition)
+        if at < earliest and self._group_offset is not None and self._group_offset > at:
+            return  # it was handed over long ago: what has been joined since is in a snapshot, or nowhere
         if not earliest <= at <= end:
             raise StoreError(
                 f"{where}: the backfill {backfill.folder.url} ends at {at}, Kafka has records from {earliest} to "
@@ -328,8 +352,10 @@ class Lane:
             assert stored is not None
             if stored != group_offset:
                 self._log.info("%s: sending again what was committed up to %s", where, stored)
-                outbox = self._store.outbox()
-                await self._publish(outbox, _block_in(outbox))
+                if outbox := self._store.outbox():
+                    await self._publish(outbox, _block_in(outbox))
+                else:  # it had been sent before, and Kafka has forgotten the group
+                    await self._send([], stored, self._aside)
             return stored
         start = 0 if stored is None else stored
         if stored is None and (self._snapshots is None or earliest > 0):
@@ -385,7 +411,11 @@ class Lane:
         end = min((edge for edge in edges if edge > first), default=None)
         size = MAX_WAITING if aside else self._slice
         records: list[ConsumerRecord] = []
+        room = SLICE_BYTES
         while self._waiting and len(records) < size and (end is None or self._waiting[0].offset < end):
+            room -= len(self._waiting[0].value or b"")
+            if records and room < 0:
+                break
             records.append(self._waiting.popleft())
         return records, aside
 
@@ -406,8 +436,9 @@ class Lane:
             for letter in joined.dead:
                 metrics.rejected.labels(letter.reason).inc()
             metrics.joined(joined.kinds)
-        if joined.block.counts.events_in > self.counts.events_in:
-            self._last_event = time.monotonic()
+        counts = joined.block.counts
+        if counts.events_in - counts.rejected > self.counts.events_in - self.counts.rejected:
+            self._last_event = time.monotonic()  # a tick that was refused, by another clock, calls for no further one
         self._held = joined.block.handled < joined.block.to_offset
         self.next_offset = joined.block.to_offset
         self._note(joined.block.counts)
@@ -425,21 +456,25 @@ class Lane:
         self.open_impressions = numbers.next - numbers.first
 
     async def _publish(self, outbox: list[bytes | DeadLetter], block: Block) -> None:
-        """The outbox (of this block), the group's offset and what was set aside, in one transaction.
-
-        Where it is not known whether Kafka has it, Kafka is asked, and it is sent again, until OUTAGE_SECONDS are over.
-        Raises FencedError where another worker has sent something meanwhile, BrokerError.
-        """
-        topics, to_offset = self._settings.topics, block.to_offset
+        """The outbox (of this block), the group's offset and what was set aside. Raises as `_send`."""
+        topics = self._settings.topics
         aside = [list(range_) for range_ in self._aside]
         if block.set_aside:
-            add_range(aside, block.from_offset, to_offset)
+            add_range(aside, block.from_offset, block.to_offset)
         messages = [
             Message(topics.events_dead, sent.value, key=sent.key(), headers=sent.headers())
             if isinstance(sent, DeadLetter)
             else Message(topics.examples, sent, partition=self.partition)
             for sent in outbox
         ]
+        await self._send(messages, block.to_offset, aside)
+
+    async def _send(self, messages: list[Message], to_offset: int, aside: Ranges) -> None:
+        """The messages, the group's offset and what was set aside, in one transaction.
+
+        Where it is not known whether Kafka has it, Kafka is asked, and it is sent again, until OUTAGE_SECONDS are over.
+        Raises FencedError where another worker has sent something meanwhile, BrokerError.
+        """
         about = to_offset, orjson.dumps(aside[-MAX_RANGES:]).decode() if aside else ""
         give_up, in_doubt = time.monotonic() + OUTAGE_SECONDS, False
         while True:
@@ -451,7 +486,7 @@ class Lane:
                         break
                     if found != self._group_offset:
                         raise FencedError(f"another worker took over {self._outlet.id}: this one stops")
-                where = TopicPartition(topics.events, self.partition)
+                where = TopicPartition(self._settings.topics.events, self.partition)
                 await self._outlet.send(messages, {where: about}, self._worker.store_group)
                 break
             except BrokerError as error:

@@ -15,7 +15,8 @@ from typing import TypeVar
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import CoordinatorLoadInProgressError, KafkaError
+from aiokafka.structs import OffsetAndMetadata
 
 from embedding_store.errors import BrokerError
 from streams import app, batches, events
@@ -99,6 +100,8 @@ class JoinWorker:
         for partition, lane in sorted(list(self.lanes.items())):
             if (stuck_s := lane.progress.stuck_s) > STUCK_SECONDS:
                 return f"partition {partition}: records wait, and none was joined for {stuck_s:.0f} s"
+            if (opening_s := lane.opening_s) > STUCK_SECONDS:
+                return f"partition {partition}: its store has been opening for {opening_s:.0f} s"
         return kafka_away(self._ends.away_s)
 
     def _figures(self) -> dict[int, LaneFigures]:
@@ -141,8 +144,14 @@ class JoinWorker:
     async def group_position(self, partition: int) -> tuple[int | None, Ranges]:
         """Up to where the blocks of a partition are in `examples` (None: there are none), and what was set aside."""
         place = TopicPartition(self.settings.topics.events, partition)
-        found = await _answer(lambda: self._admin.list_consumer_group_offsets(self.store_group, partitions=[place]))
-        offset, about = found[place]
+
+        async def ask() -> OffsetAndMetadata:
+            found = await self._admin.list_consumer_group_offsets(self.store_group, partitions=[place])
+            if place not in found:  # the coordinator is loading, or another broker's by now: aiokafka does not say so
+                raise CoordinatorLoadInProgressError(f"nothing of {place.topic} {partition} in {self.store_group}")
+            return found[place]
+
+        offset, about = await _answer(ask)
         return (None, []) if offset < 0 else (offset, orjson.loads(about) if about else [])
 
     async def earliest(self, partition: int) -> int:
@@ -163,12 +172,13 @@ class JoinWorker:
         return end if found is None else found.offset
 
     async def _look_after(self) -> None:
-        """Snapshots and purges of the lanes whose time has come, one after the other."""
+        """Snapshots, purges and offsets of the lanes whose time has come, one after the other."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             for lane in list(self.lanes.values()):
                 await lane.snapshot_if_due()
                 await lane.purge_if_due()
+                await lane.renew_if_due()
 
     async def _tick(self) -> None:
         """Carry the time in partitions that have no records: written to the log, so that a replay sees it too."""

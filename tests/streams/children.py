@@ -132,11 +132,12 @@ async def _group_offsets(bootstrap: str, group: str, partitions: list[TopicParti
 class FileFeed:
     """Writes the offsets of each partition to a file, one a line: its store."""
 
-    def __init__(self, folder: Path, fail_at: int, hole_at: int) -> None:
-        self._folder, self._fail_at, self._hole_at = folder, fail_at, hole_at
+    def __init__(self, folder: Path, fail_at: int, hole_at: int, open_s: float) -> None:
+        self._folder, self._fail_at, self._hole_at, self._open_s = folder, fail_at, hole_at, open_s
         self._next: dict[int, int] = {}
 
     async def open(self, partitions: set[int]) -> Mapping[int, int]:
+        await asyncio.sleep(self._open_s)  # as a large snapshot that comes from far away
         for partition in partitions - self._next.keys():
             path = self._folder / f"{partition}.offsets"
             lines = path.read_text().splitlines() if path.exists() else []
@@ -171,10 +172,10 @@ class FileFeed:
 
 
 def _feed(bootstrap: str, topic: str, group: str, folder: str, fail_at: int = -1, hole_at: int = -1,
-    member: str | None = None, prepare: Any = None) -> None:
+    member: str | None = None, open_s: float = 0.0, prepare: Any = None) -> None:
     from streams import app, batches
 
-    feed = FileFeed(Path(folder), fail_at, hole_at)
+    feed = FileFeed(Path(folder), fail_at, hole_at, open_s)
     intake = batches.Intake(bootstrap, topic, group, member, max_records=500)
     app.run(lambda stop: batches.serve_feed(intake, feed, stop, prepare and partial(prepare, Path(folder))))
 
@@ -194,9 +195,11 @@ def _mixed(ordinary: str, folder: str, **settings: Any) -> None:
     _feed(folder=folder, **settings, prepare=lambda path, app: _ordinary_agent(path, ordinary, app))
 
 
-def _join(**settings: Any) -> None:
+def _join(renew_s: float | None = None, **settings: Any) -> None:
+    from streams import join_lane
     from streams.join_worker import JoinWorkerSettings, run_join
 
+    join_lane.RENEW_SECONDS = renew_s or join_lane.RENEW_SECONDS
     run_join(convert(settings, JoinWorkerSettings))
 
 

@@ -147,3 +147,13 @@ def test_a_rebalance_in_the_middle_of_a_batch_loses_nothing(
             wait_for(lambda: _all_once(tmp_path, 48_000), child=one)
             assert two.stop() == 0, two.said
         assert one.stop() == 0, one.said
+
+
+@pytest.mark.nightly
+def test_stores_may_take_longer_to_open_than_faust_waits_for_anything(
+    broker: str, topic: str, feed: dict, tmp_path: Path
+) -> None:
+    _produce(broker, topic, 400)
+    with running("feed", tmp_path / "log", **feed, open_s=40.0) as child:  # 30 was what it waited
+        wait_for(lambda: _all_once(tmp_path, 400), seconds=90, child=child)
+        assert child.stop() == 0, child.said

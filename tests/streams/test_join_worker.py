@@ -6,11 +6,12 @@ import asyncio
 import random
 import shutil
 import time
+from contextlib import closing
 from pathlib import Path
 
 import orjson
 import pytest
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from streams.outlet import Outlet
 from streams.topics import TopicSettings
@@ -119,6 +120,39 @@ def test_what_was_committed_and_not_sent_is_sent_once(
             assert child.stop() == 0, child.said
     assert blocks(broker, topics)[0][0].to_offset == len(records) // 2
     check_against_one_joiner(broker, topics)
+
+
+def test_the_group_s_offset_is_said_anew_while_nothing_comes(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """Kafka forgets it after a week in which nothing was joined."""
+    sent = Players(broker, topics.events, 8, 100).play()
+    with running("join", tmp_path / "log", **settings, renew_s=0.5) as child:
+        wait_for(lambda: sum(joined_up_to(broker, topics)) == sent, child=child)
+        with closing(KafkaAdminClient(bootstrap_servers=broker)) as admin:
+            admin.delete_groups([f"{topics.prefix}headrace-join.store"])
+        wait_for(lambda: sum(joined_up_to(broker, topics)) == sent, child=child)
+        sent += Players(broker, topics.events, 9, 100).play()
+        wait_for(lambda: sum(joined_up_to(broker, topics)) == sent, child=child)
+        assert child.stop() == 0, child.said
+    check_against_one_joiner(broker, topics)
+
+
+def test_records_that_kafka_deleted_before_they_were_joined_stop_the_worker(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    sent = Players(broker, topics.events, 10, 100).play()
+    with running("join", tmp_path / "log", **settings) as child:
+        wait_for(lambda: sum(joined_up_to(broker, topics)) == sent, child=child)
+        assert child.stop() == 0, child.said
+        Players(broker, topics.events, 11, 100).play()
+        with closing(KafkaAdminClient(bootstrap_servers=broker)) as admin:
+            admin.delete_records({TopicPartition(topics.events, p): -1 for p in range(PARTITIONS)})
+        child.start()
+        Players(broker, topics.events, 12, 100).play()
+        said = _stopped(child)
+        assert "Kafka has deleted records from" in said
+        assert "raise retention.ms" in said
 
 
 def test_a_worker_whose_place_was_taken_stops(
