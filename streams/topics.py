@@ -246,6 +246,7 @@ def _kept_for(retention_ms: int, max_bytes: int = MAX_RECORD_BYTES) -> dict[str,
     return {
         "cleanup.policy": "delete",
         "retention.ms": str(retention_ms),
+        "retention.bytes": "-1",  # or what has not been read yet goes with load, however long it is to be kept
         # A segment is dropped whole: with the default of a week, 45 minutes of retention could keep a week.
         "segment.ms": str(max(60_000, retention_ms // 4)),
         # By the broker's clock: a replay of old events, or one event from the future, must not move retention.

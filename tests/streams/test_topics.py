@@ -93,6 +93,12 @@ def test_another_number_of_partitions_is_refused(broker: str, topics: TopicSetti
     assert "partitions = 3" in str(error.value)
 
 
+def test_a_limit_of_bytes_is_refused_as_it_takes_what_was_not_read(broker: str, topics: TopicSettings) -> None:
+    set_config(broker, topics.examples, "retention.bytes", str(1 << 30))
+    with pytest.raises(UsageError, match=rf"examples has retention\.bytes={1 << 30}: set it to -1$"):
+        check_topics(broker, topics)
+
+
 def test_retention_that_does_not_cover_the_rules_is_refused(broker: str, topics: TopicSettings) -> None:
     week = 7 * 86_400_000
     with pytest.raises(UsageError) as error:
