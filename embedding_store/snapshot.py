@@ -53,19 +53,22 @@ class Request:
         self._made = True
 
     @property
-    def open(self) -> bool:
-        """Whether it was made and there is no answer yet."""
-        return self._made and self._path.exists()
-
-    @property
-    def answered(self) -> bool:
-        """Whether a snapshot is there that was begun after it was made: of the last commit of then, or a later one."""
-        return self._made and not self._path.exists()
+    def open(self) -> bool | None:
+        """Whether there is no answer yet: a snapshot that was begun after it was made, of the last commit of then or a
+        later one. None where nothing is asked for. Raises StoreError."""
+        if not self._made:
+            return None
+        with _mapped_errors(self._path), contextlib.suppress(FileNotFoundError):
+            self._path.lstat()
+            return True
+        return False
 
     def withdraw(self) -> None:
-        """Nothing is asked for any more."""
-        self._made = False
-        self._path.unlink(missing_ok=True)
+        """Nothing is asked for any more. Never raises: where the file cannot go, a snapshot too many is written."""
+        if self._made:
+            self._made = False
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
 
 def requests(directory: Path) -> dict[Path, set[str]]:
@@ -119,8 +122,12 @@ def latest_snapshot(directory: Path) -> Path | None:
 
 
 def snapshots(directory: Path) -> list[Path]:
-    """All snapshots in `directory`, the newest first."""
-    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
+    """All snapshots in `directory`, the newest first; none where there is no such folder. Raises StoreError."""
+    with _mapped_errors(directory):
+        try:
+            found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     return sorted(found, key=place_of, reverse=True)
 
 

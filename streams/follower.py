@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ EARLY_BYTES = 64 << 20  # of versions that wait for what is missing before them
 GRACE_SECONDS = 0.3  # in which that may still come by itself
 LOOK_SECONDS = 0.2  # for the snapshot, while one is waited for
 AGAIN_SECONDS, MOST_AGAIN_SECONDS = 2.0, 30.0  # between two requests for one
-QUIET_SECONDS = 1.0  # between two lines on what is forged
+QUIET_SECONDS = 1.0  # between two lines on what is forged, or on a folder that cannot be read
 REASONS = ("damaged", "unsigned", "forged", "replayed")  # the last: it was there already, sent again by whoever
 POLL_SECONDS = 1.0  # for versions, where nothing is missing
 
@@ -82,7 +82,7 @@ class Follower:
         self._wrong, self._wrong_since, self._wrong_when = "", 0.0, 0  # why it is behind; monotonic seconds; as `when`
         self._starting = "starting: the newest snapshot is being loaded"  # until it has caught up
         self._signer = settings.signing.signer(self._partition.topic)
-        self._said = -QUIET_SECONDS  # monotonic seconds: that something forged was refused
+        self._said = -QUIET_SECONDS  # monotonic seconds: of the last such line
         self._old = 0  # offset below which there may be versions that are held: what is read again, or in a snapshot
         self._end = 0  # offset at which the topic ended at the start
         self._request = Request(self._folder)
@@ -123,7 +123,8 @@ class Follower:
             try:
                 self._consumer.assign([self._partition])
                 self._end = self._old = await self._topic_end()
-                if not await self._load_newest(lead=False):
+                _, found = await self._look()
+                if not await self._load_newest(found, lead=False):
                     self._note("no version yet, and no snapshot: is the trainer running?")
                 while True:
                     await self._follow()
@@ -154,9 +155,7 @@ class Follower:
             version = self._assembler.add(record.value)
         except Forged as error:  # not of the trainer: nothing of what it sends is missing
             self._count(error)
-            if time.monotonic() >= self._said + QUIET_SECONDS:  # whoever sends them is not to fill the log
-                self._said = time.monotonic()
-                log.error("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
+            self._say_seldom("refused the record at offset %s of %s: %s", record.offset, record.topic, error)
             return
         except CorruptRecord as error:  # what it was part of may be missing now, or may have come all the same
             self._refuse(f"the record at offset {record.offset} of {record.topic}", error)
@@ -225,6 +224,12 @@ class Follower:
         self._count(error)
         self._note("a damaged version was refused: the next one, or a snapshot, is waited for")
 
+    def _say_seldom(self, line: str, *values: Any) -> None:
+        """Whoever sends them, and a disk that is asked again and again, is not to fill the log."""
+        if time.monotonic() >= self._said + QUIET_SECONDS:
+            self._said = time.monotonic()
+            log.error(line, *values)
+
     def _count(self, error: CorruptRecord) -> None:
         self._refusals.labels(error.reason).inc()
 
@@ -250,16 +255,17 @@ class Follower:
         now = time.monotonic()
         if now < self._wrong_since + GRACE_SECONDS:
             return
-        answered = self._request.answered and self._asked_when >= self._wrong_when  # looked at before the snapshots
+        waits, found = await self._look()
+        answered = waits is False and self._asked_when >= self._wrong_when
         if answered:
             self._damaged -= self._named  # they were written anew, or there is a newer one
-        newest, unsure = next(self._usable(), None), not len(self._early)
-        if await self._load_newest(lead=not answered):
+        newest, unsure = next(filter(self._usable, found), None), not len(self._early)
+        if await self._load_newest(found, lead=not answered):
             self._foreign = False
             if unsure and not answered:
                 return  # it has led on, but whether past what may be missing nobody knows
         elif not answered or newest is None or not self._asked_held <= place_of(newest) <= self._held:
-            self._ask(now)
+            await self._ask(now, bool(waits))
             return
         if answered:
             self._early.forget(self._held, self._asked_when + 1)
@@ -267,29 +273,43 @@ class Follower:
         self._all_is_right()
         await self._advance()
 
-    def _ask(self, now: float) -> None:
-        """For a snapshot, unless that was just done, or the trainer is away: it will see the request."""
-        waits = self._request.open and self._asked_when >= self._wrong_when and self._named == self._damaged
+    async def _look(self) -> tuple[bool | None, list[Path]]:
+        """(whether a request waits, the snapshots that are there, the newest first: of a moment later). Not on this
+        thread: the folder may be a disk that is far away, or gone; then nobody waits and there are none."""
+
+        def looked() -> tuple[bool | None, list[Path]]:
+            waits = self._request.open
+            return waits, snapshots(self._folder)
+
+        try:
+            return await asyncio.to_thread(looked)
+        except StoreError as error:
+            self._say_seldom("%s", error)
+            return None, []
+
+    async def _ask(self, now: float, waits: bool) -> None:
+        """For a snapshot, unless that was just done, or the trainer is away: it will see the request that `waits`."""
+        waits = waits and self._asked_when >= self._wrong_when and self._named == self._damaged
         if waits or now < self._asked_at + self._again:
             return
         self._again = min(2 * self._again, MOST_AGAIN_SECONDS) if self._asked_when >= self._wrong_when else self._again
         self._asked_at, self._asked_when, self._asked_held = now, self._when, self._held
         self._named = set(self._damaged)
         try:
-            self._request.make(self._named)
+            await asyncio.to_thread(self._request.make, self._named)
             self._requests.inc()
         except StoreError as error:  # then there will be one at the trainer's next interval
             log.error("the trainer cannot be asked for a snapshot: %s", error)
 
-    def _usable(self) -> Iterator[Path]:
-        """Snapshots that may be good, the newest first."""
-        return (path for path in snapshots(self._folder) if path not in self._damaged | self._others)
+    def _usable(self, path: Path) -> bool:
+        """Whether that snapshot may be good."""
+        return path not in self._damaged | self._others
 
-    async def _load_newest(self, lead: bool) -> bool:
-        """Serve the newest snapshot that can be read, if it is past what is held (or that is foreign); False: there is
-        none. lead: not one from which the versions kept do not lead on."""
+    async def _load_newest(self, found: list[Path], lead: bool) -> bool:
+        """Serve the newest of these snapshots that can be read, if it is past what is held (or that is foreign); False:
+        there is none. lead: not one from which the versions kept do not lead on."""
         anything = self._empty or self._foreign
-        for path in self._usable():
+        for path in filter(self._usable, found):
             at = place_of(path)
             if not anything and (at <= self._held or (lead and len(self._early) and not self._early.leads_from(at))):
                 continue

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 
 from embedding_store.errors import StoreError
@@ -51,7 +52,7 @@ class TrainCopies:
         replica asks for one (`snapshot.Request`): however many ask, at once or again and again, a fifth of the time
         goes into it at most. While versions are held back there is nothing to answer with: requests wait.
         """
-        newest, trainer = latest_snapshot(self._folder), self._trainer
+        newest, trainer = await asyncio.to_thread(self._newest), self._trainer
         begins = newest is None or place_of(newest)[0] != trainer.epoch  # and has no snapshot yet
         due = time.monotonic() + self._settings.snapshot_interval_s
         rested = 0.0
@@ -88,6 +89,13 @@ class TrainCopies:
             log.error("no snapshot: %s", error)
             return False
         return await asyncio.to_thread(self._write_snapshot, anew)
+
+    def _newest(self) -> Path | None:
+        try:
+            return latest_snapshot(self._folder)
+        except StoreError as error:  # then one is written as if there were none
+            log.error("%s", error)
+            return None
 
     def _write_snapshot(self, anew: Collection[str] = ()) -> bool:
         """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""

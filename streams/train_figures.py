@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from embedding_store.errors import StoreError
 from embedding_store.snapshot import latest_snapshot
 from online_model.trainer import Trainer
 from streams.ends import Ends
@@ -81,7 +82,9 @@ class TrainFigures:
 
     def _on_disk(self) -> tuple[int, float | None]:
         """(bytes of the store, when the newest snapshot was made). Files come and go meanwhile."""
-        newest = latest_snapshot(self._settings.data_dir / "snapshots")
+        newest = None
+        with contextlib.suppress(StoreError):  # said where the next one is written
+            newest = latest_snapshot(self._settings.data_dir / "snapshots")
         return size_of(self._settings.store), None if newest is None else _made(newest)
 
 

@@ -378,6 +378,23 @@ def test_a_damaged_snapshot_is_passed_over_and_written_anew(own: Callable[..., W
     assert not world.replica.errors
 
 
+def test_a_folder_of_snapshots_that_fails_is_not_the_end_of_a_replica(own: Callable[..., World]) -> None:
+    world = own(serve=False)
+    world.snapshots.parent.mkdir(parents=True, exist_ok=True)
+    world.snapshots.symlink_to(world.snapshots)  # to itself: nothing is read, written or removed there
+    world.serving = Serving(world.serve_settings)
+    world.source.send(*parts_of(world.version()))
+    world.replica.reaches((1, 1), 20)
+    world.version()  # is lost
+    world.source.send(*parts_of(world.version()))
+    until(lambda: world.replica.holder.behind)
+    assert world.replica.held == (1, 1)
+    world.snapshots.unlink()
+    world.answers()
+    world.replica.reaches((1, 3))
+    assert not world.replica.errors
+
+
 def test_what_is_there_of_another_trainer_is_seen_by_the_versions_that_come(own: Callable[..., World]) -> None:
     world = own(serve=False)
     first = world.version()
@@ -398,16 +415,16 @@ def test_however_many_ask_the_trainer_answers_all_with_one_snapshot(own: Callabl
         request.make()
     (world.snapshots / ".wanted-left-behind").write_bytes(b"\xff/../../etc\n" * 1_000)
     world.answers()
-    until(lambda: all(request.answered for request in asking))
+    until(lambda: all(request.open is False for request in asking))
     assert [path.name for path in snapshots(world.snapshots)] == ["1-1"]
     assert not requests(world.snapshots)
     made = snapshots(world.snapshots)[0].stat().st_mtime_ns
     again = Request(world.snapshots)
     again.make()
-    until(lambda: again.answered)
+    until(lambda: again.open is False)
     assert snapshots(world.snapshots)[0].stat().st_mtime_ns == made, "it is there already"
     again.make(snapshots(world.snapshots))
-    until(lambda: again.answered)
+    until(lambda: again.open is False)
     assert snapshots(world.snapshots)[0].stat().st_mtime_ns > made, "but cannot be read"
 
 
