@@ -10,6 +10,7 @@ import numpy as np
 from embedding_store.specs import RowRules
 
 _COUNT_SHIFT = np.int64(40)  # a rank of `Lfu` holds the tick below it
+_MOST = np.int64((1 << 22) - 1)  # uses that still count: more would not fit above it
 
 
 class Lru:
@@ -47,7 +48,7 @@ class Lfu(Lru):
         self._count[rows] = 1
 
     def rank(self, rows: np.ndarray, tick: int) -> np.ndarray:
-        return (self._count[rows] << _COUNT_SHIFT) + self.last[rows]
+        return (np.minimum(self._count[rows], _MOST) << _COUNT_SHIFT) + self.last[rows]
 
 
 class Decayed(Lru):

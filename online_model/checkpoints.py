@@ -18,9 +18,11 @@ import orjson
 from xxhash import xxh3_64_hexdigest
 
 from embedding_store.checkpoint import FORMAT, CheckpointStore, Commit, Head
+from embedding_store.columns import TOUCHED
 from embedding_store.copies import Manifest, replace_directory, settle_directory
 from embedding_store.delta import encode
 from embedding_store.errors import CorruptRecord, DiskFull, StoreError, StoreLocked
+from embedding_store.expiry import Notes, grain
 from embedding_store.faults import fault
 from embedding_store.kept import KeptCheckpoints
 from online_model.features import USER
@@ -113,13 +115,17 @@ def roll_back(
     fetched = path.with_name(path.name + ".fetched")
     live, forgotten = _live(path, kept, place)
     manifest = kept.find(place)
-    kept.fetch(manifest, fetched)
-    fault("rollback.fetched")
-    with CheckpointStore(fetched, None) as store:
-        told = describe(store)
-        if told["digest"] != manifest.about["digest"]:
-            raise CorruptRecord(f"{kept.url}/{manifest.number} is not what was kept: take an older one")
-        result = _commit(store, live, forgotten, guard)
+    try:
+        kept.fetch(manifest, fetched)
+        fault("rollback.fetched")
+        with CheckpointStore(fetched, None) as store:
+            told = describe(store)
+            if told["digest"] != manifest.about["digest"]:
+                raise CorruptRecord(f"{kept.url}/{manifest.number} is not what was kept: take an older one")
+            result = _commit(store, live, forgotten, guard)
+    except BaseException:
+        shutil.rmtree(fetched, ignore_errors=True)
+        raise
     fault("rollback.committed")
     aside = replace_directory(path, fetched)
     shutil.rmtree(aside, ignore_errors=True)
@@ -179,11 +185,13 @@ def _commit(
         positions={p: at.handled for p, at in sorted(positions.items())},
         info={**version.info, "partitions": partitions, "guard": {"held": False}},
     )  # fmt: skip
+    store.remember_gone((0, 0))  # for a further rollback, which asks this store who went
+    notes = {table: _notes_of(store, table, ids) for table, ids in gone.items() if TOUCHED in _columns(store, table)}
     store.acknowledge(head.sequence)  # what it had not published: a replica has it by now, or loads a snapshot
     store.commit(
         Commit(
             epoch, sequence, orjson.dumps(state, option=orjson.OPT_SORT_KEYS), head.dense, parts=encode(new),
-            version=new, gone=gone, settings=head.settings, event_time_ms=head.event_time_ms,
+            version=new, gone=gone, notes=notes, settings=head.settings, event_time_ms=head.event_time_ms,
         )
     )  # fmt: skip
     booked = {p: at.rolled_back[len(before[p].rolled_back) if p in before else 0 :] for p, at in positions.items()}
@@ -194,6 +202,16 @@ def _commit(
         "restored": live is None,
         "digest": digest_of(store),
     }
+
+
+def _columns(store: CheckpointStore, table: str) -> tuple[str, ...]:
+    return store.layouts[table].names or ()
+
+
+def _notes_of(store: CheckpointStore, table: str, ids: np.ndarray) -> Notes:
+    """Those of the ids that have a row go with it: one that stayed would expire a row that comes later."""
+    _, rows = store.read_rows(table, ids)
+    return Notes(rows.ids, grain(rows.columns[TOUCHED]), *np.empty((2, 0), np.int64))
 
 
 def _positions(state: dict) -> dict[int, Position]:

@@ -26,7 +26,7 @@ import orjson
 from msgspec import Struct
 
 from embedding_store.checkpoint import CheckpointStore
-from embedding_store.errors import DiskFull, StoreError, StoreLocked
+from embedding_store.errors import CorruptRecord, DiskFull, StoreError, StoreLocked
 from embedding_store.kept import KeptCheckpoints
 from online_model.checkpoints import roll_back
 from online_model.evaluation.scores import Figures, TaskScores
@@ -160,9 +160,8 @@ def roll_back_if_due(path: Path, kept: KeptCheckpoints) -> bool:
         places = [(m.about["epoch"], m.about["sequence"]) for m in kept.newest_first() if not m.about.get("held")]
         if not places:
             raise StoreError(f"nothing is kept in {kept.url}")
-        place = places[min(state.rollbacks, len(places) - 1)]
         after = GuardState(proven=True, since=None, rollbacks=state.rollbacks + 1)
-        done = roll_back(path, kept, place, msgspec.to_builtins(after))
+        done = _roll_back_to_the_first_whole(path, kept, places[min(state.rollbacks, len(places) - 1) :], after)
     except (StoreLocked, DiskFull):
         raise
     except StoreError as error:
@@ -173,6 +172,18 @@ def roll_back_if_due(path: Path, kept: KeptCheckpoints) -> bool:
         done["from"], after.rollbacks, done["set_aside_rows"], done["version"],
     )  # fmt: skip
     return True
+
+
+def _roll_back_to_the_first_whole(
+    path: Path, kept: KeptCheckpoints, places: list[tuple[int, int]], after: GuardState
+) -> dict[str, Any]:
+    """Raises as `roll_back`, StoreError where none of them is whole."""
+    for place in places:
+        try:
+            return roll_back(path, kept, place, msgspec.to_builtins(after))
+        except CorruptRecord as error:
+            log.error("%s", error)
+    raise StoreError(f"none of the checkpoints in {kept.url} that it could go back to is whole")
 
 
 def is_held(told: Mapping[str, Any]) -> bool:

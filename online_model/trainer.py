@@ -46,7 +46,7 @@ from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_
 from online_model.feedback import Strategy, strategy
 from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
-from online_model.learner import Learner, UsualLoss
+from online_model.learner import USUAL_ROWS, Learner, UsualLoss
 from online_model.losses import labels, sampling_correction
 from online_model.negatives import RecentItems
 from online_model.positions import Position, RowQueue
@@ -212,6 +212,11 @@ class Trainer:
     def next_way(self) -> int:
         """By which of WAYS the next item is better foretold, as far as was measured (`ranked_of`)."""
         return 0 if self._evaluation.ranking is None else self._evaluation.ranking.way
+
+    @property
+    def left_out(self) -> int:
+        """Rows of batches from which nothing was learned: they exploded, or were not finite."""
+        return self._totals["left_out"]
 
     @property
     def figures(self) -> dict[str, dict]:
@@ -482,6 +487,10 @@ class Trainer:
             self._count(rows, outcome.rows[: len(rows)], plays)
         else:
             self._leave_out(rows, outcome.loss)
+            if np.isfinite(outcome.loss):
+                # It counts as far as one that is just not left out: what goes on is what is usual now. Without it a
+                # while without clicks made the usual loss so small that no click was ever learned again.
+                self._usual.add(min(outcome.loss, self._usual.limit(self.settings.exploding, USUAL_ROWS)))
         self._totals["trained_rows"] += len(rows)
         self._totals["shown"] += int(shown.sum())
         self._totals["positives"] += int((rows.click == 1).sum())
@@ -534,7 +543,9 @@ class Trainer:
                 self._erased = True
             if len(block.users):
                 self.tables.begin_step(self._totals["event_time_ms"])
-                at = self.tables.rows(USER, block.users, admit=True)
+                # Seen they were in the rows: how often the block brings them hangs on how the log was cut in blocks.
+                nowhere = np.zeros(len(block.users), np.int64)
+                at = self.tables.rows(USER, block.users, admit=True, examples=nowhere)
                 self.tables.set(USER, "history", at[at > 0], block.histories[at > 0])
 
     def _need_sound(self) -> None:

@@ -43,6 +43,8 @@ JOIN: About = {
 }
 TRAIN: About = {
     "rows_total": ("Rows of examples learned", ()),
+    "left_out_rows_total": ("Rows of batches from which nothing was learned", ()),
+    "no_room_total": ("Ids that got no row, as all rows of the table waited for a commit", ("table",)),
     "stage_seconds_total": ("Time of the steps, by stage", ("stage",)),
     "lag_records": ("Blocks of `examples` that are not learned yet", ("partition",)),
     "loss": ("Mean log loss of the last scores, made before they were learned", ("task",)),
@@ -156,6 +158,8 @@ def train_values(trainer: Trainer, waiting_bytes: int, published: int) -> dict[s
     turnover = {table: tables.turnover(table) for table in tables.specs}
     return {
         "rows_total": sum(position.rows for position in list(trainer.positions.values())),
+        "left_out_rows_total": trainer.left_out,
+        "no_room_total": {(table,): tables.dropped(table) for table in tables.specs},
         "stage_seconds_total": {(stage,): seconds for stage, seconds in trainer.stage_seconds.items()},
         **_quality(trainer.figures),
         "drifts_total": {(task,): found for task, found in trainer.drifts.items()},

@@ -75,6 +75,7 @@ LONG_TURN_SECONDS = 0.25
 MAX_WAITING_BYTES = 64 << 20  # of blocks that wait for the trainer; the others stay in Kafka
 MAX_PENDING_ROWS = 100_000  # offered to the trainer and not learned
 BEFORE = -1  # where a block of the backfill lies in `examples`: what follows it is at 0
+ITEMS_AT_ONCE = 1_000  # of the catalogue: then it is looked whether there is room
 VERSIONS_AHEAD = 4  # committed and not yet published
 
 
@@ -142,8 +143,8 @@ class TrainWorker:
         self._waiting: deque[ConsumerRecord | Piece] = deque()
         self._waiting_bytes = 0
         self._followed: set[int] = set()  # partitions of which a block came from the topic after a backfill
-        self._pending = 0  # rows, or records, that were taken from there and are not learned; 0: none
         self._items: list[CatalogueItem] = []
+        self._pending = 0  # rows, records or items that were taken from these and are not learned; 0: none
         self._draining = False
         self._dirty = False  # something was offered since the last commit, or replicas wait for rows
         self._stalled = False  # deterministic: there is no whole batch below the smallest watermark
@@ -176,12 +177,13 @@ class TrainWorker:
             log.info("sending version %s again", sequence, extra=_version(self._trainer.epoch, sequence))
             fault("recover.resend")
             await self._publish(sequence, parts)
+        self._dirty = self._trainer.owes or self._trainer.owes_dense
+        self._begin(self._train(), self._publisher())
         await self._catalogue.start()
         if self._backfill is None:
             await self._read_catalogue()
-        self._dirty = self._dirty or self._trainer.owes or self._trainer.owes_dense
         copies = self._copies
-        self._begin(self._train(), self._publisher(), copies.snapshots(), copies.checkpoints())
+        self._begin(copies.snapshots(), copies.checkpoints())
         self._begin(*self._figures.tasks(self._trainer))
         if self._backfill is None:
             self._begin(self._follow_catalogue())
@@ -219,9 +221,11 @@ class TrainWorker:
             self._begin(self._follow_catalogue())
 
     async def _read_catalogue(self) -> None:
-        while (items := await self._catalogue.read_to_end()) is not None:
-            await self._in_thread(self._trainer.catalogue, items)
-            self._dirty = True
+        """As it is now. Returns when all of it is in the tables, or when the worker is ending."""
+        while not self.ending.is_set() and (items := await self._catalogue.read_to_end()) is not None:
+            await self._offer_items(items)
+        async with self._changed:
+            await self._changed.wait_for(lambda: not (self._items or self._pending) or self.ending.is_set())
 
     async def stop(self, again: bool = False) -> Ranked | None:
         """Learn what is here already (not before a rollback), commit, publish, close the store.
@@ -371,6 +375,7 @@ class TrainWorker:
                 self._waiting_bytes = 0
                 self._pending += len(records)
             items, self._items = self._items, []
+            self._pending += len(items)
             self._changed.notify_all()
         return records, items, self._draining and not (records or items or pending)
 
@@ -397,8 +402,7 @@ class TrainWorker:
                     versions += self._commit()
                 self._require_next(block, offset)
                 trainer.offer(block, offset)
-        if items:
-            trainer.catalogue(items)
+        versions += self._learn_items(items)
         self._dirty = self._dirty or bool(records or items)
         now, self._stalled = time.monotonic(), False
         end = max(now + TURN_SECONDS, min(now + LONG_TURN_SECONDS, self._commit_due))
@@ -428,11 +432,20 @@ class TrainWorker:
 
     def _put_items(self, piece: Piece) -> list[tuple[int, list[bytes]]]:
         """The catalogue in a piece of the backfill; `mark` counts its records. Returns as `_turn`."""
-        if not piece.read:
-            return []
-        versions = self._commit() if self._trainer.short_of(len(piece.items)) else []
-        self._trainer.catalogue(piece.items)
+        versions = self._learn_items(piece.items)
         self._trainer.mark += piece.read
+        return versions
+
+    def _learn_items(self, items: Sequence[CatalogueItem]) -> list[tuple[int, list[bytes]]]:
+        """A catalogue may be larger than the memory for items: those that are committed make room. Returns as `_turn`.
+        """
+        versions: list[tuple[int, list[bytes]]] = []
+        size = min(ITEMS_AT_ONCE, self.settings.model.features.items)
+        for start in range(0, len(items), size):
+            some = items[start : start + size]
+            if self._trainer.short_of(len(some)):
+                versions += self._commit()
+            self._trainer.catalogue(some)
         return versions
 
     def _rows_a_step(self) -> int:
@@ -484,12 +497,14 @@ class TrainWorker:
 
     async def _follow_catalogue(self) -> None:
         while True:
-            items = await self._catalogue.read()
-            if items:
-                async with self._changed:
-                    await self._changed.wait_for(lambda: len(self._items) < CHUNK)
-                    self._items += items
-                    self._changed.notify_all()
+            await self._offer_items(await self._catalogue.read())
+
+    async def _offer_items(self, items: Sequence[CatalogueItem]) -> None:
+        """Waits for room, then they wait for the trainer."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._items) < CHUNK or self.ending.is_set())
+            self._items += items
+            self._changed.notify_all()
 
 
 def _version(epoch: int, sequence: int) -> dict[str, int]:

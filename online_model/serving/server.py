@@ -109,5 +109,9 @@ def listen(host: str, port: int, setting: str = "port") -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        other = f"choose another {setting}" if error.errno == errno.EADDRINUSE else "is it an address of this machine?"
-        raise UsageError(f"cannot listen on {host}:{port}: {other}") from error
+        remedies = {
+            errno.EADDRINUSE: f"choose another {setting}",
+            errno.EACCES: f"ports below 1024 need rights, choose another {setting}",
+        }
+        remedy = remedies.get(error.errno or 0, f"{error.strerror}; is it an address of this machine?")
+        raise UsageError(f"cannot listen on {host}:{port}: {remedy}") from error

@@ -195,6 +195,10 @@ def test_who_was_forgotten_since_is_not_brought_back(tmp_path, kept):
     (version,) = [v for v in map(Assembler().add, parts) if v]
     assert version.gone["user"].tolist() == [user], "replicas at the kept version hear of it"
     trainer.store.close()
+    roll_back(tmp_path / "s", kept, None)  # a second time: the store that saw them go is not there any more
+    trainer = opened(tmp_path / "s")
+    assert not trainer.store.read_rows("user", np.array([user]))[0][0]
+    trainer.store.close()
 
 
 def test_a_lost_or_damaged_store_is_brought_back_and_learns_again_what_came_after(tmp_path, kept):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -263,6 +264,31 @@ def test_a_rollback_without_a_kept_checkpoint_gives_up_and_holds(tmp_path, log, 
     world.crash()
     assert not world.trainer.rollback_due
     assert holds(world.follow(world.replica), last)
+    world.trainer.store.close()
+
+
+@pytest.mark.parametrize("whole", [1, 0])
+def test_a_damaged_checkpoint_is_none_to_go_back_to(tmp_path, log, caplog, whole):
+    world = World(tmp_path / "w", log, GOING_BACK)
+    until_proven(world)
+    places = []
+    for _ in range(2):
+        world.round(good=True)
+        world.keep()
+        places.append(world.place)
+    until_held(world)
+    for manifest in list(world.kept.newest_first())[: 2 - whole]:
+        table = next(Path(world.kept.url).glob(f"*{manifest.number}/*.sst"))
+        raw = table.read_bytes()
+        table.unlink()  # not in place: it is the store's own file too
+        table.write_bytes(raw[:-1])
+    world.crash()
+    if whole:
+        assert world.topic[-1].base == places[0]
+    else:
+        assert "none of the checkpoints" in caplog.text
+        assert (world.trainer.guard.held, world.trainer.rollback_due) == (True, False)
+    assert not list((tmp_path / "w").glob("*.fetched"))
     world.trainer.store.close()
 
 

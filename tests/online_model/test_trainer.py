@@ -324,7 +324,7 @@ def test_a_batch_whose_loss_explodes_is_left_out_with_its_place_also_after_a_res
     again.offer(make_blocks(rows, 64, first=1010)[0], 101)
     assert again.step() == 64
     assert all((weights == before[name]).all() for name, weights in again._ranker.weights().items())
-    assert again._usual.mean == usual
+    assert again._usual.mean == pytest.approx(1.19 * usual), "it counts as 20 times what is usual"
     told = again.info()
     assert told["left_out"] == 64
     assert told["left_out_batches"][0]["rows"] == 64
@@ -333,6 +333,17 @@ def test_a_batch_whose_loss_explodes_is_left_out_with_its_place_also_after_a_res
     learn(again, make_rows(64, from_row=64 * 102), first=1020)
     assert again.info()["left_out"] == 64, "and it goes on"
     again.store.close()
+
+
+def test_what_explodes_batch_after_batch_is_usual_in_the_end(trainer):
+    """As clicks do that come again after hours without any, in which no click at all was the usual."""
+    learn(trainer, make_rows(64 * 101))
+    trainer._usual.mean = 1e-4
+    learn(trainer, make_rows(64 * 60, from_row=64 * 101), first=1010)
+    left_out = trainer.info()["left_out"] // 64
+    assert 10 < left_out < 50
+    learn(trainer, make_rows(64 * 20, from_row=64 * 161), first=1610)
+    assert trainer.info()["left_out"] // 64 == left_out
 
 
 def test_a_few_unlucky_rows_are_no_explosion():

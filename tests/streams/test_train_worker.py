@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
@@ -19,7 +20,8 @@ import orjson
 import psutil
 import pytest
 from aiokafka import AIOKafkaProducer
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from msgspec import convert
 
 from deploy.processes import free_port
 from embedding_store.checkpoint import CheckpointStore
@@ -28,8 +30,9 @@ from embedding_store.errors import UsageError
 from embedding_store.ids import feature_id
 from embedding_store.snapshot import latest_snapshot, place_of
 from online_model.examples import Block
+from online_model.features import FeatureSettings, table_specs
 from streams.blocks import encode_block
-from streams.outlet import Outlet
+from streams.outlet import Message, Outlet
 from streams.settings import TrainWorkerSettings
 from streams.topics import TopicSettings
 from streams.train_worker import run_train
@@ -297,6 +300,25 @@ def test_the_catalogue_is_learned_before_the_examples(
     assert "refused the record at offset 0" in child.said
 
 
+def test_a_catalogue_may_be_larger_than_the_memory_for_items(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    many = 6_500
+    producer = KafkaProducer(bootstrap_servers=broker, linger_ms=20)
+    for n in range(many):
+        producer.send(topics.items, orjson.dumps({"kind": "item", "item": n, "title": f"Lamp {n}"}), key=b"%d" % n)
+    producer.close()
+    model = settings["model"]
+    assert model["features"]["items"] < many
+    with running("train", tmp_path / "log", **settings) as child:
+        wait_for(lambda: "training on partitions" in child.said, child=child)
+        assert child.stop() == 0, child.said
+    features = convert(model["features"], FeatureSettings)
+    with CheckpointStore(tmp_path / "data" / "train", {s.name: s.layout for s in table_specs(features)}) as store:
+        assert sum(len(rows.ids) for rows in store.iter_rows("item")) == many
+    assert len({card for version in _versions(broker, topics) for card in version.blobs.get("card", {})}) == many
+
+
 def test_rows_go_at_once_and_dense_weights_once_an_interval_also_when_nothing_more_comes(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
@@ -374,3 +396,36 @@ def test_missing_blocks_stop_the_worker(broker: str, topics: TopicSettings, sett
     with running("train", tmp_path / "log", **settings) as child:
         assert child.wait(60) == 1
         assert "offset 10 is next, but the block is [20, 30)" in child.said.splitlines()[-1]
+
+
+def test_after_a_rest_of_which_kafka_kept_nothing_it_goes_on(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """Behind the last block lies the marker of its transaction, which is deleted with it."""
+    blocks = _made_blocks(0, 240)
+
+    async def send(block: Block) -> None:
+        outlet = Outlet(broker, f"{topics.prefix}rests")
+        await outlet.start()
+        await outlet.send([Message(topics.examples, encode_block(block), partition=0)])
+        await outlet.stop()
+
+    def empty() -> None:
+        with closing(KafkaAdminClient(bootstrap_servers=broker)) as admin:
+            admin.delete_records({TopicPartition(topics.examples, 0): -1})
+
+    asyncio.run(send(blocks[0]))
+    with running("train", tmp_path / "log", **settings) as child:
+        _wait_for_all(broker, topics, {0: blocks[:1]}, child)
+        assert child.stop() == 0, child.said
+        empty()
+        child.start()
+        asyncio.run(send(blocks[1]))
+        _wait_for_all(broker, topics, {0: blocks[:2]}, child)
+        assert child.stop() == 0, child.said
+        _send(broker, topics, blocks[2:3])  # this one is deleted before it is learned
+        empty()
+        child.start()
+        _send(broker, topics, blocks[3:])
+        assert child.wait(60) == 1
+        assert "offset 20 is next, but the block is [30, 40)" in child.said.splitlines()[-1]
