@@ -22,9 +22,10 @@ from typing import Any, Self, TypeAlias
 import msgspec
 import orjson
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 
 from embedding_store.errors import BrokerError, LogError, UsageError
+from replay.live_topics import OUTAGE_SECONDS
 from replay.sinks import KafkaSink
 from streams.dead_letters import DeadLetter
 from streams.events import Rejected, Tick, decode
@@ -122,10 +123,16 @@ class NewLetters:
             if self._again:
                 kafka.seek_to_beginning(*places)
             ends = kafka.end_offsets(places)
+            heard = time.monotonic()
             while any(kafka.position(place) < ends[place] for place in places):
-                for records in kafka.poll(timeout_ms=1_000).values():
+                found = kafka.poll(timeout_ms=1_000)
+                for records in found.values():
                     for record in records:
                         yield _letter(record.headers, record.value)
+                if found:
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > OUTAGE_SECONDS:  # to poll a broker that is away has no records
+                    raise self._failed(KafkaTimeoutError(f"no records for {OUTAGE_SECONDS:.0f} s"))
         except KafkaError as error:
             raise self._failed(error) from error
 

@@ -20,6 +20,7 @@ Place: TypeAlias = tuple[str, int]  # topic, partition
 POLL_RECORDS = 5_000
 FETCH_BYTES = 16 << 20  # of a partition at once: a record of any size that the topics take
 OUTAGE_SECONDS = 120.0  # so long Kafka may be away
+QUIET_SECONDS = 10.0  # without a record: then it is asked whether it is there
 
 
 class OffsetsGone(BrokerError):
@@ -86,7 +87,12 @@ class LiveTopics:
     def poll(self, seconds: float) -> Iterator[tuple[Place, list[Recorded]]]:
         """The next records of some partitions; waits for them up to so long."""
         try:
-            for place, records in self._kafka.poll(timeout_ms=int(seconds * 1000)).items():
+            found = self._kafka.poll(timeout_ms=int(seconds * 1000))
+            if found:
+                self._answered = time.monotonic()
+            elif time.monotonic() - self._answered > QUIET_SECONDS:
+                self.ends()  # a broker that is away and a topic where nothing happens are alike to poll
+            for place, records in found.items():
                 yield (
                     (place.topic, place.partition),
                     [Recorded(r.offset, r.timestamp, r.key, r.value) for r in records],

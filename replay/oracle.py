@@ -8,17 +8,20 @@ of their ids modulo 2^64; `compare` says what is missing and what is too much.
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import xxhash
 from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaTimeoutError
 
 from replay.oracle_events import parse
 
 SHOWN, LATE_CLICK, WATCH, PURCHASE, NOT_BOUGHT, FORGET = range(6)
 WRAP = 1 << 64
+SILENT_S = 120.0  # so long Kafka may send nothing, though there is something
 TIMERS = ("wait", "watch", "purchase wait", "end")  # in this order at one time
 
 
@@ -341,7 +344,7 @@ def read_topic(
 ) -> Iterator[tuple[int, int, bytes | None, int | None]]:
     """The records of `topic` as (partition, offset, value, stamped ms), from its beginning to its present end, or to
     the offsets `until` (exclusive) where that is sooner. `bootstrap`: HOST:PORT, or all that says where Kafka is and
-    how a client of kafka-python reaches it."""
+    how a client of kafka-python reaches it. Raises KafkaError, where nothing comes for SILENT_S too."""
     where = {"bootstrap_servers": bootstrap} if isinstance(bootstrap, str) else bootstrap
     consumer = KafkaConsumer(
         **where, enable_auto_commit=False, isolation_level="read_committed",
@@ -354,12 +357,18 @@ def read_topic(
         consumer.seek_to_beginning(*places)
         present = consumer.end_offsets(places)
         ends = {place: min(end, (until or {}).get(place.partition, end)) for place, end in present.items()}
+        heard = time.monotonic()
         while unread := [place for place in places if consumer.position(place) < ends[place]]:
             consumer.pause(*(set(places) - set(unread)))
-            for place, records in consumer.poll(timeout_ms=1000).items():
+            found = consumer.poll(timeout_ms=1000)
+            for place, records in found.items():
                 for record in records:
                     if record.offset < ends[place]:
                         yield place.partition, record.offset, record.value, record.timestamp
+            if found:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > SILENT_S:  # to poll a broker that is away has no records
+                raise KafkaTimeoutError(f"nothing of {topic} has come for {SILENT_S:.0f} s")
     finally:
         consumer.close()
 

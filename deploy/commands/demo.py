@@ -68,10 +68,11 @@ def demo(
 
 
 def _text(result: dict) -> str:
+    from deploy.recount import said_of
+
     fresh = result.get("freshness_ms") or {}
     lines = [
-        f"{result['events_in']:,} events in, {result['trained_examples']:,} examples trained,"
-        f" {result['lost']} lost, {result['duplicated']} duplicated",
+        f"{result['events_in']:,} events in, {said_of(result)}",
         f"version {result['trainer_version']} (replica {result['replica_version']}),"
         f" {result['versions_published']:,} published",
     ]

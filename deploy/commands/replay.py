@@ -25,7 +25,7 @@ from deploy.commands.common import (
     show_played,
     until_signalled,
 )
-from embedding_store.errors import UsageError
+from embedding_store.errors import HeadraceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,6 +157,8 @@ def replay(
         else:
             result = _onto_kafka(settings, log, play, wait=not no_wait, metrics_port=metrics_port)
         output.result(result, _text(result))
+    if not direct and not no_wait:
+        _refuse_what_is_wrong(result)
 
 
 def _refuse(*rules: tuple[object, str]) -> None:
@@ -164,6 +166,20 @@ def _refuse(*rules: tuple[object, str]) -> None:
     for wrong, said in rules:
         if wrong:
             raise UsageError(said)
+
+
+def _refuse_what_is_wrong(result: dict[str, Any]) -> None:
+    """Raises HeadraceError where the workers have not learned what was played, or not once each."""
+    if result["trained_examples"] is None:
+        raise HeadraceError(
+            "the workers have not learned it, nothing more for a minute: are join and train running, or does the guard"
+            " hold versions back? Their logs say"
+        )
+    if result["lost"] or result["duplicated"]:
+        raise HeadraceError(
+            f"{result['lost']} examples were lost and {result['duplicated']} trained twice, of all that is in Kafka: a"
+            " fault of Headrace, if [join] says the same here as to the workers; then keep the topics and report it"
+        )
 
 
 def _play_settings(
@@ -223,12 +239,15 @@ def _travel(settings: Settings, deterministic: bool, resume: bool, place: tuple[
 def _onto_kafka(
     settings: Settings, log: LogReader, play: PlaySettings, wait: bool, metrics_port: int
 ) -> dict[str, Any]:
-    from deploy.replaying import Followed
+    from deploy.replaying import NOT_LEARNED, Followed
     from replay.player import Player, WallClock
     from replay.sinks import KafkaSink
 
     if not log.has_impressions and not settings.join.join.implicit:
         say(f"headrace: a {log.name} log has no impressions: join learns of it with join.implicit = true only")
+    if settings.join.ticks == "live":
+        say('headrace: with [join] ticks = "live" idle partitions are moved by the clock of today, and what is older is'
+            ' late: workers learn of a log with ticks = "log"')
     settings, began_cpu_s = connected(settings), time.process_time()
     followed, clock = Followed(settings) if wait else None, WallClock()
     with progress(f"playing {log.name}") as (bar, task):
@@ -252,7 +271,7 @@ def _onto_kafka(
             bar.update(task, description="waiting for the workers", total=1.0, completed=0.0)
             model = followed.wait(lambda share: bar.update(task, completed=share, said=""))
             if model is None:
-                say("headrace: the workers do not learn it (no new version for a minute): are join and train running?")
+                result |= NOT_LEARNED
             else:
                 taken = clock.now() - (played.began or 0.0)
                 result |= {"learned_after_s": round(taken, 3), "learned_per_s": round(played.events / taken, 1)}
@@ -278,11 +297,10 @@ def _serve_metrics(player: Player, settings: Settings, port: int) -> Callable[[]
 
 def _text(result: dict[str, Any]) -> str:
     lines = [f"{result['events_in']:,} events in {result['seconds']:.1f} s, {result['events_rejected']:,} rejected"]
-    if "examples" in result:
-        lines.append(
-            f"{result['examples']:,} examples, {result['trained_examples']:,} learned, {result['lost']} lost,"
-            f" {result['duplicated']} duplicated"
-        )
+    if result.get("trained_examples") is not None:
+        from deploy.recount import said_of
+
+        lines.append(said_of(result))
         for task, figures in result["prequential"].items():
             known = [f"{key} {figures[key]:.4f}" for key in ("auc", "ne", "calibration") if figures[key] is not None]
             lines.append(f"{task}: {', '.join(known) or 'only one kind of label'} ({figures['count']:,} scores)")

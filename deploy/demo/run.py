@@ -30,6 +30,7 @@ from deploy.demo.twin import TwinProcess, TwinSettings
 from deploy.freshness_metrics import StageFreshness
 from deploy.page import LivePage, Visited
 from deploy.processes import alone, free_port, write_atomically
+from deploy.recount import figures_of, recounted
 from deploy.replica_figures import Model, balance
 from deploy.settings import DemoOptions, Settings, dump
 from deploy.summary import Summary
@@ -39,10 +40,9 @@ from embedding_store.checkpoint import CheckpointStore
 from embedding_store.errors import HeadraceError, UsageError
 from online_model.features import table_specs
 from online_model.serving.settings import HttpSettings
-from replay.oracle import Rules, Verdict, compare, expect, read_topic
+from replay.oracle import Verdict
 from replay.readers import LogReader, open_log
 from replay.sinks import KafkaSink
-from streams.kafka_clients import client_arguments
 from streams.listener import serve_metrics
 from streams.metrics import tell_process
 from streams.topics import create_topics, delete_topics, end_offsets, wait_for_broker
@@ -162,9 +162,11 @@ class _Demo:
                 seconds += time.monotonic() - played  # at full speed it is the system's pace that counts
             model = await self._wind_down(live)
             live.note = "recounting the log"
-            verdict = await asyncio.to_thread(self._recount, model, ends)
+            # All records that the last version claims, and at least all that were sent by us: ticks may lie behind.
+            until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
+            verdict = await asyncio.to_thread(recounted, self.settings, model, until)
             result = self._figures(live, model, verdict, seconds)
-            live.publish(lost=verdict.lost, duplicated=verdict.duplicated, note="done")
+            live.publish(lost=result["lost"], duplicated=result["duplicated"], note="done")
         return result
 
     async def _closed_loop(self, live: Live, sink: KafkaSink, stop: asyncio.Event) -> float:
@@ -218,13 +220,6 @@ class _Demo:
             stages.when,
         )  # fmt: skip
 
-    def _recount(self, model: Model, ends: dict[int, int]) -> Verdict:
-        """What the oracle makes of the log: of all records that the last version claims, and at least of all that were
-        sent by us (further ticks may lie behind)."""
-        until = {p: max(end, model.next_offsets.get(p, 0)) for p, end in ends.items()}
-        records = read_topic(client_arguments(self.settings.connection), self.settings.topics.events, until)
-        return compare(expect(records, Rules.of(self.settings.join.join), model.set_aside), model.trained)
-
     def _sequence(self) -> int:
         """The trainer's last version, from its store; 0 before the first."""
         path = self.home / "train"
@@ -237,15 +232,13 @@ class _Demo:
         finally:
             store.close()
 
-    def _figures(self, live: Live, model: Model, verdict: Verdict, seconds: float) -> dict[str, Any]:
+    def _figures(self, live: Live, model: Model, verdict: Verdict | None, seconds: float) -> dict[str, Any]:
         counts = model.counts()
         result = {
             "events_in": counts.events_in,
             "events_rejected": counts.rejected,
-            "examples": verdict.expected_rows,
             "trained_examples": model.trained_rows,
-            "lost": verdict.lost,
-            "duplicated": verdict.duplicated,
+            **figures_of(verdict),
             "versions_published": self._sequence() - self.trained_before,
             "trainer_version": f"{model.answer['epoch']}.{self._sequence()}",
             "replica_version": model.version,
@@ -253,7 +246,6 @@ class _Demo:
             "prequential": model.prequential(),
             **live.click_rates(seconds),
             "balance": balance(counts),
-            "oracle_balance": verdict.balance,
             "events_per_s": round(counts.events_in / seconds, 1) if seconds else 0.0,
             "seconds": round(seconds, 2),
             "first_trained_s": live.first_trained_s,

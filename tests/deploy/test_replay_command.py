@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
+from deploy import replaying
 from deploy.cli import run
 from deploy.replaying import begin
 from embedding_store.errors import UsageError
@@ -140,3 +141,19 @@ def test_a_play_pauses_and_goes_on(broker: str, topic_prefix: str, log: str) -> 
         assert playing.returncode == 0
         result = json.loads(out)
         assert 0 < before < result["records"] + result["ticks"] == sum(consumer.end_offsets(places).values())
+
+
+@pytest.mark.broker
+def test_a_play_that_no_worker_learns_ends_with_1_and_with_all_keys(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, broker: str, topic_prefix: str, log: str
+) -> None:
+    monkeypatch.setattr(replaying, "STALL_S", 1.0)
+    create_topics(broker, TopicSettings(prefix=topic_prefix, partitions=2))
+    Path("headrace.toml").write_text(f'[topics]\nprefix = "{topic_prefix}"\npartitions = 2\n')
+    assert run(["replay", "events", log, "--bootstrap", broker, "--max-speed", "--json"]) == 1
+    told = capfd.readouterr()
+    result = json.loads(told.out.splitlines()[-1])
+    assert result["events_in"] >= 8_000
+    assert {result[key] for key in replaying.NOT_LEARNED} == {None}
+    assert "the workers have not learned it" in told.err
+    assert 'learn of a log with ticks = "log"' in told.err
