@@ -57,8 +57,8 @@ def _at(line: str) -> None:
 
 
 def _holds(result: dict) -> bool:
-    calm = result["calm"]
-    return result["digest_equal"] and not any(result[name] for name in WRONG) and not any(calm.values())
+    calm, looked = result["calm"], bool(result["answers"] and result["versions_checked"])
+    return looked and result["digest_equal"] and not any(result[name] for name in WRONG) and not any(calm.values())
 
 
 def _text(result: dict) -> str:

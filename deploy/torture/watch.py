@@ -39,9 +39,9 @@ KEPT = 20  # answers of one version and replica
 
 @dataclass
 class Seen:
-    """`wrong`: how many answers are not those of their version, or are of an older one than the answer before, by what
-    is wrong. `missing_versions`: records of `parameters` that do not go on from the one before. `replica`: at the last
-    version."""
+    """`wrong`: how many answers are not those of their version, are of an older one than the answer before, or none, by
+    what is wrong. `missing_versions`: records of `parameters` that do not go on from the one before. `replica`: at the
+    last version."""
 
     answers: int
     wrong: Counter[str]
@@ -75,6 +75,7 @@ class Watch:
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by version
     asked: int = 0
     backward: Counter[str] = field(default_factory=Counter)  # older than an earlier answer of the same process
+    failed: Counter[str] = field(default_factory=Counter)  # by status; but for those that say: not now
     _stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -106,6 +107,9 @@ class Watch:
                 connection = None
                 self._stop.wait(0.1)
                 continue
+            if response.status not in (200, 429, 503):
+                with self._lock:
+                    self.failed[f"with status {response.status}"] += 1
             if response.status == 200:
                 answer = orjson.loads(raw)
                 version = answer["model_version"]
@@ -134,7 +138,7 @@ class Watch:
                 settings.serve.serve, model.features, model.ranker, lambda: moment, feedback=model.feedback
             )
 
-        seen = Seen(self.asked, Counter(self.backward), replica=empty())
+        seen = Seen(self.asked, self.backward + self.failed, replica=empty())
         bases: dict[Place, Place | None] = {}
         published = set()
         for version in _versions(settings):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from deploy.commands.torture import _holds
 from deploy.torture import WRONG
 from deploy.torture.faults import ON_DISK, Kind, plan
 from deploy.torture.run import Torture
 from deploy.torture.story import Story
+from deploy.torture.watch import Watch
+from tests.streams.children import wait_for
 
 pytestmark = pytest.mark.broker
 FOUND_BY = {
@@ -40,6 +47,39 @@ def test_nothing_is_lost_doubled_or_torn_and_the_checkpoint_is_that_of_an_undist
     assert (found["kills"], found["faults"]["lose_rank"]) == (3, 1)
     assert found["answers"] > 100
     assert found["versions_checked"] > 3
+
+
+def test_a_run_in_which_nobody_was_answered_proves_nothing() -> None:
+    good = dict.fromkeys(WRONG, 0) | {
+        "digest_equal": True, "calm": {"lost": 0, "duplicated": 0}, "answers": 9, "versions_checked": 2,
+    }  # fmt: skip
+    assert _holds(good)
+    for name, value in {"answers": 0, "versions_checked": 0, "digest_equal": False, "lost": 1}.items():
+        assert not _holds(good | {name: value}), name
+
+
+class Failing(BaseHTTPRequestHandler):
+    """A replica that has a fault, and now and then is busy."""
+
+    statuses: ClassVar[Iterator[int]] = itertools.cycle((500, 503, 429))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(next(self.statuses))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_an_answer_that_is_a_fault_is_a_wrong_one() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        watch = Watch([server.server_port])
+        watch.start()
+        wait_for(lambda: watch.failed.total() >= 2)
+        watch.stop()
+        server.shutdown()
+    assert set(watch.failed) == {"with status 500"}
+    assert not watch.asked
 
 
 @pytest.mark.nightly
