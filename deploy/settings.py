@@ -50,6 +50,7 @@ ABOUT = {
 # Of the command itself, of the embedded Kafka, of tests, of deploy/compose.
 NOT_SETTINGS = {
     "HEADRACE_DEBUG", "HEADRACE_CACHE", "HEADRACE_FAULT", "HEADRACE_DATA", "HEADRACE_ARTEFACTS", "HEADRACE_SECRETS",
+    "HEADRACE_VERSION", "HEADRACE_EXTRA",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from deploy.dashboards import objectives as good
 from deploy.dashboards.boards import BOARDS
 from deploy.dashboards.objectives import Objective
-from deploy.dashboards.panels import JOBS, SOURCE_UID, past_objective, to_json
+from deploy.dashboards.panels import ANSWERS, JOBS, SOURCE_UID, past_objective, to_json
 
 FOLDER_UID = GROUP = "headrace"
 EVERY_S = 30  # between two evaluations
@@ -64,7 +64,14 @@ _REFUSED = (
 _ABSENT = " or ".join(f'absent(up{{job="{job}"}})' for job in ("join", "train", "serve"))
 # 429 is the replica's own answer to overload: whoever gets it has nothing to show.
 _FAILED = (
-    'sum(rate(headrace_serve_requests_total{status=~"5..|429"}[5m])) / sum(rate(headrace_serve_requests_total[5m]))'
+    f'sum(rate(headrace_serve_requests_total{{{ANSWERS},status=~"5..|429"}}[5m]))'
+    f" / sum(rate(headrace_serve_requests_total{{{ANSWERS}}}[5m]))"
+)
+# One that has no version yet has no age either.
+_STALE = (
+    f"(headrace_replica_age_seconds > {good.REPLICA_AGE.high:g}"
+    " or time() - process_start_time_seconds > 60 and on (instance) headrace_replica_sequence < 0)"
+    " and on (instance) (headrace_replica_sequence < scalar(max(headrace_train_published_sequence)))"
 )
 _SCORED = (
     "histogram_quantile(0.99, sum by (le, instance)"
@@ -154,11 +161,9 @@ ALERTS: tuple[Alert, ...] = (
         " let go, `headrace checkpoint rollback`.", good.GUARD,
     ),
     Alert(
-        "replica-stale", "page", "1m",
-        f"headrace_replica_age_seconds > {good.REPLICA_AGE.high:g} and on (instance)"
-        " (headrace_replica_sequence < scalar(max(headrace_train_published_sequence)))",
-        "The replica at {{ $labels.instance }} serves a version that is {{ $value | humanizeDuration }} old, and"
-        " there is a newer one",
+        "replica-stale", "page", "1m", _STALE,
+        "The replica at {{ $labels.instance }} has taken no version for {{ $value | humanizeDuration }}, and there is a"
+        " newer one",
         "Can it reach Kafka? Its log says so. Restarted it loads the newest snapshot and catches up.", good.REPLICA_AGE,
     ),
     Alert(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.dashboards import objectives as good
-from deploy.dashboards.panels import Board, Panel, Query, quantiles
+from deploy.dashboards.panels import ANSWERS, Board, Panel, Query, quantiles
 
 TASK = "{{task}} {{scenario}}"
 
@@ -49,6 +49,12 @@ MODEL_QUALITY = Board(
         "Training": [
             Panel("Examples learned", "short", "Per second. Below what is joined: blocks wait, see Kafka.",
                   [Query("rate(headrace_train_rows_total{}[$__rate_interval])")]),
+            Panel("Not learned", "short",
+                  "Per second. Rows of batches whose loss exploded: the trainer's log has their places. Ids of a table"
+                  " that got no row: make it larger.",
+                  [Query("rate(headrace_train_left_out_rows_total{}[$__rate_interval])", "left out"),
+                   Query("sum by (table) (rate(headrace_train_no_room_total{}[$__rate_interval]))",
+                         "no room: {{table}}")]),
             Panel("Examples in a batch", "short", "Full batches ([model] batch_size) mean catching up.",
                   quantiles("headrace_train_batch_rows_bucket{}")),
             Panel("Step", "s", "One test-then-train step. Grows with batch, tables that are read from disk, other"
@@ -131,10 +137,12 @@ SERVING = Board(
                          f" (rate(headrace_serve_request_seconds_bucket{{{SCORING}}}[$__rate_interval])))",
                          f"p{100 * q:.0f} {{{{route}}}}") for q in (0.5, 0.99)], good.SERVE_SECONDS, log=True),
             Panel("Share of requests that failed", "percentunit",
-                  "Answered with 500 or more, or turned away (429). 429 and 503 are overload.",
-                  [Query('(sum(rate(headrace_serve_requests_total{status=~"5..|429",instance=~"$instance"}'
-                         "[$__rate_interval])) or vector(0))"
-                         " / sum(rate(headrace_serve_requests_total{}[$__rate_interval]))", "failed")],
+                  "Of rank, recommend and similar: answered with 500 or more, or turned away (429). 429 and 503 are"
+                  " overload.",
+                  [Query(f'(sum(rate(headrace_serve_requests_total{{{ANSWERS},status=~"5..|429",'
+                         'instance=~"$instance"}[$__rate_interval])) or vector(0))'
+                         f' / sum(rate(headrace_serve_requests_total{{{ANSWERS},instance=~"$instance"}}'
+                         "[$__rate_interval]))", "failed")],
                   good.SERVE_ERRORS),
             Panel("Requests refused", "reqps",
                   "By the problem that was said, per second. too-many-waiting, waited-too-long: overload; add"

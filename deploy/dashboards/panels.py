@@ -10,6 +10,7 @@ from typing import Any
 from deploy.dashboards.objectives import FRESHNESS_S, Objective
 
 JOBS = "join|train|serve|monitor|player|demo"  # Prometheus' label of our processes
+ANSWERS = 'route=~"/v1/(rank|recommend|items/.+)"'  # what users wait for: no probes, scrapes, or the monitor's looks
 SOURCE_UID = "headrace-prometheus"
 WIDTH, HEIGHT = 12, 8  # of a panel; Grafana's grid is 24 wide
 

@@ -18,6 +18,7 @@ import typer
 
 from deploy.broker import KAFKA_VERSION
 from deploy.cli import app
+from deploy.dashboards.panels import JOBS
 from tests.deploy.deployment_files import (
     ALL,
     CHART,
@@ -134,6 +135,13 @@ def test_compose_says_what_commands_and_settings_there_are(tmp_path: Path) -> No
         accepted(environment, tmp_path)
 
 
+def test_what_compose_reads_of_a_shell_breaks_no_command_there(tmp_path: Path) -> None:
+    (tmp_path / "headrace.toml").write_text("")
+    read = set(re.findall(r"\$\{(HEADRACE_\w+)", COMPOSE.read_text()))
+    assert {"HEADRACE_SECRETS", "HEADRACE_VERSION", "HEADRACE_EXTRA"} <= read
+    accepted(dict.fromkeys(read, "1"), tmp_path)
+
+
 def metrics_ports(command: list[str]) -> set[int]:
     """Those that are set by the command, and not by the environment."""
     return {int(port) for option, port in pairwise(command) if option == "--metrics-port"}
@@ -177,6 +185,7 @@ def test_the_chart_is_sound_to_helm_and_what_it_makes_to_kubernetes(values: tupl
 def test_every_pod_is_hardened_and_asked_how_it_is(values: tuple[str, ...]) -> None:
     for name, pod in pods(values):
         assert pod["automountServiceAccountToken"] is False, name
+        assert pod["enableServiceLinks"] is False, f"{name}: a Service headrace-x would be HEADRACE_X_…, no setting"
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         for container in pod["containers"]:
@@ -254,6 +263,19 @@ def test_nobody_talks_to_anybody_but_as_said(values: tuple[str, ...]) -> None:
             assert rule["ports"], f"{name} lets everything out"
     assert policies["shop-clients"]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "serve"
     assert ("shop-metrics" in policies) == (values == ALL)
+
+
+def test_prometheus_knows_the_pods_by_the_jobs_that_alerts_and_dashboards_ask_for() -> None:
+    monitors = [d["spec"]["endpoints"] for d in rendered(ALL) if d["kind"] == "ServiceMonitor"]
+    said = [rule["replacement"] for (endpoint,) in monitors for rule in endpoint["relabelings"]]
+    assert said == ["join", "train", "serve", "monitor"]
+    assert set(said) <= set(JOBS.split("|"))
+
+
+def test_replicas_answer_while_no_version_comes() -> None:
+    (serve,) = [pod for name, pod in pods(LEAST) if name.endswith("/shop-serve")]
+    (told,) = [v["value"] for v in serve["containers"][0]["env"] if v["name"] == "HEADRACE_SERVE_MAX_AGE_MS"]
+    assert told == str(24 * 3_600_000)
 
 
 def test_there_are_no_secrets_of_its_own_and_no_default() -> None:

@@ -41,7 +41,9 @@ OF = 'instance="j:1",job="join",partition="0"'
 TRAINER = 'instance="t:1",job="train"'
 CALIBRATION = f'headrace_train_calibration{{{TRAINER},task="click",scenario="all"}}'
 SERVABLE = 'stage="servable",job="monitor"'
-ROUTE = 'route="/v1/rank",instance="s:1",job="serve"'
+ROUTE, POLLED, PROBED = (
+    f'route="{route}",instance="s:1",job="serve"' for route in ("/v1/rank", "/v1/model", "/readyz")
+)
 
 
 def probes(*spans: tuple[int, float, float]) -> dict[str, list[float]]:
@@ -120,6 +122,11 @@ CASES = (
           'headrace_replica_sequence{instance="s:1",job="serve"}': level((15, 7)),
           f"headrace_train_published_sequence{{{TRAINER}}}": level((15, 7))},
          quiet=(4, 14), name="there is nothing newer"),
+    Case("replica-stale",
+         {'process_start_time_seconds{instance="s:1",job="serve"}': level((20, 0)),
+          'headrace_replica_sequence{instance="s:1",job="serve"}': level((10, -1), (10, 99)),
+          f"headrace_train_published_sequence{{{TRAINER}}}": level((20, 99))},
+         quiet=(1, 12), fires=(5, 9), name="it has none"),
     Case("dead-letters",
          {'headrace_join_rejected_total{instance="j:1",reason="not_json"}': rising((20, 0), (20, 50), (30, 0)),
           'headrace_join_kinds_total{instance="j:1",kind="click"}': rising((70, 1_000)),
@@ -145,6 +152,15 @@ CASES = (
          {f'headrace_serve_requests_total{{{ROUTE},status="200"}}': rising((40, 1_000)),
           f'headrace_serve_requests_total{{{ROUTE},status="404"}}': rising((40, 1_000))},
          quiet=(9, 20, 30), name="asked wrongly"),
+    Case("serve-errors",
+         {f'headrace_serve_requests_total{{{ROUTE},status="200"}}': rising((40, 10)),
+          f'headrace_serve_requests_total{{{ROUTE},status="503"}}': rising((10, 0), (10, 1), (20, 0)),
+          f'headrace_serve_requests_total{{{POLLED},status="200"}}': rising((40, 10_000))},
+         quiet=(9, 30), fires=(16, 20), name="beside polls that are answered"),
+    Case("serve-errors",
+         {f'headrace_serve_requests_total{{{ROUTE},status="200"}}': rising((40, 10)),
+          f'headrace_serve_requests_total{{{PROBED},status="503"}}': rising((40, 100))},
+         quiet=(9, 20, 30), name="probed while it is not ready"),
     Case("serve-slow",
          {f'headrace_serve_request_seconds_bucket{{{ROUTE},le="{le}"}}': rising((10, fast), (20, slow), (20, fast))
           for le, fast, slow in (("0.02", 1_000, 500), ("0.05", 1_000, 500), ("0.1", 1_000, 990),

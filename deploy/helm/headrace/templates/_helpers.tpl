@@ -119,6 +119,7 @@ capabilities: {drop: [ALL]}
 {{/* What is alike in the spec of every pod: (dict "root" $ "part" .Values.join "kind" "join") */}}
 {{- define "headrace.pod" -}}
 automountServiceAccountToken: false
+enableServiceLinks: false  # of a Service headrace-… they would be variables HEADRACE_…, which are settings
 serviceAccountName: {{ include "headrace.name" .root }}
 securityContext: {{- include "headrace.podSecurity" .root | nindent 2 }}
 {{- with .root.Values.image.pullSecrets }}
