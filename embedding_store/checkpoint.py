@@ -150,6 +150,11 @@ class CheckpointStore:
             self._db.close()
             raise
 
+    @property
+    def memory_bytes(self) -> int:
+        """As of `Db`."""
+        return self._db.memory_bytes
+
     def commit(self, commit: Commit) -> None:
         """Writes all of the commit or, where it raises, none of it that anybody sees.
 

@@ -98,6 +98,16 @@ class Db:
         self._failed = False  # RocksDB refuses all writes after one that failed, until it is opened anew
         self._connect()
 
+    @property
+    def memory_bytes(self) -> int:
+        """What RocksDB has in memory: blocks that were read, up to its cache, and what was written and is in no file
+        yet. 0 where it is closed. For any thread."""
+        waiting = 0
+        for family in list(self._families.values()):
+            with contextlib.suppress(Exception):  # it is being closed, or opened anew
+                waiting += family.property_int_value("rocksdb.cur-size-all-mem-tables") or 0
+        return waiting + self._cache.get_usage() if self._db is not None else 0
+
     def family(self, name: str) -> Rdict:
         """RocksDB's own view of a family. Do not keep it: it holds the LOCK beyond `close`."""
         return self._opened() if name == DEFAULT_FAMILY else self._families[name]
@@ -257,7 +267,7 @@ class Db:
             listed = before.read() if before else b""
             found = Rdict.list_cf(str(self.path)) if exists else []  # RocksDB wants all that there are
             names = sorted({*self._names, *found} - {DEFAULT_FAMILY})
-            cache = Cache(self._memory // 2 or _CACHE_BYTES)
+            cache = self._cache = Cache(self._memory // 2 or _CACHE_BYTES)
             access = AccessType.read_only(False) if self._read_only else AccessType.read_write()
             options = {name: _options(cache, self._memory) for name in (DEFAULT_FAMILY, *names)}
             for name, prefix in self._by_prefix.items():

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from embedding_store.errors import PositionError
+from embedding_store.errors import PositionError, UsageError
 from online_model.examples import Block, Counts, Examples
 
 _WRAP = (1 << 64) - 1
@@ -208,8 +208,19 @@ class RowQueue:
         return {"last": self._last, "positions": {str(p): asdict(at) for p, at in sorted(self.positions.items())}}
 
     def load(self, state: dict) -> None:
-        """What `state` gave; blocks are then expected from each position's `next` on."""
+        """What `state` gave; blocks are then expected from each position's `next` on.
+
+        Raises UsageError where it stands within blocks, and a run of the other kind has learned a part of them: which
+        of their rows these are, only that kind knows.
+        """
         self._last = tuple(state["last"]) if state["last"] else None
+        within = any(at["taken"] for at in state["positions"].values())
+        if within and (self._last is not None) != (self._partitions > 0):
+            was = str(self._last is not None).lower()
+            raise UsageError(
+                f"the store stands within blocks that were learned with deterministic = {was}, in another order: go on "
+                "with that"
+            )
         for partition, at in state["positions"].items():
             position = position_of(at)
             self.positions[int(partition)] = position

@@ -99,6 +99,9 @@ class Cache(Generic[V]):
             del delete[key]
 
     def saved(self) -> None:
+        for key in self._removed:  # that they are gone the disk says: nobody is to keep a note of all that ever were
+            self._young.pop(key, None)
+            self._old.pop(key, None)
         self._dirty.clear()
         self._removed.clear()
         if len(self._young) > self._size // 2:

@@ -180,6 +180,11 @@ class Lane:
         return None
 
     @property
+    def store_memory_bytes(self) -> int:
+        """What its store has in memory. For any thread."""
+        return self._store.memory_bytes if self._running is not None else 0
+
+    @property
     def opening_s(self) -> float:
         """For so long it has been on its way to be open; 0 when it is. For any thread."""
         return 0.0 if self._running is not None else time.monotonic() - self._made

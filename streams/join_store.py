@@ -103,6 +103,11 @@ class JoinStore:
     def next_offset(self) -> int | None:
         return self._head.next_offset if self._head else None
 
+    @property
+    def memory_bytes(self) -> int:
+        """As of `Db`."""
+        return self._db.memory_bytes
+
     def state(self) -> JoinState:
         """What a Joiner at `next_offset` goes on with. For one joiner: it shares the caches."""
         state = JoinState(

@@ -109,6 +109,7 @@ class JoinWorker:
             p: LaneFigures(
                 lane.counts, lane.next_offset, self._ends.behind(p, lane.next_offset),
                 None if lane.watermark == NEVER else lane.watermark, lane.open_impressions,
+                lane.store_memory_bytes,
             )
             for p, lane in list(self.lanes.items())
         }  # fmt: skip

@@ -40,6 +40,7 @@ JOIN: About = {
     "watermark_seconds": ("Event time that the partition has come to, since 1970", ("partition",)),
     "watermark_lag_seconds": ("How far that is behind the clock", ("partition",)),
     "open_impressions": ("Impressions that can still be acted on", ("partition",)),
+    "store_memory_bytes": ("What RocksDB has in memory", ("partition",)),
 }
 TRAIN: About = {
     "rows_total": ("Rows of examples learned", ()),
@@ -58,6 +59,7 @@ TRAIN: About = {
     "tier_reads_total": ("Ids that were not in memory and were looked for in the store", ("table", "outcome")),
     "checkpoint_age_seconds": ("Since the last commit", ()),
     "checkpoint_bytes": ("The store on disk", ()),
+    "store_memory_bytes": ("What RocksDB has in memory", ()),
     "snapshot_age_seconds": ("Since the newest snapshot was made", ()),
     "delta_rows_total": ("Rows in the versions to publish", ()),
     "pending_rows": ("Rows that were taken and are not learned yet", ()),
@@ -80,6 +82,7 @@ class LaneFigures:
     lag_records: int
     watermark_ms: int | None  # event time; None: none yet
     open_impressions: int
+    store_memory_bytes: int
 
 
 class JoinMetrics:
@@ -127,6 +130,7 @@ def join_values(lanes: Mapping[int, LaneFigures]) -> dict[str, Value]:
         "watermark_seconds": marks,
         "watermark_lag_seconds": {p: now - mark for p, mark in marks.items()},
         "open_impressions": {p: lane.open_impressions for p, lane in named.items()},
+        "store_memory_bytes": {p: lane.store_memory_bytes for p, lane in named.items()},
     }
 
 
@@ -170,6 +174,7 @@ def train_values(trainer: Trainer, waiting_bytes: int, published: int) -> dict[s
             **{(table, "hit"): count.tier_hits for table, count in turnover.items()},
             **{(table, "miss"): count.tier_misses for table, count in turnover.items()},
         },
+        "store_memory_bytes": trainer.store.memory_bytes,
         "delta_rows_total": trainer.delta_rows,
         "pending_rows": trainer.pending,
         "waiting_bytes": waiting_bytes,

@@ -122,6 +122,13 @@ STREAMS = Board(
                 [Query("headrace_join_open_impressions{}", "partition {{partition}}")],
             ),
             Panel(
+                "Memory of the stores", "bytes",
+                "What RocksDB has in memory: it rises for hours, to 64 MB a partition. The rest of a worker's memory"
+                " does not.",
+                [Query("headrace_join_store_memory_bytes{}", "partition {{partition}}"),
+                 Query("headrace_train_store_memory_bytes{}", "trainer")],
+            ),
+            Panel(
                 "Commit and publish", "s",
                 "One block: the write to the store, the transaction in Kafka. Slow commits: the disk. Slow"
                 " transactions: Kafka.",

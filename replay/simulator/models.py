@@ -16,28 +16,28 @@ from replay.simulator.settings import SimulatorSettings
 from streams.events import Scenario
 
 SEEN_KEPT = 300  # items whose views a user remembers
+_NOTHING = np.empty((2, 0), np.int32)
 
 
 class Seen:
     """How often users have seen items, by the items' numbers; of each user the newest `SEEN_KEPT`."""
 
     def __init__(self) -> None:
-        self._views: dict[int, dict[int, int]] = {}
+        self._of: dict[int, np.ndarray] = {}  # user → int32 [2, n]: items, the newest last, and how often each
 
     def add(self, user: int, numbers: np.ndarray) -> None:
-        seen = self._views.setdefault(user, {})
-        for number in numbers.tolist():
-            seen[number] = seen.pop(number, 0) + 1  # the newest last
-        while len(seen) > SEEN_KEPT:
-            del seen[next(iter(seen))]
+        """Items that are shown together, each once, the last one as the newest."""
+        before, now = self._of.get(user, _NOTHING), np.stack((numbers, self.views(user, numbers) + 1))
+        others = before[:, ~np.isin(before[0], numbers)]
+        self._of[user] = np.concatenate((others, now), axis=1, dtype=np.int32, casting="same_kind")[:, -SEEN_KEPT:]
 
     def views(self, user: int, numbers: np.ndarray) -> np.ndarray:
         """int64, as `numbers`."""
-        seen = self._views.get(user, {})
-        return np.array([seen.get(number, 0) for number in numbers.tolist()], np.int64)
+        items, views = self._of.get(user, _NOTHING)
+        return (items == numbers[:, None]) @ views.astype(np.int64)
 
     def clear(self) -> None:
-        self._views.clear()
+        self._of.clear()
 
 
 @dataclass(frozen=True)

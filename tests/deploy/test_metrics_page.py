@@ -63,7 +63,7 @@ class Serving:
 
 
 def _join(folder: Path) -> CollectorRegistry:
-    metrics = JoinMetrics(lambda: {0: LaneFigures(Counts(), 5, 2, 1_000, 3)})
+    metrics = JoinMetrics(lambda: {0: LaneFigures(Counts(), 5, 2, 1_000, 3, 4)})
     tell_process(metrics.registry, folder)
     return metrics.registry
 

@@ -105,6 +105,12 @@ def test_a_jvm_may_take_its_heap_and_no_more() -> None:
     assert not grown(1_000).flat
 
 
+def test_rocksdb_may_fill_its_cache_and_no_more() -> None:
+    for growth, flat in ((100.0, True), (300.0, False)):
+        (trend,) = soak.trends(made("store_mb join", growth=growth, level=100.0), soak.SETTLE_S, 1_000)
+        assert trend.flat == flat
+
+
 def test_what_grows_for_a_reason_is_said_and_not_judged() -> None:
     for name in ("rows train", "disk_mb kafka", "open join"):
         assert soak.trends(made(name, growth=1_000.0), soak.SETTLE_S, 1_000) == []

@@ -23,6 +23,8 @@ What grows for a reason is not judged by that but bounded, or left out by the se
 - Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.
 - Every new item brings rows to trainer and replica: hardly any comes (`item_life_s`). `rows` says how many there were.
 - The demo keeps four bytes of each probe, and the page's samples of two hours.
+- RocksDB keeps blocks that it has read until its cache is full, which takes hours: `store_mb` is what it says of its
+  memory, held to its limit (STORE_MB), and `rss_mb` of join and train is without it.
 - The JVM takes heap up to -Xmx, when it likes: its memory is held to that and KAFKA_BESIDE_MB.
 """
 
@@ -58,10 +60,12 @@ KNEE_S, FIRST_RATE, MOST_RATE, HALVINGS = 40, 500, 64_000, 2
 KEEPS_UP = {"sent": 0.9, "unanswered": 0.01, "p95_ms": 2_000.0}
 GROWTH = 0.05  # of the median, over the span
 ALLOWED = {"rss_mb": 10.0, "files": 4.0, "threads": 2.0, "disk_mb": 32.0, "lag_s": 1.0, "fresh_ms": 50.0}
+ALLOWED["store_mb"] = ALLOWED["rss_mb"]
 ALLOWED["files kafka"] = 40.0  # three segments more or less of each partition
 ALLOWED["lag train"] = 100.0  # blocks, not events: a second or two of them
 STAY = {"rss_mb", "disk_mb", "files", "threads"}  # what has risen by a step does not come down again by itself
 KAFKA_BESIDE_MB = 400.0  # of a JVM, beside its heap
+STORE_MB = {"join": 4 * 2**26 / 1e6, "train": 6 * 2**26 / 1e6}  # a partition; blocks, and tables that are written much
 GRACE_S = 600.0  # to drain, to recount, and for the twin, which leaves the others the processor, to catch up
 
 SETTINGS = """
@@ -188,6 +192,11 @@ def _sampled(running: Demo, seconds: float) -> Iterator[dict[str, float]]:
             meanwhile = {bound: count - before.get(bound, 0.0) for bound, count in buckets.items()}
             row = {"seconds": round(now, 1)} | _processes(running) | _disk(running.data_dir / "demo")
             row |= _told(client, ports)
+            for name in STORE_MB:
+                if {f"rss_mb {name}", f"store_mb {name}"} <= row.keys():  # else it was just too late with its answer
+                    row[f"rss_mb {name}"] -= row[f"store_mb {name}"]
+                else:
+                    row.pop(f"rss_mb {name}", None)
             if before and meanwhile.get(float("inf"), 0.0) > 0:
                 row |= {f"fresh_ms p{100 * q:g}": 1e3 * quantile(q, meanwhile) for q in (0.5, 0.99)}
             before = buckets or before  # it did not answer in time: the next answer has both
@@ -246,17 +255,19 @@ def _disk(home: Path) -> dict[str, float]:
 
 
 def _told(client: httpx.Client, ports: dict[str, str]) -> dict[str, float]:
-    """Lag, rows and open impressions, as the workers say them."""
+    """Lag, rows, open impressions and RocksDB's memory, as the workers say them."""
     wanted = {
         "headrace_join_lag_records": "lag join", "headrace_train_lag_records": "lag train",
         "headrace_train_table_rows": "rows train", "headrace_join_open_impressions": "open join",
+        "headrace_join_store_memory_bytes": "store_mb join", "headrace_train_store_memory_bytes": "store_mb train",
     }  # fmt: skip
     row: dict[str, float] = {}
     for job in ("join", "train"):
         for family in text_string_to_metric_families(_metrics(client, ports[job])):
             for sample in family.samples:
-                if sample.name in wanted:
-                    row[wanted[sample.name]] = row.get(wanted[sample.name], 0.0) + sample.value
+                if (name := wanted.get(sample.name)) is not None:
+                    value = sample.value / 1e6 if name.startswith("store_mb") else sample.value
+                    row[name] = row.get(name, 0.0) + value
     return row
 
 
@@ -271,8 +282,9 @@ def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
         if len(at) < max(3, len(samples.rows) / 2):
             continue  # a copy that is being made
         allowed = ALLOWED["lag_s"] * rate if name == "lag join" else ALLOWED.get(name) or ALLOWED[kind]
-        if name == "rss_mb kafka":
-            allowed = max(allowed, MAX_HEAP_MB + KAFKA_BESIDE_MB - float(np.median(values)))
+        limits = {"rss_mb kafka": MAX_HEAP_MB + KAFKA_BESIDE_MB} | {f"store_mb {of}": mb for of, mb in STORE_MB.items()}
+        if name in limits:
+            allowed = max(allowed, limits[name] - float(np.median(values)))
         growth = slope(at, values) * float(at[-1] - at[0])
         growth = max(growth, step(values)) if kind in STAY else growth
         found.append(Trend(name, float(np.median(values)), growth, allowed))

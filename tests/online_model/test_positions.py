@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedding_store.errors import PositionError
+from embedding_store.errors import PositionError, UsageError
 from online_model.examples import Block, Examples
 from online_model.positions import RowQueue
 from tests.online_model.logs import make_blocks, make_rows
@@ -89,6 +89,18 @@ def test_a_restart_in_the_middle_of_a_block_trains_each_row_once(seed, block_siz
     whole = RowQueue(partitions)
     run(whole, offers, size)
     assert second.state() == whole.state()
+
+
+@pytest.mark.parametrize(("was", "is_now"), [(0, 2), (2, 0)])
+def test_within_a_block_only_a_run_of_the_same_kind_goes_on(was, is_now):
+    offers, first = two_partitions(1, 9), RowQueue(was)
+    run(first, offers, 4, ops=1, drain=False)
+    assert any(at.taken for at in first.positions.values())
+    with pytest.raises(UsageError, match=f"deterministic = {'true' if was else 'false'}"):
+        RowQueue(is_now).load(orjson.loads(orjson.dumps(first.state())))
+    whole = RowQueue(was)
+    run(whole, offers, 4)
+    RowQueue(is_now).load(orjson.loads(orjson.dumps(whole.state())))
 
 
 def two_partitions(seed, block_size):

@@ -23,7 +23,7 @@ from replay.simulator import (
     simulate_to,
 )
 from replay.simulator.compare import wilson
-from replay.simulator.models import Look, Missions, Seen
+from replay.simulator.models import SEEN_KEPT, Look, Missions, Seen
 from replay.simulator.population import REDUCED, Items, Users
 from replay.sinks import JsonlSink
 from streams.events import Click, Event, Impression, Item, Purchase, Refund, encode, units
@@ -333,3 +333,18 @@ def test_quiet_times_are_skipped_and_nothing_comes_out_of_order() -> None:
     pages = sum(isinstance(event, Impression) for event in events)
     assert 200 < pages < 800
     assert times[-1] - times[0] > 30_000_000
+
+
+def test_a_user_remembers_the_items_that_were_seen_last_and_how_often():
+    dice, seen, plain = np.random.default_rng(5), Seen(), {}
+    for _ in range(400):
+        page = dice.choice(900, 9, replace=False)
+        user = int(dice.integers(3))
+        mine = plain.setdefault(user, {})
+        assert seen.views(user, page).tolist() == [mine.get(item, 0) for item in page.tolist()]
+        seen.add(user, page)
+        for item in page.tolist():
+            mine[item] = mine.pop(item, 0) + 1
+        while len(mine) > SEEN_KEPT:
+            del mine[next(iter(mine))]
+    assert min(map(len, plain.values())) == SEEN_KEPT

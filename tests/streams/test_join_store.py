@@ -233,6 +233,7 @@ def test_windows_that_end_with_their_purchase_wait_leave_the_disk(tmp_path):
         step(store, joiner, records_of(shown, clicked, first=2 * n))
     left = {name: len(list(store._db.items(name, join_caches.FIRST))) for name in ("windows", "clicks", "unbought")}
     assert max(left.values()) <= 7, left
+    assert len(store._windows._young.keys() | store._windows._old.keys()) <= 7, "and the memory"
     store.close()
 
 
