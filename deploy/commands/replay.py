@@ -245,10 +245,10 @@ def _onto_kafka(
 
     if not log.has_impressions and not settings.join.join.implicit:
         say(f"headrace: a {log.name} log has no impressions: join learns of it with join.implicit = true only")
+    settings, began_cpu_s = connected(settings), time.process_time()
     if settings.join.ticks == "live":
         say('headrace: with [join] ticks = "live" idle partitions are moved by the clock of today, and what is older is'
             ' late: workers learn of a log with ticks = "log"')
-    settings, began_cpu_s = connected(settings), time.process_time()
     followed, clock = Followed(settings) if wait else None, WallClock()
     with progress(f"playing {log.name}") as (bar, task):
         with KafkaSink(settings.connection, settings.topics.events, settings.topics.items) as sink:

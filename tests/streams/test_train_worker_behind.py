@@ -111,6 +111,7 @@ def test_a_turn_learns_until_a_commit_is_due_or_nothing_waits(
     worker = SimpleNamespace(
         _trainer=trainer, _published=0, _dirty=True, _commit_due=1_000.0 + due_in_s, _metrics=metrics,
         _rows_a_step=lambda: 1, _waiting=[], _commit=lambda everything: [(1, [])],
+        _learn_items=lambda items: [],
         _figures=SimpleNamespace(progress=SimpleNamespace(made=lambda more: None)),
     )  # fmt: skip
     committed = TrainWorker._turn(worker, [], [], False)  # type: ignore[arg-type]
