@@ -249,7 +249,10 @@ class Lane:
         self._renew_due = now + RENEW_SECONDS
         async with self._between_slices:
             if not self._closing:
-                await self._send([], self._group_offset, self._aside)
+                try:
+                    await self._send([], self._group_offset, self._aside)
+                except BrokerError as error:  # nothing hangs on it but that it is said within a week
+                    self._log.warning("partition %s: %s", self.partition, error)
 
     async def purge_if_due(self) -> None:
         """Rewrites the store's files, if users were forgotten, while slices go on."""
