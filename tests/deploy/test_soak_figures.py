@@ -112,7 +112,7 @@ def test_rocksdb_may_fill_its_cache_and_no_more() -> None:
 
 
 def test_what_grows_for_a_reason_is_said_and_not_judged() -> None:
-    for name in ("rows train", "disk_mb kafka", "open join"):
+    for name in ("rows train", "disk_mb kafka", "open join", "cpu_s join"):
         assert soak.trends(made(name, growth=1_000.0), soak.SETTLE_S, 1_000) == []
         assert soak.is_only_said(name)
 

@@ -7,13 +7,13 @@ The knee is the largest rate that the demo keeps up with in runs of KNEE_S secon
 then halved between. It keeps up if nearly nobody goes away without an answer, as much as asked for is sent, and probes
 come back soon (KEEPS_UP).
 
-Every SAMPLE_S seconds: resident memory, open files and threads of every process of the demo (Kafka and the twin among
-them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics. The first SETTLE_S
-seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of the slopes between all
-pairs of samples, times the span is what a figure has grown; of memory, disk, files and threads (STAY) also the median
-of the last quarter less that of the first, if it is more, as half of the pairs see nothing of a single step. It is
-flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a busy machine shift
-about (ALLOWED).
+Every SAMPLE_S seconds: resident memory, open files, threads and processor time of every process of the demo (Kafka and
+the twin among them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics. The
+first SETTLE_S seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of the
+slopes between all pairs of samples, times the span is what a figure has grown; of memory, disk, files and threads
+(STAY) also the median of the last quarter less that of the first, if it is more, as half of the pairs see nothing of a
+single step. It is flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a
+busy machine shift about (ALLOWED).
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
@@ -21,6 +21,7 @@ What grows for a reason is not judged by that but bounded, or left out by the se
 - What the joiner keeps of open impressions, event ids and purchase windows is full after the longest of its windows,
   which are as long as the settling here.
 - Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.
+- Processor time is said: by it a machine that got slower is told from a system that did.
 - Every new item brings rows to trainer and replica: hardly any comes (`item_life_s`). `rows` says how many there were.
 - The demo keeps four bytes of each probe, and the page's samples of two hours.
 - RocksDB keeps blocks that it has read until its cache is full, which takes hours: `store_mb` is what it says of its
@@ -75,6 +76,7 @@ item_life_s = 864000.0
 open_ms = {window_ms}
 click_window_ms = {window_ms}
 purchase_window_ms = {window_ms}
+snapshot_interval_s = {keep_s}
 [train]
 snapshot_interval_s = {copy_s}
 checkpoint_interval_s = {copy_s}
@@ -161,7 +163,9 @@ def run(bench: Bench, seconds: float, rate: float, out: Path) -> tuple[dict[str,
     home = bench.empty("soak")
     settled = min(SETTLE_S, seconds / 4)
     config = home / "soak.toml"
-    config.write_text(SETTINGS.format(window_ms=round(0.8 * settled * 1000), copy_s=settled / 4), "utf-8")
+    keep_s = 2 * seconds + GRACE_S  # Kafka keeps `events` for that and the window, and the recount needs them all
+    settings = SETTINGS.format(window_ms=round(0.8 * settled * 1000), copy_s=settled / 4, keep_s=keep_s)
+    config.write_text(settings, "utf-8")
     say(f"soak: {seconds:,.0f} s at {rate:,.0f} events/s")
     with demo(home / "data", "--config", config, "--seconds", seconds, "--rate", rate) as running:
         samples = Samples()
@@ -225,9 +229,10 @@ def _processes(running: Demo) -> dict[str, float]:
         for process in [parent, *parent.children(recursive=True)]:
             with contextlib.suppress(psutil.Error), process.oneshot():  # it may have ended meanwhile
                 name = _name(process.cmdline())
+                used = process.cpu_times()
                 seen = {
                     "rss_mb": process.memory_info().rss / 1e6, "files": float(process.num_fds()),
-                    "threads": float(process.num_threads()),
+                    "threads": float(process.num_threads()), "cpu_s": used.user + used.system,
                 }  # fmt: skip
                 row |= {f"{kind} {name}": value + row.get(f"{kind} {name}", 0.0) for kind, value in seen.items()}
     return row
@@ -293,7 +298,7 @@ def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
 
 def is_only_said(name: str) -> bool:
     """Whether it grows, or moves, for a reason that is said above."""
-    return name.split()[0] in ("rows", "open") or name == "disk_mb kafka"
+    return name.split()[0] in ("rows", "open", "cpu_s") or name == "disk_mb kafka"
 
 
 def slope(at: np.ndarray, values: np.ndarray) -> float:
