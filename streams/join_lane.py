@@ -509,6 +509,7 @@ class Lane:
         if in_doubt:
             self._log.info("partition %s: Kafka is back, and has all up to %s", self.partition, to_offset)
         self._group_offset, self._aside = to_offset, aside[-MAX_RANGES:]
+        self._renew_due = time.monotonic() + RENEW_SECONDS
 
     def _has_room(self) -> bool:
         room = len(self._waiting) < MAX_WAITING and self._waiting_bytes < MAX_WAITING_BYTES

@@ -343,7 +343,8 @@ def test_what_kafka_did_not_take_and_what_it_perhaps_took_are_there_once(
         # As if the answer had been lost: it is refused now, Kafka is asked, and has it already.
         set_config(broker, topics.examples, "max.message.bytes", "100")
         outbox = lane._store.outbox()
-        await lane._publish(outbox, decode_block(outbox[0]))
+        async with lane._between_slices:  # as a slice does
+            await lane._publish(outbox, decode_block(outbox[0]))
         await refused(2)
         await worker.close({0})
         await worker.stop()
