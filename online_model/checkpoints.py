@@ -186,7 +186,8 @@ def _commit(
         info={**version.info, "partitions": partitions, "guard": {"held": False}},
     )  # fmt: skip
     store.remember_gone((0, 0))  # for a further rollback, which asks this store who went
-    notes = {table: _notes_of(store, table, ids) for table, ids in gone.items() if TOUCHED in _columns(store, table)}
+    dated = {table for table, layout in store.layouts.items() if TOUCHED in (layout.names or ())}
+    notes = {table: _notes_of(store, table, ids) for table, ids in gone.items() if table in dated}
     store.acknowledge(head.sequence)  # what it had not published: a replica has it by now, or loads a snapshot
     store.commit(
         Commit(
@@ -202,10 +203,6 @@ def _commit(
         "restored": live is None,
         "digest": digest_of(store),
     }
-
-
-def _columns(store: CheckpointStore, table: str) -> tuple[str, ...]:
-    return store.layouts[table].names or ()
 
 
 def _notes_of(store: CheckpointStore, table: str, ids: np.ndarray) -> Notes:

@@ -17,7 +17,7 @@ busy machine shift about (ALLOWED).
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
-- Kafka's log grows with what is sent, until its retention: said, not judged. Its segments are files that are open.
+- Kafka's log grows with what is sent, for the whole run: said, not judged. Its segments are files that are open.
 - What the joiner keeps of open impressions, event ids and purchase windows is full after the longest of its windows,
   which are as long as the settling here.
 - Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.

@@ -231,15 +231,21 @@ def test_a_rollback_goes_back_publishes_and_books_what_it_set_aside(tmp_path, lo
     world.trainer.store.close()
 
 
+def kept_after_good_rounds(world, count):
+    """The places of as many kept checkpoints."""
+    places = []
+    for _ in range(count):
+        world.round(good=True)
+        world.keep()
+        places.append(world.place)
+    return places
+
+
 def test_no_rollback_loop(tmp_path, log):
     """Poison that does not end: back to one kept checkpoint after the other, then it is held."""
     world = World(tmp_path / "w", log, GOING_BACK)
     until_proven(world)
-    places = []
-    for _ in range(3):
-        world.round(good=True)
-        world.keep()
-        places.append(world.place)
+    places = kept_after_good_rounds(world, 3)
     went_to = []
     while world.at < BLOCKS and not (world.trainer.guard.held and not world.trainer.rollback_due):
         world.round(good=False)
@@ -271,11 +277,7 @@ def test_a_rollback_without_a_kept_checkpoint_gives_up_and_holds(tmp_path, log, 
 def test_a_damaged_checkpoint_is_none_to_go_back_to(tmp_path, log, caplog, whole):
     world = World(tmp_path / "w", log, GOING_BACK)
     until_proven(world)
-    places = []
-    for _ in range(2):
-        world.round(good=True)
-        world.keep()
-        places.append(world.place)
+    places = kept_after_good_rounds(world, 2)
     until_held(world)
     for manifest in list(world.kept.newest_first())[: 2 - whole]:
         table = next(Path(world.kept.url).glob(f"*{manifest.number}/*.sst"))
