@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 
-LIMIT = 7_200  # samples kept: two hours at one a second
+LIMIT = 1_800  # samples kept: half an hour at one a second, 2 MB that a page which is opened then is sent
 RECENT = 600  # the newest ones are never thinned
 
 

@@ -16,25 +16,33 @@ from replay.simulator.settings import SimulatorSettings
 from streams.events import Scenario
 
 SEEN_KEPT = 300  # items whose views a user remembers
-_NOTHING = np.empty((2, 0), np.int32)
+_NOBODY = -1  # no item has this number
 
 
 class Seen:
-    """How often users have seen items, by the items' numbers; of each user the newest `SEEN_KEPT`."""
+    """How often users have seen items, by the items' numbers; of each user the newest `SEEN_KEPT`.
+
+    A user's memory is as large from the first item on: one that grows with each page leaves the heap full of holes.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[int, np.ndarray] = {}  # user → int32 [2, n]: items, the newest last, and how often each
+        self._of: dict[int, np.ndarray] = {}  # user → int32 [2, SEEN_KEPT]: items, the newest last, and how often each
 
     def add(self, user: int, numbers: np.ndarray) -> None:
         """Items that are shown together, each once, the last one as the newest."""
-        before, now = self._of.get(user, _NOTHING), np.stack((numbers, self.views(user, numbers) + 1))
-        others = before[:, ~np.isin(before[0], numbers)]
-        self._of[user] = np.concatenate((others, now), axis=1, dtype=np.int32, casting="same_kind")[:, -SEEN_KEPT:]
+        kept = self._of.get(user)
+        if kept is None:
+            kept = self._of[user] = np.full((2, SEEN_KEPT), _NOBODY, np.int32)
+        now = np.stack((numbers, self.views(user, numbers) + 1))
+        others = kept[:, ~np.isin(kept[0], numbers)]
+        kept[:] = np.concatenate((others, now), axis=1)[:, -SEEN_KEPT:]
 
     def views(self, user: int, numbers: np.ndarray) -> np.ndarray:
         """int64, as `numbers`."""
-        items, views = self._of.get(user, _NOTHING)
-        return (items == numbers[:, None]) @ views.astype(np.int64)
+        kept = self._of.get(user)
+        if kept is None:
+            return np.zeros(len(numbers), np.int64)
+        return (kept[0] == numbers[:, None]) @ kept[1].astype(np.int64)
 
     def clear(self) -> None:
         self._of.clear()

@@ -23,7 +23,7 @@ What grows for a reason is not judged by that but bounded, or left out by the se
 - Snapshots and checkpoints are kept in number: there are as many as ever will be when the settling is over.
 - Processor time is said: by it a machine that got slower is told from a system that did.
 - Every new item brings rows to trainer and replica: hardly any comes (`item_life_s`). `rows` says how many there were.
-- The demo keeps four bytes of each probe, and the page's samples of two hours.
+- The demo keeps four bytes of each probe, and the page's samples of half an hour.
 - RocksDB keeps blocks that it has read until its cache is full, which takes hours: `store_mb` is what it says of its
   memory, held to its limit (STORE_MB), and `rss_mb` of join and train is without it.
 - The JVM takes heap up to -Xmx, when it likes: its memory is held to that and KAFKA_BESIDE_MB.

@@ -83,7 +83,7 @@ def running(kind: str, log: Path, **settings: Any) -> Iterator[Child]:
         child.kill()
 
 
-def wait_for(true: Any, seconds: float = 60.0, child: Child | None = None, what: str = "") -> Any:
+def wait_for(true: Any, seconds: float = 180.0, child: Child | None = None, what: str = "") -> Any:
     """The first value of `true()` that is true."""
     deadline = time.monotonic() + seconds
     while not (value := true()):
