@@ -6,46 +6,16 @@ The row that an id gets follows from the calls alone, so two runs of the same lo
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 
 from embedding_store import probing
 
 
-class Map(Protocol):
-    """What both maps here promise. ids: int64 [n], any value, may repeat; id 0 never has a row."""
-
-    capacity: int
-
-    def __len__(self) -> int:
-        """How many ids have a row."""
-
-    @property
-    def free(self) -> int:
-        """How many more ids can be admitted."""
-
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        """The rows of `ids`, int64 [n], 0 where there is none. Changes nothing."""
-
-    def admit(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(rows of `ids` int64 [n], those ids that are new int64 [k], ascending).
-
-        New ids get rows in ascending order; when the map is full the largest of them go without (row 0).
-        """
-
-    def remove(self, ids: np.ndarray) -> np.ndarray:
-        """Frees the rows of `ids` and returns them, int64 [k], in ascending order of their ids."""
-
-    def ids_of(self, rows: np.ndarray) -> np.ndarray:
-        """The ids in `rows`, int64 [n]; 0 for row 0 and for free rows."""
-
-
 class RowMap:
-    """The fast map (see `Map`): open addressing, at most half full, in compiled loops (`probing`). 48 to 80 bytes
-    an id.
+    """Open addressing, at most half full, in compiled loops (`probing`). 48 to 80 bytes an id.
 
-    Ids may be hostile: how long a search is hangs on random words of this map alone, which change no answer.
+    ids: int64 [n], any value, may repeat; id 0 never has a row. They may be hostile: how long a search is
+    hangs on random words of this map alone, which change no answer.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -58,10 +28,12 @@ class RowMap:
         self._rebuild()
 
     def __len__(self) -> int:
+        """How many ids have a row."""
         return self.capacity - self._n_free
 
     @property
     def free(self) -> int:
+        """How many more ids can be admitted."""
         return self._n_free
 
     @property
@@ -70,9 +42,14 @@ class RowMap:
         return self._ids.nbytes + self._free.nbytes + self._slots.nbytes
 
     def find(self, ids: np.ndarray) -> np.ndarray:
+        """The rows of `ids`, int64 [n], 0 where there is none. Changes nothing."""
         return self._find(ids)[0]
 
     def admit(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of `ids` int64 [n], those ids that are new int64 [k], ascending).
+
+        New ids get rows in ascending order; when the map is full the largest of them go without (row 0).
+        """
         rows, absent = self._find(ids)
         if not absent:
             return rows, np.empty(0, np.int64)
@@ -87,6 +64,7 @@ class RowMap:
         return rows, new
 
     def remove(self, ids: np.ndarray) -> np.ndarray:
+        """Frees the rows of `ids` and returns them, int64 [k], in ascending order of their ids."""
         ids = _distinct(ids)
         rows = np.empty(len(ids), np.int64)
         probing.remove(ids, self._slots, self._tables, self._mask, rows)
@@ -97,6 +75,7 @@ class RowMap:
         return rows
 
     def ids_of(self, rows: np.ndarray) -> np.ndarray:
+        """The ids in `rows`, int64 [n]; 0 for row 0 and for free rows."""
         return self._ids[rows]
 
     def grow(self, capacity: int) -> None:
@@ -132,45 +111,3 @@ def _distinct(ids: np.ndarray) -> np.ndarray:
     keep = ids != 0
     keep[1:] &= ids[1:] != ids[:-1]
     return ids[keep]
-
-
-class DictRowMap:
-    """The plain reference of `RowMap`: the same answers, the same row numbers, from a dict."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._row: dict[int, int] = {}
-        self._id: dict[int, int] = {}
-        self._stack = list(range(capacity, 0, -1))
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    @property
-    def free(self) -> int:
-        return len(self._stack)
-
-    def find(self, ids: np.ndarray) -> np.ndarray:
-        return np.array([self._row.get(i, 0) for i in ids.tolist()], np.int64)
-
-    def admit(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        new = sorted(set(ids.tolist()) - set(self._row) - {0})[: self.free]
-        for i in new:
-            self._row[i] = self._stack.pop()
-            self._id[self._row[i]] = i
-        return self.find(ids), np.array(new, np.int64)
-
-    def remove(self, ids: np.ndarray) -> np.ndarray:
-        rows = [self._row.pop(i) for i in sorted(set(ids.tolist()) & set(self._row))]
-        for row in rows:
-            del self._id[row]
-        self._stack += rows
-        return np.array(rows, np.int64)
-
-    def ids_of(self, rows: np.ndarray) -> np.ndarray:
-        return np.array([self._id.get(r, 0) for r in rows.tolist()], np.int64)
-
-    def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            self._stack = list(range(capacity, self.capacity, -1)) + self._stack
-            self.capacity = capacity

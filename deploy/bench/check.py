@@ -31,7 +31,7 @@ class Compared:
     """A ratio beside the kept one."""
 
     name: str
-    seen: float
+    seen: float | None  # None: it was measured once, and no more
     kept: float | None  # None: nobody kept it
     tolerance: float
     less_is_better: bool
@@ -45,7 +45,7 @@ class Compared:
 
     @property
     def worse(self) -> bool:
-        if self.kept is None:
+        if self.kept is None or self.seen is None:
             return True
         return self.seen > self.limit if self.less_is_better else self.seen < self.limit
 
@@ -53,6 +53,8 @@ class Compared:
         """For readers, if it is worse."""
         if self.kept is None:
             return f"{self.name}: {self.seen:.3g}, and none is kept: --keep keeps it"
+        if self.seen is None:
+            return f"{self.name}: not measured; kept {self.kept:.3g}"
         may = f"{'at most' if self.less_is_better else 'at least'} {self.limit:.3g}"
         return f"{self.name}: {self.seen:.3g}, best of {self.runs}; kept {self.kept:.3g}, so {may}"
 
@@ -73,14 +75,17 @@ def check(
         best: dict[str, Compared] = {}
         for run in range(1, RUNS + 1):
             for name, row in ratios(bench, measure(bench)):
-                seen = [row.compared, best[name].seen] if name in best else [row.compared]
+                seen, before = row.compared, best[name].seen if name in best else None
+                if before is not None:
+                    seen = min(seen, before) if row.less_is_better else max(seen, before)
                 assert row.tolerance is not None
-                best[name] = Compared(name, min(seen) if row.less_is_better else max(seen), kept.get(name),
-                                      row.tolerance, row.less_is_better, run)  # fmt: skip
+                best[name] = Compared(name, seen, kept.get(name), row.tolerance, row.less_is_better, run)
             ran(bench, run)
             if not any(ratio.worse and ratio.kept is not None for ratio in best.values()):
                 break
         every += best.values()
+        gone = [name for name in kept if name.startswith(f"{bench.name}: ") and name not in best]
+        every += [Compared(name, None, kept[name], 0.0, False, run) for name in gone]
     return every
 
 

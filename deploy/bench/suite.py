@@ -57,8 +57,10 @@ class Bench:
 
 
 # The tolerances. What is counted in processor time moves by a few percent from run to run on a quiet machine, and by a
-# tenth where caches are shared with others; what the clock says moves by much more, but it alone sees what waits.
-CPU, CLOCK = 0.25, 0.5
+# tenth where caches are shared with others; what the clock says moves by much more, but it alone sees what waits. Where
+# the two sides wait for different things (ours for memory, the reference for the interpreter or the other way round),
+# machines of one kind differ by a third: admissions 0.062 to 0.095 of a gather, 0.28 to 0.39 of Vowpal Wabbit.
+CPU, CLOCK, UNLIKE = 0.25, 0.5, 0.5
 
 
 def _freshness(p50: float | None, p99: float) -> tuple[Figure, ...]:
@@ -119,7 +121,7 @@ STORE = Bench(
         Figure("admissions/s", "admit_per_s", "a dict", "dict_admit_per_s", wanted=Limit(3e6, of_value=True)),
         Figure("admissions by second of processor time", "admit_per_cpu_s", "a dict", "dict_admit_per_cpu_s"),
         Figure("admissions by second of processor time", "admit_per_cpu_s", "look-ups by a bare gather",
-               "gather_lookup_per_cpu_s", tolerance=CPU),
+               "gather_lookup_per_cpu_s", tolerance=UNLIKE),
         Figure("commit with {} rows in the table, ms", "checkpoint_ms"),
         Figure("the same, processor time with {}, ms", "checkpoint_cpu_ms"),
         Figure("largest of these to smallest", "checkpoint_flatness", wanted=Limit(1.5, most=True)),
@@ -172,11 +174,11 @@ LEARNERS = Bench(
         Figure("examples/s", "headrace_per_s", "river, factorization machine", "river_fm_per_s", "ratio_to_river_fm"),
         Figure("examples/s", "headrace_per_s", "Vowpal Wabbit", "vw_per_s", "ratio_to_vw", tolerance=CLOCK),
         Figure("examples by second of processor time", "headrace_per_cpu_s", "river, logistic regression",
-               "river_logistic_per_cpu_s", "ratio_to_river_logistic_cpu", tolerance=CPU),
+               "river_logistic_per_cpu_s", "ratio_to_river_logistic_cpu", tolerance=UNLIKE),
         Figure("examples by second of processor time", "headrace_per_cpu_s", "river, factorization machine",
-               "river_fm_per_cpu_s", "ratio_to_river_fm_cpu", tolerance=CPU),
+               "river_fm_per_cpu_s", "ratio_to_river_fm_cpu", tolerance=UNLIKE),
         Figure("examples by second of processor time", "headrace_per_cpu_s", "Vowpal Wabbit", "vw_per_cpu_s",
-               "ratio_to_vw_cpu", tolerance=CPU),
+               "ratio_to_vw_cpu", tolerance=UNLIKE),
     ),
     full=("--runs", "3"), quick=("--events", "15000"), check=("--events", "15000"),
 )  # fmt: skip

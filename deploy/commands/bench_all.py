@@ -66,7 +66,7 @@ def every(
 
 def check(
     keep: Annotated[
-        bool, typer.Option("--keep", help="The ratios are as wanted: keep them, medians of 3 runs.")
+        bool, typer.Option("--keep", help="The ratios are as wanted: keep them, medians of 5 runs.")
     ] = False,
     kept: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The kept ratios. [those of this version]", show_default=False)
@@ -76,7 +76,7 @@ def check(
     """Ratios to the references, beside those that were kept. Exit 1 if one has become worse, a line for each.
 
     Never times: what is slower here and now is slower for the reference too. A benchmark that seems worse is measured
-    again, three times at most, and the best counts. Ratios differ between kinds of machines: keep your own with --kept.
+    again, five times at most, and the best counts. Ratios differ between kinds of machines: keep your own with --kept.
     """
     with Output(json) as out:
         from deploy.bench import check as checks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class System(Protocol):
         """Once for each batch, in order, after it was scored."""
 
 
+@runtime_checkable
 class Orders(System, Protocol):
     """A system that orders a next item's candidates by something else than the probability of a click on each."""
 

@@ -14,7 +14,7 @@ import numpy as np
 from embedding_store.errors import UsageError
 from online_model.settings import TrainerSettings
 from replay.comparison import bootstrap, metrics
-from replay.comparison.contract import System
+from replay.comparison.contract import Orders, System
 from replay.comparison.stream import Batch, Stream
 
 HEADRACE = "headrace"
@@ -132,7 +132,7 @@ def _test(system: System, batch: Batch, score: list[np.ndarray], ranked: list[di
     some = len(batch.scored.label) > 0  # none in a batch of purchases alone, or before what is measured
     score.append(_sound(system.score(batch.scored.candidates), system) if some else np.empty(0))
     if batch.ranked is not None:
-        order = system.order if hasattr(system, "order") else system.score
+        order = system.order if isinstance(system, Orders) else system.score
         every = _sound(order(batch.ranked.candidates), system)
         ranked.append(metrics.gains(every.reshape(len(batch.ranked.user), -1)))
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedding_store.probing import hash_id
-from embedding_store.rows import DictRowMap, Map, RowMap
+from embedding_store.rows import RowMap
+from tests.embedding_store.dict_rows import DictRowMap
 
 # A few plain ids that meet often, extremes, and hostile ones: they share their low 40 bits.
 IDS = st.one_of(
@@ -30,7 +31,7 @@ def _array(ids: list[int]) -> np.ndarray:
     return np.array(ids, np.int64)
 
 
-def _same(fast: Map, plain: Map) -> None:
+def _same(fast: RowMap, plain: DictRowMap) -> None:
     assert len(fast) == len(plain)
     assert fast.free == plain.free
     rows = np.arange(fast.capacity + 1)
