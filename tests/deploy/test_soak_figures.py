@@ -48,7 +48,7 @@ def test_a_spike_and_the_beginning_are_no_growth() -> None:
     assert trend.growth == pytest.approx(0, abs=1)
 
 
-@pytest.mark.parametrize("name", ["rss_mb train", "disk_mb train", "files join", "threads serve"])
+@pytest.mark.parametrize("name", ["rss_mb train", "disk_mb train", "files join", "threads serve", "fresh_ms p99"])
 @pytest.mark.parametrize("at", [0.4, 0.5, 0.6])
 def test_what_rises_once_and_stays_is_found(name: str, at: float) -> None:
     """As a table that doubles its room does: the slopes between most pairs of samples are then 0."""
@@ -115,6 +115,25 @@ def test_what_grows_for_a_reason_is_said_and_not_judged() -> None:
     for name in ("rows train", "disk_mb kafka", "open join", "cpu_s join"):
         assert soak.trends(made(name, growth=1_000.0), soak.SETTLE_S, 1_000) == []
         assert soak.is_only_said(name)
+
+
+def test_a_figure_that_must_be_there_and_is_not_fails() -> None:
+    """As lag and freshness of a worker that answers nobody; and a run with hardly any samples."""
+    result = {
+        "balance": {"events_in": 5, "joined": 5}, "oracle_balance": {"events_in": 5, "joined": 4}, "lost": 0,
+        "duplicated": 0, "unanswered": {}, "events_per_s": 700.0, "seconds": 7_200.0, "restarts": {},
+    }  # fmt: skip
+    samples = made("lag join", level=5.0)
+    for row in samples.rows[:450]:
+        del row["lag join"]
+    found = soak.trends(samples, soak.SETTLE_S, 700)
+    failed = {row.what for row in soak.rows_of(found, samples, result, None, 7_200) if row.fails}
+    assert failed == {"the oracle's balance", *soak.JUDGED}
+    samples = made("lag join", level=5.0)
+    samples.rows = samples.rows[::2]
+    found = soak.trends(samples, soak.SETTLE_S, 700)
+    failed = {row.what for row in soak.rows_of(found, samples, result, None, 7_200) if row.fails}
+    assert failed == {"the oracle's balance", "samples", *soak.JUDGED} - {"lag join"}
 
 
 def test_the_knee_is_the_largest_rate_that_is_kept_up_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ come back soon (KEEPS_UP).
 Every SAMPLE_S seconds: resident memory, open files, threads and processor time of every process of the demo (Kafka and
 the twin among them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics. The
 first SETTLE_S seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of the
-slopes between all pairs of samples, times the span is what a figure has grown; of memory, disk, files and threads
-(STAY) also the median of the last quarter less that of the first, if it is more, as half of the pairs see nothing of a
-single step. It is flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a
-busy machine shift about (ALLOWED).
+slopes between all pairs of samples, times the span is what a figure has grown; or the median of the last quarter less
+that of the first, if it is more, as half of the pairs see nothing of a single step. It is flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a
+busy machine shift about (ALLOWED). What is seen in fewer than half of the samples is not judged; of the JUDGED it
+fails.
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
@@ -64,7 +64,8 @@ ALLOWED = {"rss_mb": 10.0, "files": 4.0, "threads": 2.0, "disk_mb": 32.0, "lag_s
 ALLOWED["store_mb"] = ALLOWED["rss_mb"]
 ALLOWED["files kafka"] = 40.0  # three segments more or less of each partition
 ALLOWED["lag train"] = 100.0  # blocks, not events: a second or two of them
-STAY = {"rss_mb", "disk_mb", "files", "threads"}  # what has risen by a step does not come down again by itself
+JUDGED = ("rss_mb join", "rss_mb train", "rss_mb serve", "rss_mb demo", "rss_mb kafka", "lag join", "lag train",
+          "fresh_ms p50", "fresh_ms p99")  # fmt: skip
 KAFKA_BESIDE_MB = 400.0  # of a JVM, beside its heap
 STORE_MB = {"join": 4 * 2**26 / 1e6, "train": 6 * 2**26 / 1e6}  # a partition; blocks, and tables that are written much
 GRACE_S = 600.0  # to drain, to recount, and for the twin, which leaves the others the processor, to catch up
@@ -123,6 +124,8 @@ def soak(bench: Bench) -> list[Row]:
     knee = None if asked else find_knee(bench)
     rate = asked if knee is None else SHARE * knee
     out.mkdir(parents=True, exist_ok=True)
+    for old in ("samples.csv", "soak.json", "soak.svg"):  # else those of another run would pass for this one's
+        (out / old).unlink(missing_ok=True)
     result, samples = run(bench, seconds, rate, out)
     settled = min(SETTLE_S, seconds / 4)
     found = trends(samples, settled, rate)
@@ -279,19 +282,19 @@ def _told(client: httpx.Client, ports: dict[str, str]) -> dict[str, float]:
 def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
     """Of all figures that can be flat. The lag of the join worker may grow by what is sent in a second."""
     found = []
+    wanted = max(3, sum(row["seconds"] >= from_s for row in samples.rows) / 2)
     for name in samples.names:
         kind = name.split()[0]
         if is_only_said(name):
             continue
         at, values = samples.series(name, from_s)
-        if len(at) < max(3, len(samples.rows) / 2):
+        if len(at) < wanted:
             continue  # a copy that is being made
         allowed = ALLOWED["lag_s"] * rate if name == "lag join" else ALLOWED.get(name) or ALLOWED[kind]
         limits = {"rss_mb kafka": MAX_HEAP_MB + KAFKA_BESIDE_MB} | {f"store_mb {of}": mb for of, mb in STORE_MB.items()}
         if name in limits:
             allowed = max(allowed, limits[name] - float(np.median(values)))
-        growth = slope(at, values) * float(at[-1] - at[0])
-        growth = max(growth, step(values)) if kind in STAY else growth
+        growth = max(slope(at, values) * float(at[-1] - at[0]), step(values))
         found.append(Trend(name, float(np.median(values)), growth, allowed))
     return found
 
@@ -345,6 +348,8 @@ def rows_of(
 ) -> list[Row]:
     """The line's rows."""
     events_in, *others = result["balance"].values()
+    counted = result["oracle_balance"]
+    judged = {trend.name for trend in found}
     away, requests = sum(result["unanswered"].values()), result["events_per_s"] / EVENTS_PER_REQUEST * seconds
     return [
         Row("the knee", f"{knee:,.0f} events/s" if knee else "not looked for: SOAK_RATE", "", True),
@@ -352,8 +357,11 @@ def rows_of(
         at_least("seconds", result["seconds"], 0.95 * seconds, " s"),
         equal("lost, duplicated", (result["lost"], result["duplicated"]), (0, 0)),
         equal("the balance", events_in, sum(others)),
+        equal("the oracle's balance", counted, {name: result["balance"][name] for name in counted}),
         at_most("users without an answer", away, 0.01 * requests),
         equal("workers that died", sum(result["restarts"].values()), 0),
+        at_least("samples", len(samples.rows), 0.9 * seconds / SAMPLE_S),
+        *(Row(name, "seen in too few samples", "in half of them", False) for name in JUDGED if name not in judged),
         *map(_trend, found),
         *(_said(name, samples) for name in samples.names if is_only_said(name)),
     ]
