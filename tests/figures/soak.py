@@ -8,12 +8,12 @@ then halved between. It keeps up if nearly nobody goes away without an answer, a
 come back soon (KEEPS_UP).
 
 Every SAMPLE_S seconds: resident memory, open files, threads and processor time of every process of the demo (Kafka and
-the twin among them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics. The
-first SETTLE_S seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of the
-slopes between all pairs of samples, times the span is what a figure has grown; or the median of the last quarter less
-that of the first, if it is more, as half of the pairs see nothing of a single step. It is flat where that is less than 5 % of its median, or less than what the allocator, a compaction or a
-busy machine shift about (ALLOWED). What is seen in fewer than half of the samples is not judged; of the JUDGED it
-fails.
+the twin among them); disk by part; the workers' lag and the freshness of the probes meanwhile, from their /metrics.
+The first SETTLE_S seconds (a quarter of a shorter run) do not count. Of the rest the Theil-Sen slope, the median of
+the slopes between all pairs of samples, times the span is what a figure has grown; or the median of the last quarter
+less that of the first, if it is more, as half of the pairs see nothing of a single step. It is flat where that is less
+than 5 % of its median, or less than what the allocator, a compaction or a busy machine shift about (ALLOWED). What is
+seen in fewer than half of the samples is not judged; of the JUDGED it fails.
 
 What grows for a reason is not judged by that but bounded, or left out by the settings (SETTINGS):
 
