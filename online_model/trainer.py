@@ -41,8 +41,18 @@ from online_model.batch import Candidates, batch_of, candidates_of
 from online_model.catalogue import CatalogueItem, new_cards, put_catalogue
 from online_model.checkpoints import STATE_FORMAT, digest_of, settings_digest, state_of
 from online_model.evaluation import Evaluation, mid_ranks, ranked
-from online_model.examples import Block, Examples, Part, Source
-from online_model.features import CARD, CATEGORY, ITEM, SENT_FIRST, USER, table_specs
+from online_model.examples import QUERY_WORDS, Block, Examples, Part, Source
+from online_model.features import (
+    CARD,
+    CATEGORY,
+    ITEM,
+    SELLER,
+    SENT_FIRST,
+    TITLE_WORDS,
+    USER,
+    WORD,
+    table_specs,
+)  # fmt: skip
 from online_model.feedback import Strategy, strategy
 from online_model.guard import GuardState, decide, given_up, report, state_from
 from online_model.history import HISTORY
@@ -241,12 +251,13 @@ class Trainer:
         """
         most = rows or self.settings.batch_size
         users = most + self._queue.users_finished_by(most)
-        new = {USER: users, ITEM: most * (1 + self.settings.negatives + HISTORY), CATEGORY: most}
-        return self._changed and self._short_of(new)
+        items = most * (1 + self.settings.negatives + HISTORY)
+        words = most * (TITLE_WORDS + QUERY_WORDS)
+        return self._changed and self._short_of({USER: users, ITEM: items, CATEGORY: most, SELLER: most, WORD: words})
 
     def short_of(self, rows: int) -> bool:
-        """Whether so many new ids may find a table full of rows that only a commit lets go of."""
-        return self._changed and self._short_of(dict.fromkeys((USER, ITEM, CATEGORY), rows))
+        """Whether so many new users or items may find a table full of rows that only a commit lets go of."""
+        return self._changed and self._short_of(dict.fromkeys((USER, ITEM), rows))
 
     @on_all_ranks
     def _short_of(self, rows: dict[str, int]) -> bool:

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from online_model.settings import FeatureSettings, TrainerSettings
+from online_model.settings import TrainerSettings
 from replay import direct, joining
 from replay.direct import DirectReplay, DirectSettings
 from replay.joining import partition_of
-from replay.readers import in_time_order, open_log
+from replay.readers import Record, in_time_order, open_log
 from replay.sinks import KafkaSink
 from streams.events import Item
 from streams.joiner import JoinSettings
@@ -86,22 +87,37 @@ def test_a_replay_that_was_killed_and_resumed_gives_the_same_checkpoint(tmp_path
         assert resumed[name] == expected[name], f"after kills at {moments}"
 
 
+def _one_of_a_kind() -> Iterator[Record]:
+    """A log in which each item has a seller and a word that no other has."""
+    for record in itertools.islice(replay_child.log(), 3_000):
+        if isinstance(record, Item):
+            record = msgspec.structs.replace(record, seller=f"seller of {record.item}", title=f"only {record.item}")
+        yield record
+
+
+def _many_items() -> Iterator[Record]:
+    """Twice as many, half of them news of an item that nobody sees."""
+    for number, record in enumerate(replay_child.log()):
+        yield record
+        yield Item(item=f"new{number}")
+
+
 @pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("log", "small"),
+    [(_many_items, {"users": 600, "items": 2_600, "categories": 100}), (_one_of_a_kind, {"sellers": 60, "words": 300})],
+)
 def test_a_full_table_is_full_at_the_same_place_whenever_commits_happen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Callable[[], Iterator[Record]], small: dict[str, int]
 ) -> None:
     """Rows that are not committed cannot make room for others: who gets one must not hang on the clock."""
     monkeypatch.setattr(direct, "COMMIT_SHARE", 1.0)
-    records = [Item(item=f"new{n}") for n in range(9_000)]
-    for n, record in enumerate(replay_child.log()):
-        records.insert(2 * n, record)
+    model = TrainerSettings(batch_size=16, features=msgspec.structs.replace(replay_child.SMALL, **small))
     results = []
     for seconds in (0.0, 1e9):
         monkeypatch.setattr(direct, "COMMIT_SECONDS", seconds)
-        features = FeatureSettings(dim=8, users=600, items=2_600, categories=100)
-        model = TrainerSettings(batch_size=16, features=features)
         settings = DirectSettings(tmp_path / str(seconds), replay_child.JOIN, model, deterministic=True)
-        results.append(DirectReplay(settings).run(records))
+        results.append(DirectReplay(settings).run(log()))
     one, two = results
     assert one["checkpoint_digest"] == two["checkpoint_digest"]
     assert one["no_room"] == two["no_room"]
