@@ -49,9 +49,9 @@ class CountSketch:
     def advance(self, now_ms: int) -> None:
         """Event time is `now_ms`; it never goes back."""
         halvings = now_ms // self._half_life - self._halved
-        if halvings <= 0:
-            return
         self._halved += halvings
+        if halvings <= 0:  # fewer than none: the settings gave a shorter half-life before
+            return
         self._dirty |= self._counts.reshape(-1, _PAGE).any(1)
         self._counts >>= min(halvings, 8 - 1)  # a byte cannot be shifted by more …
         if halvings > 8 - 1:

@@ -5,7 +5,8 @@ are encoded. What must always go comes on top: dense weights, ids that are gone,
 
 1. Those in which a column named in `first` has changed (a user's history, what an item is): the longest waiting first.
 2. The others, by how far they have moved since they were sent, as the sum over commits of the L2 norm of the change:
-   of the weights, and of log(1 + count) of every other column. A path's length: never less than the distance.
+   of the weights, and of log(1 + count) of every other column but those that count nothing (`unmeasured`: ids,
+   moments). A path's length: never less than the distance.
 
 The first kind goes first, but while others wait it has half of the bytes (and a row at least): histories are large, and
 many change, so that weights would wait for the refresh otherwise. What one kind leaves the other takes.
@@ -20,7 +21,7 @@ Time and memory grow with the rows that are owed (25 bytes each); one write a ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,10 +58,11 @@ class Owed:
         refresh_ms: int,
         first: Mapping[str, tuple[str, ...]],
         encoding: Encoding = "fp32",
+        unmeasured: Collection[str] = (),
     ) -> None:
         """`bytes_per_s` 0: no budget. `first`: table → columns that must not wait for others to move."""
         self._store, self._rate, self._refresh_ms, self._first = store, bytes_per_s, refresh_ms, first
-        self._encoding = encoding
+        self._encoding, self._skipped = encoding, {MOMENTUM, TOUCHED, *unmeasured}
         self._waiting: dict[str, TableRows] = {}  # sorted by id; columns: those of _RECORD
         self._last_ms = 0  # the time of the last version
 
@@ -163,7 +165,7 @@ class Owed:
         known = found if gone is None else found & ~np.isin(rows.ids, gone)
         square, first = np.zeros(len(rows)), np.zeros(len(rows), bool)
         for name, column in rows.columns.items():
-            if name in (MOMENTUM, TOUCHED):
+            if name in self._skipped:
                 continue
             before = np.zeros_like(column)  # what an unknown id reads as
             before[known] = stored.columns[name][known[found]]

@@ -94,6 +94,7 @@ EXTRAS = {USER: USER_EXTRAS, ITEM: ITEM_EXTRAS, CATEGORY: COUNTS, SELLER: COUNTS
 SENT_FIRST: dict[str, tuple[str, ...]] = {
     USER: ("history",), ITEM: ("category", "seller", "words", "created", "duration", "card"),
 }  # fmt: skip
+UNMEASURED = ("heat_ms", "neighbours")  # moments and ids: how far they move says nothing
 
 
 def table_specs(settings: FeatureSettings) -> tuple[TableSpec, ...]:

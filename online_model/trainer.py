@@ -49,6 +49,7 @@ from online_model.features import (
     SELLER,
     SENT_FIRST,
     TITLE_WORDS,
+    UNMEASURED,
     USER,
     WORD,
     table_specs,
@@ -143,7 +144,9 @@ class Trainer:
         self._evaluation = Evaluation(settings.window, 1 + settings.ranked_among if settings.ranked_of else 0)
         self._guard = GuardState()
         rate, refresh_ms = settings.row_bytes_per_s, round(settings.refresh_s * 1000)
-        self._owed = None if store is None else Owed(store, rate, refresh_ms, SENT_FIRST, settings.encoding)
+        self._owed = None if store is None else Owed(
+            store, rate, refresh_ms, SENT_FIRST, settings.encoding, UNMEASURED
+        )  # fmt: skip
         self._base: tuple[int, int] | None = None  # the version that the next one goes on from
         self._totals = {"trained_rows": 0, "positives": 0, "shown": 0, "event_time_ms": 0, "left_out": 0}
         self._left_out: list[dict] = []  # the last batches from which nothing was learned

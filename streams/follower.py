@@ -172,8 +172,10 @@ class Follower:
         await self._advance()
 
     async def _advance(self) -> None:
-        """Apply what goes on from the version held, as far as that leads."""
+        """Apply what goes on from the version held, as far as that leads; from another trainer's it leads nowhere."""
         while (version := self._early.after(None if self._empty else self._held)) is not None:
+            if self._foreign:
+                return
             if not self._empty and not self._same_model(version):
                 return
             await self._holder.let_by()

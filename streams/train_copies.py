@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 
 from embedding_store.errors import StoreError
@@ -52,8 +51,8 @@ class TrainCopies:
         replica asks for one (`snapshot.Request`): however many ask, at once or again and again, a fifth of the time
         goes into it at most. While versions are held back there is nothing to answer with: requests wait.
         """
-        newest, trainer = await asyncio.to_thread(self._newest), self._trainer
-        begins = newest is None or place_of(newest)[0] != trainer.epoch  # and has no snapshot yet
+        newest, trainer = await asyncio.to_thread(self.newest), self._trainer
+        begins = newest is None or newest[0] != trainer.epoch  # and has no snapshot yet
         due = time.monotonic() + self._settings.snapshot_interval_s
         rested = 0.0
         while True:
@@ -90,12 +89,14 @@ class TrainCopies:
             return False
         return await asyncio.to_thread(self._write_snapshot, anew)
 
-    def _newest(self) -> Path | None:
+    def newest(self) -> tuple[int, int] | None:
+        """(epoch, sequence) of the newest snapshot; None: there is none."""
         try:
-            return latest_snapshot(self._folder)
+            path = latest_snapshot(self._folder)
         except StoreError as error:  # then one is written as if there were none
             log.error("%s", error)
             return None
+        return None if path is None else place_of(path)
 
     def _write_snapshot(self, anew: Collection[str] = ()) -> bool:
         """Of the last commit, unless it was held back. A failure costs replicas time, nothing else."""
@@ -151,10 +152,11 @@ class TrainCopies:
             return 0.0
         return max(0.0, self._settings.checkpoint_interval_s - (time.time() - newest.made_ms / 1000))
 
-    def _oldest_kept(self) -> tuple[int, int] | None:
-        """Where that cannot be told it may be any: training does not hang on a folder elsewhere."""
+    def _oldest_kept(self) -> tuple[int, int]:
+        """Where that cannot be told it may be any: training does not hang on a folder elsewhere. Nor where none is
+        there: a disk that is not mounted looks like that, and the first that is kept puts it right."""
         try:
-            return self._kept.oldest()
+            return self._kept.oldest() or (0, 0)
         except StoreError as error:
             log.error("the kept checkpoints cannot be read: %s", error)
             return (0, 0)

@@ -250,14 +250,16 @@ class TrainWorker:
         return self._ranked
 
     async def _supersede(self) -> None:
-        """Where replicas may have seen versions that the store has forgotten: a new epoch."""
+        """Where replicas may have seen versions that the store has forgotten, sent or as a snapshot: a new epoch."""
         published = await newest_version(
             self.settings.connection, self.settings.topics.parameters, self._signer
         )
-        if published is not None and await self._in_thread(self._trainer.supersede, *published):
+        snapshot = await asyncio.to_thread(self._copies.newest)
+        seen = max(published or (0, 0), snapshot or (0, 0))
+        if await self._in_thread(self._trainer.supersede, *seen):
             log.warning(
-                "version %s.%s was published, the store is at %s: going on from there in epoch %s",
-                *published, self._trainer.sequence, self._trainer.epoch,
+                "there was a version %s.%s, the store is at %s: going on from there in epoch %s",
+                *seen, self._trainer.sequence, self._trainer.epoch,
                 extra=_version(self._trainer.epoch, self._trainer.sequence),
             )  # fmt: skip
 

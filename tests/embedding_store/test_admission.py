@@ -46,10 +46,20 @@ def test_counts_halve_with_event_time_and_stop_at_a_byte() -> None:
     sketch.advance(HOUR - 1)
     assert sketch.add(_array([5]), _array([0])).tolist() == [255]
     sketch.advance(3 * HOUR)
-    sketch.advance(2 * HOUR)
+    sketch.advance(3 * HOUR)
     assert sketch.add(_array([5]), _array([0])).tolist() == [255 >> 3]
     sketch.advance(1000 * HOUR)
     assert sketch.add(_array([5]), _array([1])).tolist() == [1]
+
+
+def test_a_half_life_that_has_become_longer_does_not_stop_the_halving() -> None:
+    before, after = CountSketch(1 << 10, HOUR, seed=0), CountSketch(1 << 10, 10 * HOUR, seed=0)
+    before.advance(500 * HOUR)
+    before.add(_array([5]), _array([200]))
+    after.load(before.changed().items())
+    for hour, left in ((500, 200), (509, 200), (510, 100), (520, 50)):
+        after.advance(hour * HOUR)
+        assert after.add(_array([5]), _array([0])).tolist() == [left]
 
 
 def test_what_changed_is_all_that_a_restart_needs() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embedding_store.checkpoint import CheckpointStore, Commit
-from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows
+from embedding_store.columns import MOMENTUM, WEIGHTS, TableRows, concat
 from embedding_store.delta import Assembler, Version, encode, row_bytes
 from embedding_store.encoding import ENCODINGS
 from embedding_store.errors import UsageError
@@ -193,6 +193,16 @@ def test_a_row_that_a_rollback_took_away_is_dropped(owner: Owner) -> None:
 def test_a_weight_that_is_not_finite_goes_first_and_harms_no_order(owner: Owner) -> None:
     assert _sent(owner.commit(500, item={1: 1.0, 2: float("nan"), 3: 5.0})) == {"item": [2]}
     assert _sent(owner.commit(1_000)) == {"item": [3]}
+
+
+def test_ids_in_a_row_are_no_distance(tmp_path: Path) -> None:
+    """Half of them are negative, and have no logarithm: their rows would go before all others."""
+    owner = Owner(tmp_path, 2 * ITEM)
+    for unmeasured, first in ((("clicks",), 2), ((), 1)):
+        owned = Owed(owner.store, 2 * ITEM, REFRESH_MS, FIRST, unmeasured=unmeasured)
+        touched = {"item": concat([_rows("item", {1: 1.0}, clicks=-7), _rows("item", {2: 5.0})])}
+        assert _sent(owned.plan(touched, {}, 500)) == {"item": [first]}
+    owner.store.close()
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -241,6 +241,20 @@ def test_versions_that_the_store_forgot_are_superseded(
     assert place_of(snapshot) == (2, last.sequence), "a replica past the base needs it"
 
 
+def test_snapshots_of_which_the_store_knows_nothing_are_superseded(
+    broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
+) -> None:
+    """As where store and topic were lost, and the snapshots are elsewhere: replicas start from their newest."""
+    blocks, snapshots = _made_blocks(0, 120), tmp_path / "data" / "snapshots"
+    (snapshots / "7-3").mkdir(parents=True)
+    _send(broker, topics, blocks)
+    with running("train", tmp_path / "log", **settings) as child:
+        _wait_for_all_of(lambda: _in_epoch(broker, topics, 8), {0: blocks}, child)
+        wait_for(lambda: place_of(latest_snapshot(snapshots) or Path("0-0"))[0] == 8, child=child)
+        assert child.stop() == 0, child.said
+    assert _versions(broker, topics)[0].base is None
+
+
 def test_a_worker_with_a_wider_model_goes_on_and_replicas_take_it(
     broker: str, topics: TopicSettings, settings: dict, tmp_path: Path
 ) -> None:
