@@ -151,6 +151,10 @@ class RecordedReplay(DirectReplay):
         self._before: dict[int, tuple[int, int]] = {}  # what the oracle had expected up to the start
         self._skipped: dict[int, tuple[int, int]] = {}  # rows behind the start that the checkpoint has learned
         super().__init__(settings, progress)
+        at = {p: (at.next, *at.accounted) for p, at in self._trainer.positions.items()}
+        if self._start and at == {p: (of.next, of.rows, of.sum) for p, of in self._start.items()}:
+            # Nothing of this replay is in it: the mark is a worker's, which counts other things by it.
+            self._trainer.mark = self.replayed.resumed_at = 0
 
     def _open(self, partitions: int | None = None) -> Trainer:
         # Rows come in an order that hangs on the records alone. The trainer's own one would wait for the watermark of

@@ -130,7 +130,8 @@ def test_stopped_in_the_middle_it_learns_the_rest_when_resumed(
 
 
 def yesterday(log: Log, store: Path, size: int, steps: int) -> dict[int, Start]:
-    """A live trainer's store after so many batches: it had blocks of other sizes, and stands inside of some."""
+    """A live trainer's store after so many batches: it had blocks of other sizes, and stands inside of some. Before
+    them it had learned a backfill with a large catalogue, whose records its `mark` counts."""
     model = settings(store).model
     trainer = open_trainer(model, store, lambda: 0)
     try:
@@ -139,6 +140,7 @@ def yesterday(log: Log, store: Path, size: int, steps: int) -> dict[int, Start]:
                 trainer.offer(block, number)
         for _ in range(steps):
             assert trainer.step(rows=111) == 111
+        trainer.mark = 10**9
         trainer.commit()
         return {p: Start(at.next, at.taken, *at.accounted) for p, at in trainer.positions.items()}
     finally:
@@ -154,6 +156,7 @@ def test_from_a_checkpoint_it_learns_what_comes_behind_and_nothing_twice(
     assert any(at.taken for at in start.values()), "the checkpoint is inside of a block"
     shutil.copytree(tmp_path / "live", tmp_path / "store")
     found = replay(path, tmp_path / "store", start)
+    assert found["resumed_at"] == 0, "or the catalogue would be left out"
     behind = whole["examples"] - steps * 111
     inside = sum(at.taken for at in start.values())
     assert found["examples"] == found["trained_examples"] == behind + inside
