@@ -116,9 +116,10 @@ def write_snapshot(directory: Path, version: Version, keep: int = KEEP, signer: 
     return _write(directory, version, version.tables.items(), version.blobs.items(), keep, (), signer)
 
 
-def latest_snapshot(directory: Path) -> Path | None:
-    """The newest snapshot in `directory`; None where there is none."""
-    return next(iter(snapshots(directory)), None)
+def latest_snapshot(directory: Path, signer: Signer | None = None) -> Path | None:
+    """The newest snapshot in `directory`, with a `signer` of those that it signed (what is in them is not looked at);
+    None where there is none. Raises StoreError."""
+    return next((path for path in snapshots(directory) if signer is None or _is_signed(path, signer)), None)
 
 
 def snapshots(directory: Path) -> list[Path]:
@@ -207,6 +208,13 @@ def _write(
 
 def _claim(path: Path) -> str:
     return f"snapshot {path.name}"
+
+
+def _is_signed(path: Path, signer: Signer) -> bool:
+    try:
+        return bool(_signed(path, signer))
+    except (Forged, OSError):
+        return False
 
 
 def _signed(path: Path, signer: Signer) -> dict[str, str]:

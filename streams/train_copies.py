@@ -90,9 +90,9 @@ class TrainCopies:
         return await asyncio.to_thread(self._write_snapshot, anew)
 
     def newest(self) -> tuple[int, int] | None:
-        """(epoch, sequence) of the newest snapshot; None: there is none."""
+        """(epoch, sequence) of the newest snapshot that this trainer or one before it made; None: there is none."""
         try:
-            path = latest_snapshot(self._folder)
+            path = latest_snapshot(self._folder, self._settings.signer)
         except StoreError as error:  # then one is written as if there were none
             log.error("%s", error)
             return None

@@ -202,7 +202,7 @@ KAFKA = Board(
         "examples and parameters": [
             Panel(
                 "Blocks that wait", "short",
-                "Of `examples`, not yet taken by the trainer. Growing: the trainer is slower than the stream.",
+                "Of `examples`, not learned yet, wherever they wait. Growing: the trainer is slower than the stream.",
                 [Query("headrace_train_lag_records{}", "partition {{partition}}")], good.TRAIN_LAG,
             ),
             Panel(
