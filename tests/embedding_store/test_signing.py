@@ -17,7 +17,7 @@ from embedding_store.delta import Version
 from embedding_store.errors import CorruptRecord, Forged, UsageError
 from embedding_store.secret import Secret
 from embedding_store.signing import SEAL, Signer, SigningSettings, read_keys
-from embedding_store.snapshot import read_snapshot, write_snapshot
+from embedding_store.snapshot import latest_snapshot, read_snapshot, write_snapshot
 
 OLD, NEW, OTHER = (Secret(letter * 64) for letter in "abc")
 SIGNER = Signer([NEW], "parameters")
@@ -66,6 +66,8 @@ def test_keys_are_read_from_a_file_and_weak_ones_refused(tmp_path: Path) -> None
 
 def test_a_snapshot_is_taken_only_as_it_was_signed(tmp_path: Path) -> None:
     good = write_snapshot(tmp_path, VERSION, signer=SIGNER)
+    (tmp_path / "10-1").mkdir()
+    assert latest_snapshot(tmp_path) == tmp_path / "10-1"
     assert read_snapshot(good, SIGNER).sequence == 2
     assert read_snapshot(good).sequence == 2, "without a key the signature is not looked at"
     with pytest.raises(Forged, match="not signed with a key of ours"):
@@ -75,6 +77,7 @@ def test_a_snapshot_is_taken_only_as_it_was_signed(tmp_path: Path) -> None:
     shutil.copytree(good, elsewhere)
     with pytest.raises(Forged):  # an old one under a newer name
         read_snapshot(elsewhere, SIGNER)
+    assert latest_snapshot(tmp_path, SIGNER) == good, "or whoever can write here could lead the epoch anywhere"
 
     forged = write_snapshot(tmp_path / "forged", Version(1, 2, tables=VERSION.tables, info={"made": "up"}))
     with pytest.raises(Forged, match="not signed"):
