@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 STALL_S = 60.0  # nothing more was learned for so long: no worker is there, or it hangs
 NOT_LEARNED = dict.fromkeys(
-    ("examples", "trained_examples", "lost", "duplicated", "balance", "prequential", "examples_digest",
+    ("examples", "trained_examples", "left_out", "lost", "duplicated", "balance", "prequential", "examples_digest",
      "checkpoint_digest")
 )  # fmt: skip
 ABOUT = "replay.json"
@@ -158,6 +158,7 @@ class Followed:
         return {
             "events_in": counts.events_in,
             "trained_examples": model.trained_rows,
+            "left_out": model.left_out,
             **figures_of(recounted(self.settings, model, model.next_offsets)),
             "balance": balance(counts),
             "prequential": model.prequential(),

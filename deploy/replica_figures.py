@@ -59,6 +59,11 @@ class Model:
     def trained_rows(self) -> int:
         return sum(at["rows"] for at in self.partitions.values())
 
+    @property
+    def left_out(self) -> int:
+        """Rows of these, from whose batches nothing was learned: their loss exploded, or was no number."""
+        return self.info.get("left_out", 0)
+
     def counts(self) -> Counts:
         """The joiner's balance, all partitions together."""
         total = Counts()

@@ -208,6 +208,7 @@ class DirectReplay:
             "checkpoint_digest": trainer.digest(),
             "events_per_s": round(self.replayed.events_per_s, 1),
             "seconds": round(self.replayed.seconds, 3),
+            "left_out": trainer.left_out,
             "no_room": trainer.info()["no_room"],
             "resumed_at": self.replayed.resumed_at,
             "slices": self.replayed.slices,

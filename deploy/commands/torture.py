@@ -65,8 +65,9 @@ def _text(result: dict) -> str:
     return "\n".join((
         f"{result['kills']} kills, faults: {result['faults']}",
         f"{result['events']:,} events, {result['examples']:,} examples: {result['lost']} lost,"
-        f" {result['duplicated']} trained twice",
-        f"{result['answers']:,} answers of replicas, {result['versions_checked']} versions checked:"
+        f" {result['duplicated']} trained twice, {result['left_out']} left out for their loss",
+        f"{result['answers']:,} answers of replicas, {result['answers_compared']:,} of them"
+        f" and {result['versions_checked']} versions checked:"
         f" {result['replica_torn_reads']} torn, {result['missing_versions']} versions missing,"
         f" {result['differing_rows']} rows unlike the trainer's",
         f"{result['damages']['files']} files damaged: {result['damages']['refused']} refused,"

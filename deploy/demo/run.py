@@ -238,6 +238,7 @@ class _Demo:
             "events_in": counts.events_in,
             "events_rejected": counts.rejected,
             "trained_examples": model.trained_rows,
+            "left_out": model.left_out,
             **figures_of(verdict),
             "versions_published": self._sequence() - self.trained_before,
             "trainer_version": f"{model.answer['epoch']}.{self._sequence()}",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ class Cluster:
     replicas: list[Replica] = field(default_factory=list)
     broker_hurt: float = -1e9  # when the broker was away last (monotonic)
     restarts: int = 0
+    gave_up: Counter[str] = field(default_factory=Counter)  # last lines of those that ended as the broker was away
     mend: Callable[[Worker], bool] = lambda worker: False  # whether one that ended by itself may be started again
     _learned: float = 0.0
 
@@ -160,8 +162,11 @@ class Cluster:
             assert worker.process is not None
             if worker.process.poll() is None or name == besides:
                 continue
-            if not self.mend(worker) and time.monotonic() - self.broker_hurt > PATIENCE_S:
-                raise WorkerFailed(f"{name} ended by itself (exit {worker.process.returncode}): {worker.last_line()}")
+            if not self.mend(worker):
+                code, said = worker.process.returncode, worker.last_line()
+                if code != 1 or time.monotonic() - self.broker_hurt > PATIENCE_S:
+                    raise WorkerFailed(f"{name} ended by itself (exit {code}): {said}")
+                self.gave_up[said] += 1
             self.again(name)
 
     def stop(self, *kinds: str) -> None:

@@ -8,8 +8,9 @@ at the same moment.
 from __future__ import annotations
 
 import http.client
+import itertools
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -34,7 +35,7 @@ SCENARIO: Scenario = "live"
 ITEMS: list[str | int] = [*(f"i{n}" for n in range(1, 41)), "never seen"]
 BETWEEN_S = 0.01
 COMPARED = ("items", "model_version", "feature_hash", "learned_to_ms")  # all else hangs on the request
-KEPT = 20  # answers of one version and replica
+KEPT = 10  # answers of one version and replica, the first; and as many of the last
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Seen:
     wrong: Counter[str]
     replica: Replica
     versions: int = 0  # of which an answer was looked at
+    compared: int = 0  # answers that were
     missing_versions: int = 0
 
     @property
@@ -68,11 +70,28 @@ class Seen:
 
 
 @dataclass
+class _Kept:
+    """Answers of one replica at one version: the first ones, and the last, when the next version is on its way."""
+
+    first: list[dict[str, Any]] = field(default_factory=list)
+    last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
+
+    def add(self, answer: dict[str, Any]) -> None:
+        (self.first if len(self.first) < KEPT else self.last).append(answer)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.chain(self.first, self.last)
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.last)
+
+
+@dataclass
 class Watch:
     """Asks the replicas at `ports` until `stop`."""
 
     ports: list[int]
-    answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by version
+    answers: dict[str, list[_Kept]] = field(default_factory=dict)  # by version; of each port
     asked: int = 0
     backward: Counter[str] = field(default_factory=Counter)  # older than an earlier answer of the same process
     failed: Counter[str] = field(default_factory=Counter)  # by status; but for those that say: not now
@@ -118,9 +137,8 @@ class Watch:
                     self.asked += 1
                     if place < last:
                         self.backward["{}.{} after {}.{}".format(*place, *last)] += 1
-                    known = self.answers.setdefault(version, [])
-                    if len(known) < KEPT * len(self.ports):
-                        known.append(answer)
+                    kept = self.answers.setdefault(version, [_Kept() for _ in self.ports])
+                    kept[self.ports.index(port)].add(answer)
                 last = place
         if connection is not None:
             connection.close()
@@ -158,14 +176,15 @@ class Watch:
                 continue
             name = seen.replica.version
             published.add(name)
-            for answer in self.answers.get(name, ()):
+            for answer in itertools.chain(*self.answers.get(name, ())):
+                seen.compared += 1
                 moment = answer["moment_ms"]
                 right = orjson.loads(msgspec.json.encode(seen.replica.rank(RankRequest(USER, ITEMS, SCENARIO))))
                 if differing := [of for of in COMPARED if right[of] != answer[of]]:
                     seen.wrong[f"other {', '.join(differing)} than those of {name}"] += 1
         seen.versions = len(published & set(self.answers))
         for name in self.answers.keys() - published:
-            seen.wrong[f"of {name}, which was never published"] += len(self.answers[name])
+            seen.wrong[f"of {name}, which was never published"] += sum(map(len, self.answers[name]))
         return seen
 
 

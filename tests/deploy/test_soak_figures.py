@@ -121,7 +121,7 @@ def test_a_figure_that_must_be_there_and_is_not_fails() -> None:
     """As lag and freshness of a worker that answers nobody; and a run with hardly any samples."""
     result = {
         "balance": {"events_in": 5, "joined": 5}, "oracle_balance": {"events_in": 5, "joined": 4}, "lost": 0,
-        "duplicated": 0, "unanswered": {}, "events_per_s": 700.0, "seconds": 7_200.0, "restarts": {},
+        "duplicated": 0, "left_out": 0, "unanswered": {}, "events_per_s": 700.0, "seconds": 7_200.0, "restarts": {},
     }  # fmt: skip
     samples = made("lag join", level=5.0)
     for row in samples.rows[:450]:

@@ -17,7 +17,9 @@ from deploy.torture import WRONG
 from deploy.torture.faults import ON_DISK, Kind, plan
 from deploy.torture.run import Torture
 from deploy.torture.story import Story
-from deploy.torture.watch import Watch
+from deploy.torture.verdict import Outcome
+from deploy.torture.watch import KEPT, Watch, _Kept
+from replay.oracle import Verdict
 from tests.streams.children import wait_for
 
 pytestmark = pytest.mark.broker
@@ -47,6 +49,20 @@ def test_nothing_is_lost_doubled_or_torn_and_the_checkpoint_is_that_of_an_undist
     assert (found["kills"], found["faults"]["lose_rank"]) == (3, 1)
     assert found["answers"] > 100
     assert found["versions_checked"] > 3
+    assert found["answers_compared"] > found["versions_checked"]
+    assert found["left_out"] == 0
+
+
+def test_rows_that_the_worker_should_have_learned_are_lost_though_the_verdict_learns_them() -> None:
+    verdict = Verdict(2, 0, 5_000, {}, [])
+    assert [Outcome("", verdict, {}, rest, 64, 0).lost for rest in (0, 63, 64, 900)] == [2, 2, 66, 902]
+
+
+def test_of_the_answers_of_a_version_the_first_and_the_last_are_kept() -> None:
+    kept = _Kept()
+    for number in range(100):
+        kept.add({"number": number})
+    assert [answer["number"] for answer in kept] == [*range(KEPT), *range(100 - KEPT, 100)]
 
 
 def test_a_run_in_which_nobody_was_answered_proves_nothing() -> None:

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.broker, pytest.mark.timeout(300)]
 def comes_out(result: dict[str, Any]) -> None:
     """Nothing lost, nothing twice, and every figure that must balance does."""
     assert result.keys() >= KEYS
-    assert (result["lost"], result["duplicated"]) == (0, 0)
+    assert (result["lost"], result["duplicated"], result["left_out"]) == (0, 0, 0)
     assert result["trained_examples"] == result["examples"] > 0
     balance = result["balance"]
     assert balance.keys() == BALANCE

@@ -355,7 +355,7 @@ def rows_of(
         Row("the knee", f"{knee:,.0f} events/s" if knee else "not looked for: SOAK_RATE", "", True),
         Row("sent", f"{result['events_per_s']:,.0f} events/s for {result['seconds']:,.0f} s", "", True),
         at_least("seconds", result["seconds"], 0.95 * seconds, " s"),
-        equal("lost, duplicated", (result["lost"], result["duplicated"]), (0, 0)),
+        *(equal(name, result[name], 0) for name in ("lost", "duplicated", "left_out")),
         equal("the balance", events_in, sum(others)),
         equal("the oracle's balance", counted, {name: result["balance"][name] for name in counted}),
         at_most("users without an answer", away, 0.01 * requests),

@@ -12,7 +12,10 @@ from pathlib import Path
 from deploy.torture import WRONG
 from tests.figures.common import ROOT, Bench, Line, Row, equal, headrace
 
-TOLD = ("faults", "damages", "events", "examples", "answers", "versions_checked", "seconds", "digest")
+TOLD = (
+    "faults", "damages", "events", "examples", "left_out", "answers", "answers_compared", "versions_checked",
+    "ends_without_broker", "seconds", "digest",
+)  # fmt: skip
 
 
 def torture(kills: int, seed: int) -> Line:

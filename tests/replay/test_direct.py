@@ -42,6 +42,7 @@ def test_one_log_and_one_seed_give_one_checkpoint(tmp_path: Path, monkeypatch: p
     assert one["lost"] == one["duplicated"] == 0
     assert one["trained_examples"] == one["examples"] > 10_000
     assert one["balance"] == one["oracle_balance"]
+    assert one["left_out"] == 0
     assert one["prequential"]["click"]["auc"] > 0.55
     assert other["examples_digest"] == again["examples_digest"] == one["examples_digest"]
     assert other["checkpoint_digest"] != one["checkpoint_digest"]
