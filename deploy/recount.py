@@ -53,11 +53,11 @@ def said_of(result: Mapping[str, Any]) -> str:
     >>> said_of({"examples": 1_200, "trained_examples": 1_200, "lost": 0, "duplicated": 0})
     '1,200 examples, 1,200 learned, 0 lost, 0 duplicated'
     >>> said_of({"examples": 9, "trained_examples": 9, "left_out": 4, "lost": 0, "duplicated": 0})
-    '9 examples, 9 learned, but 4 of them left out for their loss (the log of the trainer says where), 0 lost, 0 duplicated'
+    '9 examples, 9 learned, but 4 of them left out for their loss (see the log), 0 lost, 0 duplicated'
     """
     learned = f"{result['trained_examples']:,} learned"
     if result.get("left_out"):
-        learned += f", but {result['left_out']:,} of them left out for their loss (the log of the trainer says where)"
+        learned += f", but {result['left_out']:,} of them left out for their loss (see the log)"
     if result["examples"] is None:
         return f"{learned}; Kafka has deleted the beginning of `events`, so nobody can recount it"
     return f"{result['examples']:,} examples, {learned}, {result['lost']} lost, {result['duplicated']} duplicated"

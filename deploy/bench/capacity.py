@@ -85,7 +85,7 @@ def needs(c: Constants, load: Load) -> dict[str, float]:
     """What the load needs, as the design stands: cores, GB, MB/s. What one process would have to be is in `…_cores`
     of `one_…`: above 1 it cannot be."""
     rows = load.events_per_s * c.rows_an_event
-    touched = rows * c.touched_a_row
+    touched, commits = rows * c.touched_a_row, _commits_us(c)
     versions = touched * c.version_bytes / 1e6
     blocks, events = rows * c.block_bytes / 1e6, load.events_per_s * c.event_bytes / 1e6
     join = load.events_per_s * c.join_us / 1e6 / USED
@@ -96,7 +96,7 @@ def needs(c: Constants, load: Load) -> dict[str, float]:
         "join_disk_gb": load.ids * load.users_share * c.join_bytes / 1e9 / USED,
         "rows_per_s": rows,
         "train_ranks": rows * c.train_us / 1e6 / USED,
-        "one_rank_0_cores": rows * c.rank_0_us / 1e6 / USED,
+        "one_rank_0_cores": rows * (c.rank_0_us + commits) / 1e6 / USED,
         "touched_rows_per_s": touched,
         "one_store_writer_cores": touched * c.commit_us / 1e6 / USED,
         "train_memory_gb": load.ids * load.hot_share * (c.store_bytes + 80) / 1e9 / USED,  # 80: the map of ids
@@ -117,13 +117,18 @@ def breaks(c: Constants, load: Load) -> list[tuple[str, float]]:
     alone = {
         "the trainer's store has one writer (events/s)": 1e6 * USED / (row * c.touched_a_row * c.commit_us),
         "a replica applies all versions (events/s)": 1e6 * USED / (row * c.touched_a_row * c.apply_us),
-        "one rank learns all rows (events/s)": 1e6 * USED / (row * c.train_us),
-        "several ranks go in step, rank 0 with them (events/s)": 1e6 * USED / (row * c.rank_0_us),
+        "one rank learns all rows (events/s)": 1e6 * USED / (row * (c.train_us + _commits_us(c))),
+        "several ranks go in step, rank 0 with them (events/s)": 1e6 * USED / (row * (c.rank_0_us + _commits_us(c))),
     }
     shares = [(what, limit, limit / load.events_per_s) for what, limit in alone.items()]
     held = load.machine_gb * 1e9 * USED / c.replica_bytes
     shares.append(("a replica holds all rows (ids)", held, held / load.ids))
     return [(what, limit) for what, limit, _ in sorted(shares, key=lambda found: found[2])]
+
+
+def _commits_us(c: Constants) -> float:
+    """µs a row learned: its part of the commits, which are rank 0's, in the thread that learns."""
+    return c.touched_a_row * c.commit_us
 
 
 def as_rows(c: Constants) -> list[tuple[str, float]]:
