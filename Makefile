@@ -38,13 +38,13 @@ endif
 
 test-with-broker test-models test-others: SHELL := bash -o pipefail
 test-with-broker: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and broker' 2>&1 | sed -u 's/^/broker | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest --durations 15 -m 'not nightly and broker' 2>&1 | sed -u 's/^/broker | /'
 
 test-models: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(MODELS) --ignore=$(SERVING) 2>&1 | sed -u 's/^/models | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest --durations 15 -m 'not nightly and not broker' $(MODELS) --ignore=$(SERVING) 2>&1 | sed -u 's/^/models | /'
 
 test-others: setup
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -m 'not nightly and not broker' $(OTHERS) 2>&1 | sed -u 's/^/others | /'
+	@PYTHONUNBUFFERED=1 $(BIN)/python -m pytest --durations 15 -m 'not nightly and not broker' $(OTHERS) 2>&1 | sed -u 's/^/others | /'
 
 nightly: setup
 	@$(BIN)/python -m pytest -m nightly $(ARGS)
