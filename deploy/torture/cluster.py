@@ -22,7 +22,7 @@ from deploy.workers import Worker, WorkerFailed
 from streams.topics import create_topics
 
 JOINERS, REPLICAS = 2, 2
-READY_S = 90.0
+READY_S = 240.0
 PATIENCE_S = 60.0  # after the broker was away a worker may end by itself
 
 

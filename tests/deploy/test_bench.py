@@ -139,6 +139,7 @@ def test_wrong_sizes_are_wrong_usage() -> None:
     assert run(["bench", "intake", "--runs", "0"]) == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.broker
 def test_intake_reports_its_keys_from_one_run(broker: str, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--events", "50000", "--faust-events", "1000", "--runs", "1", "--bootstrap", broker, "--json"]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from replay.recording import EVENTS, Recording
 from replay.sinks import KafkaSink
 from streams.events import Click, Impression, Item
 from streams.topics import TopicSettings
+from tests.streams.children import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +68,16 @@ def test_recorded_it_is_a_log_of_every_command(capfd: pytest.CaptureFixture[str]
 def test_sigterm_writes_what_waits_and_ends_well(
     capfd: pytest.CaptureFixture[str], config: str, broker: str, topics: TopicSettings
 ) -> None:
-    words = [sys.executable, "-m", "deploy.cli", "record", "--out", "rec", "--from-beginning", "--json"]
+    record = ["record", "--out", "rec", "--from-beginning", "--rows-per-file", "150", "--json"]
+    words = [sys.executable, "-m", "deploy.cli", *record]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stderr is not None
         assert "recording" in child.stderr.readline()
         assert "another recorder writes to rec" in _line(capfd, "record", "--out", "rec", code=2)
-        time.sleep(2)  # it reads, and nothing says so: no file is due for a minute
+        wait_for(lambda: list(Path("rec").rglob("*.parquet")), 60)  # the other 50 wait: no file is due for a minute
         child.send_signal(signal.SIGTERM)
-        out, _ = child.communicate(timeout=30)
+        out, _ = child.communicate(timeout=60)
     assert child.returncode == 0
     assert json.loads(out)["records"] == 200
     assert Recording("rec").next_offsets(EVENTS) == {0: 200}

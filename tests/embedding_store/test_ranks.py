@@ -40,7 +40,7 @@ def on_ranks(size: int, meeting: Path, work: Callable[..., Any], *arguments: Any
     for process in every:
         process.start()
     for process in every:
-        process.join(100)
+        process.join(300)
         process.kill()
     return [process.exitcode for process in every]
 

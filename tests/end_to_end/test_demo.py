@@ -66,9 +66,9 @@ def test_users_are_learned_from_and_garbage_harms_nobody(tmp_path: Path) -> None
         ]  # fmt: skip
         for partition in range(settings["topics"]["partitions"]):
             for value in garbage:
-                producer.send(topic, value, partition=partition).get(10)
+                producer.send(topic, value, partition=partition).get(60)
         with pytest.raises(MessageSizeTooLargeError):  # 10 MB: refused where it is sent, with a name
-            producer.send(topic, b"x" * 10_000_000, partition=0).get(10)
+            producer.send(topic, b"x" * 10_000_000, partition=0).get(60)
         producer.close()
         dead = settings["topics"]["prefix"] + "events.dead"
         reasons = running.until(lambda: dead_letters(settings["bootstrap"], dead, 4 * len(garbage)))

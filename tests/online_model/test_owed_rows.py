@@ -185,7 +185,7 @@ STEPS = st.one_of(
 
 
 @pytest.mark.timeout(600)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     steps=st.lists(STEPS, min_size=5, max_size=30),
     rate=st.sampled_from([500, 4_000, 20_000]),

@@ -26,7 +26,7 @@ from tests.public_logs import KUAIRAND, TAOBAO_BY_USER
 from tests.replay import replay_child
 from tests.streams.children import processes
 
-KILLS = 10
+KILLS = 5  # `make figures ONLY=replay.kills` has more
 
 
 def _run(store: Path, seed: int = 0, **more: bool | int) -> dict:

@@ -90,6 +90,7 @@ def test_a_public_log_comes_out_row_for_row(place: str, public_log: Finder) -> N
     assert (found, repeated) == (kinds, again)
 
 
+@pytest.mark.nightly
 def test_online_retail_refunds_what_was_cancelled_and_loses_no_customer(public_log: Finder) -> None:
     log = open_log("onlineretail", public_log("online-retail/online_retail.csv.gz"))
     users = {event.user for event in log if not isinstance(event, Item | Tick)}

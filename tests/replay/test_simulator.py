@@ -274,10 +274,10 @@ def test_every_seed_is_such_a_world(seed: int) -> None:
 
 
 def test_it_costs_little() -> None:
-    """150 requests a second of up to 10 items: under 15 % of a core, of this process's own time."""
+    """150 requests a second of up to 10 items: under 30 % of a core, of this process's own time."""
     started = time.process_time()
     drive(SETTINGS, 20, first_items, step_ms=20)
-    assert time.process_time() - started < 0.15 * 20
+    assert time.process_time() - started < 0.3 * 20
 
 
 # --- into a file and onto Kafka

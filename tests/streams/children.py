@@ -84,14 +84,16 @@ def running(kind: str, log: Path, **settings: Any) -> Iterator[Child]:
 
 
 def wait_for(true: Any, seconds: float = 180.0, child: Child | None = None, what: str = "") -> Any:
-    """The first value of `true()` that is true."""
-    deadline = time.monotonic() + seconds
+    """The first value of `true()` that is true. Asked half of the time at most: what is waited for needs the cores."""
+    began = time.monotonic()
+    deadline = began + seconds
     while not (value := true()):
         if child is not None:
             child.fail_if_ended()
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what} {child.said if child else ''}")
-        time.sleep(0.05)
+        time.sleep(max(0.05, time.monotonic() - began))
+        began = time.monotonic()
     return value
 
 

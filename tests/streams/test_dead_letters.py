@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 import urllib.request
 from collections import Counter
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from kafka import KafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.processes import free_port
 from online_model.examples import Block
 from replay.oracle import Rules, expect
 from replay.sinks import KafkaSink
@@ -29,7 +29,7 @@ from streams.topics import MAX_RECORD_BYTES, TopicSettings, create_topics
 from tests.streams.children import read_all, running, wait_for
 from tests.streams.mutations import MUTATED, bad_between_good
 
-BAD, PARTITIONS = int(os.environ.get("MUTATED_RECORDS", "20000")), 2
+BAD, PARTITIONS = int(os.environ.get("MUTATED_RECORDS", "8000")), 2
 numbers = st.integers(0, 1 << 62)
 letters = st.builds(
     DeadLetter, st.sampled_from(sorted(REASONS)), st.text(st.characters(codec="utf-8")), numbers, numbers,
@@ -84,9 +84,7 @@ def test_mutated_records_are_kept_whole_and_all_between_them_are_joined(
     topics = TopicSettings(prefix=topic_prefix, partitions=PARTITIONS)
     create_topics(broker, topics)
     good = _send(broker, topics)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     about = {"prefix": topics.prefix, "partitions": PARTITIONS}
     with running(
         "join", tmp_path / "log", bootstrap=broker, data_dir=tmp_path / "data", topics=about,

@@ -142,7 +142,7 @@ def test_where_no_kafka_answers_the_error_is_one_line_within_seconds(
         began = time.monotonic()
         with pytest.raises(BrokerError) as error:
             create_topics(bootstrap, TopicSettings())
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert str(error.value) == (
         f"no Kafka answers at {bootstrap}: start one with `headrace broker start` or give --bootstrap"
     )
@@ -155,7 +155,7 @@ def test_where_no_kafka_answers_the_error_is_one_line_within_seconds(
 def test_a_broker_that_is_up_is_not_waited_for(broker: str) -> None:
     began = time.monotonic()
     wait_for_broker(f"127.0.0.1:{free_port()},{broker}")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("bootstrap", ["", "nonsense", "host:port", ":9092", "host:0", "a:1,b"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from deploy.processes import free_port
 from embedding_store.snapshot import latest_snapshot
 from online_model.examples import Block
 from online_model.guard_settings import GuardSettings
@@ -46,11 +46,9 @@ def _blocks(poisoned: int, more: int) -> list[Block]:
 @pytest.fixture
 def settings(broker: str, topics: TopicSettings, tmp_path: Path) -> dict:
     about = {"prefix": topics.prefix, "partitions": topics.partitions}
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     return {
-        "bootstrap": broker, "data_dir": tmp_path / "data", "topics": about, "device": "cpu", "metrics_port": port,
-        "checkpoint_interval_s": 0.5, "dense_interval_s": 0.0,  # no version comes without rows
+        "bootstrap": broker, "data_dir": tmp_path / "data", "topics": about, "device": "cpu",
+        "metrics_port": free_port(), "checkpoint_interval_s": 0.5, "dense_interval_s": 0.0,  # no version comes without rows
     }  # fmt: skip
 
 

@@ -61,8 +61,8 @@ def test_a_flood_is_refused_with_a_time_to_come_back_and_then_all_is_well():
         assert set(statuses) == {200, 429, 503}, statuses
         assert all(after == b"1" for status, _, after in seen if status != 200)
         # Behind all the others an answer would take clients × scoring_ms = 3 s. Where the loop goes round but once
-        # between two requests, connections may wait unaccepted, up to 2.4 s. This is 0.45 s, on a busy machine too.
-        assert max(seconds for _, seconds, _ in seen) < 0.9
+        # between two requests, connections may wait unaccepted, up to 2.4 s. This is 0.45 s, on a busy machine 0.9.
+        assert max(seconds for _, seconds, _ in seen) < 2.0
         assert statuses[200] >= 0.3 * lasts_s * 1000 / scoring_ms, statuses  # refusing costs little: it goes on scoring
         with httpx.Client(base_url=it.url, timeout=5) as http:
             for _ in range(20):
