@@ -48,7 +48,8 @@ def settings(broker: str, topics: TopicSettings, tmp_path: Path) -> dict:
     about = {"prefix": topics.prefix, "partitions": topics.partitions}
     return {
         "bootstrap": broker, "data_dir": tmp_path / "data", "topics": about, "device": "cpu",
-        "metrics_port": free_port(), "checkpoint_interval_s": 0.5, "dense_interval_s": 0.0,  # no version comes without rows
+        "metrics_port": free_port(), "checkpoint_interval_s": 0.5,
+        "dense_interval_s": 0.0,  # no version comes without rows
     }  # fmt: skip
 
 
