@@ -106,7 +106,7 @@ def test_a_jvm_may_take_its_heap_and_no_more() -> None:
 
 
 def test_rocksdb_may_fill_its_cache_and_no_more() -> None:
-    for growth, flat in ((100.0, True), (300.0, False)):
+    for growth, flat in ((100.0, True), (140.0, True), (300.0, False)):
         (trend,) = soak.trends(made("store_mb join", growth=growth, level=100.0), soak.SETTLE_S, 1_000)
         assert trend.flat == flat
 

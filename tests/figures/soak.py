@@ -291,10 +291,10 @@ def trends(samples: Samples, from_s: float, rate: float) -> list[Trend]:
         if len(at) < wanted:
             continue  # a copy that is being made
         allowed = ALLOWED["lag_s"] * rate if name == "lag join" else ALLOWED.get(name) or ALLOWED[kind]
-        limits = {"rss_mb kafka": MAX_HEAP_MB + KAFKA_BESIDE_MB} | {f"store_mb {of}": mb for of, mb in STORE_MB.items()}
-        if name in limits:
-            allowed = max(allowed, limits[name] - float(np.median(values)))
         growth = max(slope(at, values) * float(at[-1] - at[0]), step(values))
+        limits = {"rss_mb kafka": MAX_HEAP_MB + KAFKA_BESIDE_MB} | {f"store_mb {of}": mb for of, mb in STORE_MB.items()}
+        if name in limits:  # it may fill up, so what counts is where it ends
+            allowed = max(allowed, limits[name] - (float(np.median(values)) - growth / 2))
         found.append(Trend(name, float(np.median(values)), growth, allowed))
     return found
 
