@@ -156,7 +156,7 @@ def test_what_cannot_be_sorted_leaves_no_file(capfd: pytest.CaptureFixture[str])
 def test_ctrl_c_leaves_no_file(tmp_path: Path) -> None:
     log = Path("log.csv")
     with log.open("w") as file:
-        file.writelines(f"{n % 99},{n % 99},3,pv,{1_511_600_000 - n % 1000}\n" for n in range(100_000))
+        file.writelines(f"{n % 99},{n % 99},3,pv,{1_511_600_000 - n % 1000}\n" for n in range(300_000))
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", "log", "sort", str(log), "--out", "x.jsonl"], env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
