@@ -29,7 +29,7 @@ from streams.topics import MAX_RECORD_BYTES, TopicSettings, create_topics
 from tests.streams.children import read_all, running, wait_for
 from tests.streams.mutations import MUTATED, bad_between_good
 
-BAD, PARTITIONS = int(os.environ.get("MUTATED_RECORDS", "8000")), 2
+BAD, PARTITIONS = int(os.environ.get("MUTATED_RECORDS", "20000")), 2
 numbers = st.integers(0, 1 << 62)
 letters = st.builds(
     DeadLetter, st.sampled_from(sorted(REASONS)), st.text(st.characters(codec="utf-8")), numbers, numbers,
